@@ -1,0 +1,94 @@
+"""Compress a ViT on scikit-learn's bundled handwritten digits: the main job.
+
+Command:  python -m launch.main --config=configs/digits_vit.py \
+            --workdir=runs/digits
+
+`--config=configs/digits_vit.py:testing` makes everything tiny, for tests.
+"""
+
+import ml_collections
+
+# Every kernel of the blocks: q, k, v, out and the two of the MLP.
+BLOCK_KERNELS = r'params/Transformer/encoderblock(_\d+)?/.*kernel'
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  """Returns the configuration.
+
+  Args:
+    arg: None or an empty string for the job, `'testing'` for a tiny one.
+
+  Raises:
+    ValueError: any other `arg`.
+  """
+  if arg not in (None, '', 'testing'):
+    raise ValueError(
+      f"configs/digits_vit.py:{arg} is unknown; the argument is 'testing'."
+    )
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+
+  config.model = ml_collections.ConfigDict()
+  config.model.patch_size = 2
+  config.model.width = 64
+  config.model.depth = 4
+  config.model.heads = 4
+  config.model.mlp_dim = 256
+  config.model.pool = 'gap'
+  config.model.dropout = 0.0
+  config.model.attention_dropout = 0.0
+  config.model.scan = False
+  config.model.remat = False
+
+  config.data = ml_collections.ConfigDict()
+  config.data.name = 'sk_digits'
+  config.data.data_dir = ml_collections.config_dict.placeholder(str)
+  config.data.augment = 'affine'
+  # Of the training split.
+  config.data.mean = (0.305,)
+  config.data.std = (0.376,)
+
+  config.train = ml_collections.ConfigDict()
+  config.train.steps = 1500
+  config.train.batch_size = 128
+  config.train.learning_rate = 2e-3
+  config.train.warmup_steps = 150
+  config.train.weight_decay = 0.05
+  config.train.label_smoothing = 0.1
+  config.train.clip_norm = 1.0
+  config.train.checkpoint_every = 500
+  config.train.log_every = 50
+
+  config.finetune = ml_collections.ConfigDict()
+  config.finetune.steps = 400
+  config.finetune.batch_size = 128
+  config.finetune.learning_rate = 1e-3
+  config.finetune.warmup_steps = 40
+  config.finetune.weight_decay = 0.0
+  config.finetune.label_smoothing = 0.1
+  config.finetune.clip_norm = 1.0
+  config.finetune.checkpoint_every = 200
+  config.finetune.log_every = 50
+  config.finetune.distill_weight = 0.5
+  config.finetune.distill_temperature = 2.0
+
+  config.compress = ml_collections.ConfigDict()
+  config.compress.fractions = (0.5, 0.25)
+  config.compress.energies = (0.9, 0.95, 0.99, 0.999)
+  config.compress.select = ((BLOCK_KERNELS, True), (r'.*', False))
+  config.compress.method = 'output'
+  config.compress.allocation = 'uniform'
+  config.compress.batch_size = 64
+
+  if arg == 'testing':
+    config.model.width = 16
+    config.model.depth = 2
+    config.model.heads = 2
+    config.model.mlp_dim = 32
+    for section in (config.train, config.finetune):
+      section.steps = 6
+      section.batch_size = 16
+      section.warmup_steps = 1
+      section.checkpoint_every = 3
+      section.log_every = 3
+  return config

@@ -1,0 +1,32 @@
+"""How much of a network is really used, and how small it can get.
+
+>>> import utilized_rank as ur
+>>> moments = ur.collect(fn, params, batches)           # doctest: +SKIP
+>>> print(ur.measure(params, moments))                  # doctest: +SKIP
+>>> ranks = ur.uniform_ranks(params, moments, params_fraction=0.5)
+... # doctest: +SKIP
+>>> small = ur.factorize(params, moments, ranks)        # doctest: +SKIP
+>>> outputs = ur.low_rank(fn)(small, batch)             # doctest: +SKIP
+"""
+
+from utilized_rank.capture import capture
+from utilized_rank.capture import find_sites
+from utilized_rank.checkpoint import load
+from utilized_rank.checkpoint import save
+from utilized_rank.collect import collect
+from utilized_rank.factorize import factorize
+from utilized_rank.factorize import project
+from utilized_rank.interpret import UnsupportedError
+from utilized_rank.layout import Layout
+from utilized_rank.lowrank import LowRank
+from utilized_rank.lowrank import count_params
+from utilized_rank.lowrank import low_rank
+from utilized_rank.lowrank import merge
+from utilized_rank.moments import Moment
+from utilized_rank.moments import Moments
+from utilized_rank.moments import merge_moments
+from utilized_rank.ranks import energy_ranks
+from utilized_rank.ranks import uniform_ranks
+from utilized_rank.report import Report
+from utilized_rank.report import measure
+from utilized_rank.sites import Sites

@@ -1,0 +1,452 @@
+"""Runs a function and returns, beside its outputs, what its kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from utilized_rank import compat
+from utilized_rank import numerics
+from utilized_rank import paths
+from utilized_rank import products
+from utilized_rank import tracing
+from utilized_rank.interpret import Emission, Loop, Output, Param, Walk
+from utilized_rank.layout import (
+    Atoms, Layout, View, common_atoms, pieces_of,
+)
+from utilized_rank.moments import Entry, Moments, Sums
+from utilized_rank.sites import Site, Sites, layout_conflict
+
+
+def capture(
+    fn: Callable[..., Any], *, select: paths.Rules | None = None
+) -> Callable[..., tuple[Any, Moments]]:
+  """Makes `fn` return the moments of its kernels' inputs beside its outputs.
+
+  A pure transform: use it inside your own `jit`, `pmap` or `shard_map`, and
+  reduce the moments over devices with `jax.lax.psum`.
+
+  Args:
+    fn: `fn(params, *args, **kwargs) -> outputs`, any JAX function. Forward
+      functions only: a gradient inside contracts kernels over other axes.
+    select: ordered `(regex, bool)` rules over leaf paths (full match, first
+      match wins); default every leaf that is a kernel.
+
+  Returns:
+    `captured(params, *args, **kwargs) -> (outputs, Moments)`.
+
+  Raises (when called):
+    ValueError: a selected leaf is no kernel, or is contracted in two ways.
+    UnsupportedError: a selected leaf enters a primitive that hides what it
+      computes.
+    TypeError: a kernel is integer or complex.
+
+  >>> fn = lambda params, x: jnp.tanh(x @ params['w'])
+  >>> out, moments = capture(fn)({'w': jnp.eye(2)}, jnp.ones((5, 2)))
+  >>> int(moments['w'].count), moments['w'].mean.tolist()
+  (5, [1.0, 1.0])
+  """
+
+  def captured(params, *args, **kwargs):
+    outputs, moments, _ = _capture(fn, params, args, kwargs, select)
+    return outputs, moments
+
+  return captured
+
+
+def find_sites(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    select: paths.Rules | None = None,
+    **kwargs: Any,
+) -> Sites:
+  """Finds every kernel of a function, from shapes alone.
+
+  Args:
+    fn: `fn(params, *args, **kwargs)`.
+    params: parameters, or their `ShapeDtypeStruct`s.
+    *args: the other arguments (arrays or shapes).
+    select: as in `capture`.
+    **kwargs: keyword arguments.
+
+  Returns:
+    A mapping from leaf path to `Site`; `print` it to see, for every leaf,
+    what it is or why it is none.
+
+  Raises:
+    As `capture`.
+
+  >>> fn = lambda params, x: x @ params['w'] + params['b']
+  >>> params = {'w': jnp.zeros((4, 3)), 'b': jnp.zeros(3)}
+  >>> print(find_sites(fn, params, jnp.zeros((2, 4))))
+  leaf  shape  groups  matrix  input  notes
+  b         3                         - bias of w
+  w       4×3             4×3     #0  dot; bias b
+  1 kernels of 2 leaves, reading 1 distinct inputs (equal numbers read the same value)
+  """
+  found = []
+
+  def shapes(params, args, kwargs):
+    outputs, moments, sites = _capture(fn, params, args, kwargs, select)
+    found.append(sites)
+    return outputs, moments
+
+  _eval_shape(shapes, params, args, kwargs)
+  return found[-1]
+
+
+def _eval_shape(fn, *args):
+  """`jax.eval_shape` that leaves Python scalars and functions alone."""
+  leaves, treedef = jax.tree.flatten(args)
+  moving = [i for i, v in enumerate(leaves) if tracing.is_array(v)]
+
+  def flat(arrays):
+    values = list(leaves)
+    for i, array in zip(moving, arrays, strict=True):
+      values[i] = array
+    return fn(*jax.tree.unflatten(treedef, values))
+
+  return jax.eval_shape(flat, [leaves[i] for i in moving])
+
+
+def _capture(fn, params, args, kwargs, rules):
+  traced = tracing.trace(fn, params, args, kwargs)
+  selected = None if rules is None else paths.select(traced.params, rules)
+  collector = _Collector(traced.params, selected)
+  walk = Walk(collector)
+  values = [
+      Param(View.of_leaf(path, leaf.shape, leaf.dtype), Dense(leaf))
+      for path, leaf in traced.params.items()
+  ]
+  outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
+  outs = [walk.materialise(v, 'output') for v in outs]
+  outputs = jax.tree.unflatten(traced.out_tree, outs)
+  sites, sums = collector.finish(list(walk.tape.emissions.values()))
+  table = tuple(
+      Entry(**{f.name: getattr(s, f.name) for f in dataclasses.fields(Entry)})
+      for s in sites.values()
+  )
+  return outputs, Moments(table, sums), sites
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dense:
+  """A leaf that stands for itself: the array, laid out as its view says."""
+
+  array: Any
+
+  def relayout(self, eqn: Any, view: View) -> Dense:
+    del view
+    return Dense(compat.bind(eqn, [self.array])[0])
+
+  def index(self, view: View, axis: int, at: Any) -> Dense:
+    del view
+    if isinstance(at, int):
+      return Dense(jax.lax.slice_in_dim(self.array, at, at + 1, axis=axis))
+    return Dense(jax.lax.dynamic_slice_in_dim(self.array, at, 1, axis))
+
+  def unstack(self, view: View):
+    del view
+    return self.array, Dense
+
+  def materialise(self, view: View) -> Any:
+    del view
+    return self.array
+
+
+@dataclasses.dataclass
+class _Use:
+  """One product's use of one emission.
+
+  `groups` names the leading axes of the emitted sums, outermost first, each by
+  the kernel's atoms that it runs over.
+  """
+
+  product: products.Product
+  groups: tuple[Atoms, ...]
+  rows: int
+  bias: str | None = None
+
+  @property
+  def path(self) -> str:
+    return self.product.view.path
+
+  @property
+  def fixed(self) -> dict[int, int]:
+    """Atoms of which this product sees one index, known when tracing."""
+    return {
+        a: by for a, by in self.product.view.taken
+        if isinstance(by, (int, np.integer))
+    }
+
+
+class _Collector:
+  """Visitor that emits the sums over each product's rows."""
+
+  def __init__(
+      self, params: dict[str, Any], selected: dict[str, bool] | None
+  ):
+    self.params = params
+    self.selected = selected
+    # path -> reasons, in order of appearance (dicts keep it).
+    self.drops: dict[str, dict[str, None]] = {p: {} for p in params}
+
+  def wants(self, view: View) -> bool:
+    return self.selected is None or self.selected[view.path]
+
+  def dropped(self, view: View, reason: str) -> None:
+    self.drops[view.path][reason] = None
+
+  def product(self, eqn, operands, which, walk):
+    view = operands[which].view
+    x = operands[1 - which]
+    plain = list(operands)
+    plain[which] = operands[which].payload.materialise(view)
+    out, = compat.bind(eqn, plain)
+    if not self.wants(view):
+      return out
+    product = products.describe(eqn, view, which)
+    if isinstance(product, str):
+      self.dropped(view, product)
+      return out
+    dtype = self.params[view.path].dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+      raise TypeError(
+          f'kernel {view.path!r} is {dtype}; moments are for real floating '
+          f"kernels: leave it out with select=[('{view.path}', False), ...]"
+      )
+    tokens = [by for _, by in product.view.taken]
+    loops = frozenset(t for t in tokens if isinstance(t, Loop))
+    traced = [
+        (a, by) for a, by in product.view.taken if isinstance(by, tuple)
+    ]
+    key = (
+        walk.origin(x), product.key, loops,
+        tuple((a, id(token)) for a, (token, _) in traced),
+    )
+    groups = tuple((a,) for a in product.present)
+    for a, _ in traced:
+      groups = ((a,), *groups)
+
+    def make():
+      total, second = numerics.gram(product.features(x))
+      lead = second.shape[:-2]
+      count = jnp.full(lead, product.num_rows, jnp.int32)
+      sums = Sums(count, total, second)
+      for a, (_, at) in traced:
+        size = product.layout.atoms[a]
+        sums = jax.tree.map(lambda s: _put(s, at, size), sums)
+      return sums
+
+    use = _Use(product, groups, product.num_rows)
+    walk.tape.emit(key, make, use, loops)
+    return Output(product.output, out, use)
+
+  def biased(self, output: Output, bias: Param) -> bool:
+    """Whether the added leaf is laid out as the product's own constant."""
+    use, view = output.use, output.view
+    layout = use.product.layout.refine(view.atoms)
+    pairs: dict[int, int] = {}
+    for mine, its, size in zip(
+        view.axes, bias.view.axes, bias.view.sizes, strict=True
+    ):
+      mine = [a for a in mine if view.atoms[a] > 1]
+      its = [a for a in its if bias.view.atoms[a] > 1]
+      if [view.atoms[a] for a in mine] != [bias.view.atoms[a] for a in its]:
+        return False
+      if not its and not mine and size > 1:
+        return False  # a parameter was broadcast by something else
+      pairs.update(zip(mine, its, strict=True))
+    taken = {by: a for a, by in bias.view.taken if isinstance(by, Loop)}
+    for a, by in use.product.view.taken:
+      if isinstance(by, Loop) and by in taken:
+        pairs[pieces_of(use.product.layout.atoms, view.atoms)[a][0]] = (
+            taken.pop(by)
+        )
+      elif use.product.layout.atoms[a] > 1:
+        return False
+    order = [
+        pairs.get(a) for a in layout.groups + layout.outputs
+        if layout.atoms[a] > 1
+    ]
+    every = [a for a, size in enumerate(bias.view.atoms) if size > 1]
+    if taken or order != every:
+      return False
+    use.bias = bias.view.path
+    return True
+
+  def stacked(self, use: _Use, loop, size: int, is_stacked: bool) -> _Use:
+    if not is_stacked:
+      return dataclasses.replace(use, rows=use.rows * size)
+    atoms = tuple(a for a, by in use.product.view.taken if by is loop)
+    return dataclasses.replace(use, groups=(atoms, *use.groups))
+
+  # --- from emissions to one set of sums per kernel ---
+
+  def finish(
+      self, emissions: list[Emission]
+  ) -> tuple[Sites, tuple[Sums, ...]]:
+    uses: dict[str, list[tuple[Emission, _Use]]] = {}
+    for emission in emissions:
+      for use in emission.uses:
+        uses.setdefault(use.path, []).append((emission, use))
+    biases = self._biases(uses)
+    sites: dict[str, Site] = {}
+    sums: list[Sums] = []
+    known: dict[Any, int] = {}
+    for path, pairs in uses.items():
+      layout = self._unify(path, pairs)
+      if layout is None:
+        continue
+      parts = [_Part.of(e, u, layout) for e, u in pairs]
+      signature = (
+          tuple(part.signature for part in parts), layout.group_shape,
+          layout.matrix_shape[0],
+      )
+      if signature not in known:
+        known[signature] = len(sums)
+        sums.append(_assemble(parts, layout))
+      distinct = len({tuple(p.fixed.items()) for p in parts})
+      sites[path] = Site(
+          path, layout.coarsen(), known[signature], biases.get(path),
+          pairs[0][1].product.kind, sum(u.rows for _, u in pairs) // distinct,
+          len(pairs), tuple(self.drops[path]),
+      )
+    return self._report(sites, biases), tuple(sums)
+
+  def _unify(self, path, pairs) -> Layout | None:
+    layouts = [u.product.layout for _, u in pairs]
+    atoms = common_atoms(layouts[0].shape, [y.atoms for y in layouts])
+    if atoms is not None:
+      fine = {y.refine(atoms) for y in layouts}
+      if len(fine) == 1:
+        return fine.pop()
+    message = layout_conflict(path, layouts)
+    if self.selected is not None:
+      raise ValueError(
+          f'{message}; leave it out of select, its moments are not one matrix'
+      )
+    self.drops[path] = {'contracted in different ways': None}
+    return None
+
+  def _biases(self, uses) -> dict[str, str]:
+    """Kernel path -> path of the leaf that is its bias and nothing else."""
+    owners: dict[str, set[str]] = {}
+    found: dict[str, str] = {}
+    for path, pairs in uses.items():
+      names = {u.bias for _, u in pairs}
+      for name in names - {None}:
+        owners.setdefault(name, set()).add(path)
+      if len(names) == 1 and None not in names:
+        found[path] = names.pop()
+    return {
+        path: bias for path, bias in found.items()
+        if owners[bias] == {path} and not self.drops[bias]
+        and bias not in uses
+    }
+
+  def _report(self, sites: dict[str, Site], biases) -> Sites:
+    owner = {bias: path for path, bias in biases.items()}
+    unseen = {}
+    for path in self.params:
+      if path in sites:
+        continue
+      reasons = ', '.join(self.drops[path])
+      if self.selected is not None and not self.selected[path]:
+        unseen[path] = 'not selected'
+      elif path in owner:
+        unseen[path] = f'bias of {owner[path].rsplit("/", 1)[-1]}'
+      elif reasons:
+        unseen[path] = f'used by {reasons}'
+      else:
+        unseen[path] = 'added to a product, or not used by the outputs'
+    if self.selected is not None:
+      missing = [p for p, s in self.selected.items() if s and p in unseen]
+      if missing:
+        raise ValueError(
+            f'{missing[0]!r} is selected but is no kernel of a product: it is '
+            f'{unseen[missing[0]]}. Narrow the select rules to kernels '
+            f'(known: {list(sites)[:4]})'
+        )
+    shapes = {p: tuple(v.shape) for p, v in self.params.items()}
+    return Sites(sites, unseen, shapes)
+
+
+def _put(array: jax.Array, at: Any, size: int) -> jax.Array:
+  """One slice of a new leading axis, zeros elsewhere."""
+  empty = jnp.zeros((size, *array.shape), array.dtype)
+  return jax.lax.dynamic_update_index_in_dim(empty, array, at, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """An emission as a part of one kernel's sums."""
+
+  emission: Emission
+  lead: tuple[int, ...]  # group atoms of the sums' leading axes, in order
+  fixed: dict[int, int]  # group atom -> the one index that this part is of
+
+  @classmethod
+  def of(cls, emission: Emission, use: _Use, layout: Layout) -> _Part:
+    pieces = pieces_of(use.product.layout.atoms, layout.atoms)
+    lead = tuple(p for axis in use.groups for a in axis for p in pieces[a])
+    fixed: dict[int, int] = {}
+    for a, index in use.fixed.items():
+      sizes = [layout.atoms[p] for p in pieces[a]]
+      fixed.update(zip(pieces[a], map(int, np.unravel_index(index, sizes))))
+    return cls(emission, lead, fixed)
+
+  @property
+  def signature(self):
+    order = tuple(np.argsort(np.argsort(self.lead)).tolist())
+    return self.emission.key, order, tuple(self.fixed.values())
+
+  def arrange(self, array: Any, tail: int, layout: Layout) -> Any:
+    """Splits all but `tail` axes into group atoms, in the leaf's order."""
+    sizes = [layout.atoms[a] for a in self.lead]
+    array = array.reshape(*sizes, *array.shape[array.ndim - tail:])
+    order = sorted(range(len(self.lead)), key=lambda i: self.lead[i])
+    return array.transpose(*order, *range(len(self.lead), array.ndim))
+
+
+def _assemble(parts: Sequence[_Part], layout: Layout) -> Sums:
+  """Adds the parts of one kernel's sums into (*groups, ...) arrays."""
+  value = lambda part, field: getattr(part.emission.value, field)
+  return Sums(*(
+      _join(
+          [(p.fixed, p.arrange(value(p, field), tail, layout)) for p in parts],
+          layout,
+      )
+      for tail, field in enumerate(('count', 'total', 'second'))
+  ))
+
+
+def _join(
+    parts: Sequence[tuple[dict[int, int], Any]], layout: Layout
+) -> Any:
+  """Adds arrays that are each of all groups, or of one index of some."""
+  by_index: dict[tuple[tuple[int, int], ...], Any] = {}
+  for fixed, array in parts:
+    at = tuple(sorted(fixed.items()))
+    by_index[at] = array if at not in by_index else by_index[at] + array
+  if list(by_index) == [()]:
+    return by_index[()]
+  groups, sizes = layout.groups, layout.group_shape
+  first = {tuple(a for a, _ in at) for at in by_index}
+  if first == {groups[:1]} and len(by_index) == sizes[0]:
+    # A Python loop over a stack of layers: every index, once.
+    return jnp.stack([by_index[at] for at in sorted(by_index)])
+  at, example = next(iter(by_index.items()))
+  tail = example.shape[len(groups) - len(at):]
+  full = jnp.zeros((*sizes, *tail), example.dtype)
+  for at, array in by_index.items():
+    where = dict(at)
+    full = full.at[tuple(where.get(a, slice(None)) for a in groups)].add(array)
+  return full

@@ -1,0 +1,229 @@
+"""Trees on disk, with everything needed to read them back and to trust them.
+
+Arrays are stored with orbax as a nested dictionary, so that other tools can
+read them; the structure (lists, tuples, `LowRank`, `Moments`) and a checksum of
+every array travel as the checkpoint's JSON metadata. orbax itself restores
+`LowRank` as a dictionary, and returns wrong numbers for a flipped bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import dataclasses
+import hashlib
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from utilized_rank.layout import Layout
+from utilized_rank.lowrank import LowRank
+from utilized_rank.moments import Entry, Moments, Sums
+
+_FORMAT = 1
+_KEY = 'utilized_rank'
+
+
+def save(
+    path: str | os.PathLike[str],
+    tree: Any,
+    *,
+    metadata: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+  """Writes a tree: all of it, or nothing.
+
+  Args:
+    path: directory to make.
+    tree: dictionaries, lists and tuples of arrays, `LowRank` and `Moments`.
+    metadata: JSON to keep with it; `load_metadata` returns it.
+    overwrite: replace what is there; an error otherwise.
+
+  Raises:
+    FileExistsError: there is something at `path`.
+    TypeError: the tree holds something that is not written here.
+
+  >>> import tempfile
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   save(folder + '/t', {'a': [jnp.ones(2)]})
+  ...   load(folder + '/t')
+  {'a': [Array([1., 1.], dtype=float32)]}
+  """
+  where = os.path.abspath(os.fspath(path))
+  if os.path.exists(where) and not overwrite:
+    raise FileExistsError(f'{where!r} exists; pass overwrite=True to replace')
+  arrays, structure = _encode(tree, '')
+  if not isinstance(arrays, dict):
+    arrays, structure = {'leaf': arrays}, {'leaf': structure}
+  arrays = jax.tree.map(np.asarray, arrays)
+  record = {
+      'format': _FORMAT,
+      'structure': structure,
+      'checksums': {name: _checksum(a) for name, a in _leaves(arrays)},
+      'metadata': metadata,
+  }
+  _orbax().save(
+      where, arrays, custom_metadata={_KEY: record}, overwrite=overwrite
+  )
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+  """Reads a tree that `save` wrote; no target tree is needed.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint at `path`.
+    ValueError: it is damaged, or was not written by `save`.
+  """
+  where = os.path.abspath(os.fspath(path))
+  record, shapes = _open(where)
+  target = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), shapes)
+  try:
+    arrays = _orbax().load(where, target)
+  except Exception as error:
+    raise ValueError(
+        f'checkpoint {where!r} is damaged: {str(error).splitlines()[0]}'
+    ) from error
+  found = dict(_leaves(arrays))
+  if sorted(found) != sorted(record['checksums']):
+    raise ValueError(
+        f'checkpoint {where!r} is damaged: it should hold '
+        f'{len(record["checksums"])} arrays and holds {len(found)}'
+    )
+  for name, array in found.items():
+    if _checksum(array) != record['checksums'][name]:
+      raise ValueError(
+          f'checkpoint {where!r} is damaged: the array {name!r} is not the '
+          'one that was saved'
+      )
+  return _decode(arrays, record['structure'])
+
+
+def load_metadata(path: str | os.PathLike[str]) -> Any:
+  """The `metadata` that a tree was saved with."""
+  return _open(os.path.abspath(os.fspath(path)))[0]['metadata']
+
+
+def _open(where: str) -> tuple[dict[str, Any], Any]:
+  ocp = _orbax()
+  if not os.path.isdir(where):
+    raise FileNotFoundError(f'no checkpoint at {where!r}')
+  try:
+    found = ocp.metadata(where)
+    record = (found.custom_metadata or {}).get(_KEY)
+    shapes = found.metadata
+  except Exception as error:
+    raise ValueError(
+        f'checkpoint {where!r} is damaged or is none: '
+        f'{type(error).__name__}: {str(error).splitlines()[0]}'
+    ) from error
+  if record is None or record['format'] != _FORMAT:
+    raise ValueError(
+        f'{where!r} was not written by utilized_rank.save (format {_FORMAT}); '
+        'read it with orbax'
+    )
+  return record, shapes
+
+
+def _orbax():
+  from orbax.checkpoint import v1  # the core imports jax and numpy alone
+
+  return v1
+
+
+def _checksum(array: np.ndarray) -> str:
+  array = np.ascontiguousarray(array)
+  head = f'{array.dtype.name}{array.shape}'.encode()
+  return hashlib.sha256(head + array.tobytes()).hexdigest()
+
+
+def _leaves(tree: Any, prefix: str = '') -> Iterator[tuple[str, np.ndarray]]:
+  if isinstance(tree, dict):
+    for key in sorted(tree):
+      yield from _leaves(tree[key], f'{prefix}/{key}')
+  else:
+    yield prefix, tree
+
+
+# --- a tree as (nested dict of arrays, JSON) and back ---
+
+
+def _encode(tree: Any, where: str) -> tuple[Any, Any]:
+  """(arrays, structure); containers without arrays leave no trace in arrays."""
+  if isinstance(tree, LowRank):
+    arrays = {'a': tree.a, 'b': tree.b}
+    if tree.c is not None:
+      arrays['c'] = tree.c
+    return arrays, {'kind': 'low_rank', **dataclasses.asdict(tree.layout)}
+  if isinstance(tree, Moments):
+    arrays = {
+        str(i): {'count': s.count, 'total': s.total, 'second': s.second}
+        for i, s in enumerate(tree.sums)
+    }
+    table = [dataclasses.asdict(entry) for entry in tree.table]
+    return arrays, {'kind': 'moments', 'table': table}
+  if isinstance(tree, dict):
+    items = {}
+    for key, value in tree.items():
+      if not isinstance(key, str):
+        raise TypeError(
+            f'key {key!r} at {where!r} is no string; only trees with string '
+            'keys can be saved'
+        )
+      items[key] = value
+    kind: dict[str, Any] = {'kind': 'dict'}
+  elif isinstance(tree, (list, tuple)) and not hasattr(tree, '_fields'):
+    items = {str(i): value for i, value in enumerate(tree)}
+    kind = {'kind': type(tree).__name__}
+  elif tree is None:
+    return None, {'kind': 'none'}
+  elif isinstance(tree, (jax.Array, np.ndarray)) and tree.size:
+    return tree, 'array'
+  else:
+    raise TypeError(
+        f'cannot save a {type(tree).__name__} at {where!r}: trees of '
+        'dictionaries, lists, tuples, non-empty arrays, LowRank and Moments '
+        'are written; convert other containers first (nnx.to_pure_dict, '
+        'flax.serialization.to_state_dict)'
+    )
+  parts = {k: _encode(v, f'{where}/{k}') for k, v in items.items()}
+  arrays = {k: a for k, (a, _) in parts.items() if a is not None}
+  return arrays or None, {**kind, 'items': {k: s for k, (_, s) in parts.items()}}
+
+
+def _decode(arrays: Any, structure: Any) -> Any:
+  if structure == 'array':
+    return jnp.asarray(arrays)
+  if 'kind' not in structure:
+    return _decode(arrays['leaf'], structure['leaf'])
+  kind = structure['kind']
+  if kind == 'none':
+    return None
+  if kind == 'low_rank':
+    return LowRank(
+        jnp.asarray(arrays['a']), jnp.asarray(arrays['b']),
+        jnp.asarray(arrays['c']) if 'c' in arrays else None,
+        _layout(structure),
+    )
+  if kind == 'moments':
+    table = tuple(
+        Entry(**{**entry, 'layout': _layout(entry['layout'])})
+        for entry in structure['table']
+    )
+    sums = tuple(
+        Sums(**arrays[str(i)]) for i in range(len(arrays or ()))
+    )
+    return Moments(table, sums)
+  items = {
+      k: _decode((arrays or {}).get(k), s)
+      for k, s in structure['items'].items()
+  }
+  if kind == 'dict':
+    return items
+  return (list if kind == 'list' else tuple)(items.values())
+
+
+def _layout(record: dict[str, Any]) -> Layout:
+  names = [field.name for field in dataclasses.fields(Layout)]
+  return Layout(**{name: tuple(record[name]) for name in names})

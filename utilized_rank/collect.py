@@ -1,0 +1,273 @@
+"""Streams batches through a function and sums what its kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+import functools
+import itertools
+import os
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from utilized_rank import checkpoint
+from utilized_rank import paths
+from utilized_rank.capture import capture, find_sites
+from utilized_rank.moments import Entry, Moments, Sums
+from utilized_rank.progress import track
+
+# Rows that the devices may count before the host takes the sums over: int32
+# ends at twice this.
+_MOST_ROWS = 2**30
+
+
+def collect(
+    fn: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    select: paths.Rules | None = None,
+    mesh: Mesh | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 100,
+    progress: bool = True,
+) -> Moments:
+  """Collects the moments of every kernel's input over a stream of batches.
+
+  Data-parallel over the devices: each keeps running sums of its share of every
+  batch, and they are added once, at the end. Examples that do not divide
+  evenly among the devices go to the first one.
+
+  Args:
+    fn: `fn(params, batch) -> outputs`; a forward function that treats examples
+      independently.
+    params: its parameters.
+    batches: batches, each a pytree whose arrays lead with the batch axis.
+    select: ordered `(regex, bool)` rules over leaf paths; default all kernels.
+    mesh: devices to use, all axes flattened; default every local device.
+    checkpoint_dir: where to keep the running sums. If it holds some, the
+      batches that they cover are skipped, and the result equals that of an
+      uninterrupted run; removed when done.
+    checkpoint_every: batches between two checkpoints.
+    progress: show a progress bar.
+
+  Returns:
+    `Moments` as host arrays.
+
+  Raises:
+    ValueError: no batches; a batch that is empty or whose arrays disagree in
+      their leading axis; parameters that do not fit the function; a checkpoint
+      of another collection.
+    FloatingPointError: an activation is NaN or infinite; names the kernel and
+      the batch.
+
+  >>> fn = lambda params, x: x @ params['w']
+  >>> batches = [jnp.ones((4, 2)), jnp.zeros((4, 2))]
+  >>> moments = collect(fn, {'w': jnp.eye(2)}, batches, progress=False)
+  >>> int(moments['w'].count), moments['w'].mean.tolist()
+  (8, [0.5, 0.5])
+  """
+  devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
+  batches = iter(batches)
+  first = next(batches, None)
+  if first is None:
+    raise ValueError('collect needs at least one batch, got none')
+  check_batch(first, 0)
+  sites = find_sites(fn, params, first, select=select)
+  if not sites:
+    raise ValueError(
+        'the function has no kernel: no parameter leaf meets a matrix product '
+        f'or a convolution\n{sites}'
+    )
+  run = _Run(fn, params, select, devices)
+  done = 0
+  if checkpoint_dir is not None and os.path.isdir(checkpoint_dir):
+    done = run.restore(checkpoint_dir, sites)
+  stream = itertools.chain([first], batches)
+  for _ in itertools.islice(stream, done):
+    pass
+  total = len(batches) if hasattr(batches, '__len__') else None
+  bar = track(
+      enumerate(stream, done), total=total, desc='collect', unit='batch'
+  ) if progress else enumerate(stream, done)
+  for i, batch in bar:
+    if i:
+      check_batch(batch, i)
+    run.add(batch, i)
+    if checkpoint_dir is not None and (i + 1) % checkpoint_every == 0:
+      run.save(checkpoint_dir, i + 1)
+  moments = run.result()
+  if checkpoint_dir is not None and os.path.isdir(checkpoint_dir):
+    shutil.rmtree(checkpoint_dir)
+  return moments
+
+
+def check_batch(batch: Any, number: int) -> int:
+  """The number of examples in a batch.
+
+  Raises:
+    ValueError: it has none, or its arrays disagree.
+  """
+  named, _ = paths.flatten(batch)
+  sizes = {p: np.shape(v)[:1] for p, v in named.items()}
+  if not sizes or any(s == () for s in sizes.values()):
+    raise ValueError(
+        f'batch {number} must be a pytree of arrays that lead with the batch '
+        f'axis, got {sizes or batch!r}'
+    )
+  if len(set(sizes.values())) > 1:
+    raise ValueError(
+        f'the arrays of batch {number} disagree in their leading axis: '
+        f'{ {p: s[0] for p, s in sizes.items()} }'
+    )
+  size = next(iter(sizes.values()))[0]
+  if not size:
+    raise ValueError(f'batch {number} is empty')
+  return size
+
+
+class _Run:
+  """Running sums on the devices, and what overflowed them on the host."""
+
+  def __init__(self, fn, params, select, devices):
+    self._devices = devices
+    self._captured = capture(fn, select=select)
+    self._mesh = Mesh(np.array(devices), ('examples',))
+    replicated = NamedSharding(self._mesh, PartitionSpec())
+    self._params = jax.device_put(params, replicated)
+    self._split = NamedSharding(self._mesh, PartitionSpec('examples'))
+    self._state: Moments | None = None
+    self._host: Moments | None = None
+    self._pending: tuple[int, Any, Any] | None = None
+    self._step = jax.jit(self._add_shards, donate_argnums=0)
+    self._step_rest = jax.jit(self._add_rest, donate_argnums=0)
+
+  def _moments_of(self, params, batch):
+    return self._captured(params, batch)[1]
+
+  def _add_shards(self, state, params, batch):
+    def local(params, batch):
+      moments = self._moments_of(params, batch)
+      return jax.tree.map(lambda a: a[None], moments)
+
+    spec = PartitionSpec('examples')
+    new = jax.shard_map(
+        local, mesh=self._mesh, in_specs=(PartitionSpec(), spec),
+        out_specs=spec, check_vma=False,
+    )(params, batch)
+    return _accumulate(state, new)
+
+  def _add_rest(self, state, params, batch):
+    """Adds a batch that all devices see to the first device's sums."""
+    moments = self._moments_of(params, batch)
+    pad = lambda a: jnp.zeros((len(self._devices), *a.shape), a.dtype).at[
+        0].set(a)
+    return _accumulate(state, jax.tree.map(pad, moments))
+
+  def add(self, batch: Any, number: int) -> None:
+    size = jax.tree.leaves(batch)[0].shape[0]
+    even = size - size % len(self._devices)
+    parts = []
+    if even:
+      parts.append((self._step, jax.tree.map(lambda a: a[:even], batch)))
+    if even < size:
+      parts.append((self._step_rest, jax.tree.map(lambda a: a[even:], batch)))
+    for step, part in parts:
+      if step is self._step:
+        part = jax.device_put(part, self._split)
+      if self._state is None:
+        self._state = self._zeros(part)
+      self._state, finite, most = step(self._state, self._params, part)
+      # Looked at one batch later, so that the devices are never idle.
+      self._look()
+      self._pending = number, finite, most
+
+  def _zeros(self, batch: Any) -> Moments:
+    shapes = jax.eval_shape(
+        lambda p, b: self._moments_of(p, b), self._params, batch
+    )
+    n = len(self._devices)
+    return jax.tree.map(
+        lambda s: jax.device_put(jnp.zeros((n, *s.shape), s.dtype),
+                                 self._split),
+        shapes,
+    )
+
+  def _look(self) -> None:
+    if self._pending is None:
+      return
+    number, finite, most = self._pending
+    self._pending = None
+    finite = np.asarray(finite)
+    if not finite.all():
+      bad = int(np.argmin(finite))
+      assert self._state is not None
+      users = [e.path for e in self._state.table if e.index == bad]
+      raise FloatingPointError(
+          f'the input of {users} is NaN or infinite in batch {number}'
+      )
+    if int(most) > _MOST_ROWS:
+      self._flush()
+
+  def _flush(self) -> None:
+    """Moves the sums to the host, in float64 and int64."""
+    assert self._state is not None
+    wide = lambda a: np.asarray(a).sum(
+        0, dtype=np.int64 if np.issubdtype(a.dtype, np.integer) else np.float64
+    )
+    new = jax.tree.map(wide, self._state)
+    self._host = new if self._host is None else jax.tree.map(
+        np.add, self._host, new)
+    self._state = jax.tree.map(jnp.zeros_like, self._state)
+
+  def result(self) -> Moments:
+    self._look()
+    if self._host is not None:
+      self._flush()
+      return self._host
+    reduced = jax.jit(
+        lambda state: jax.tree.map(lambda a: a.sum(0, dtype=a.dtype), state)
+    )(self._state)
+    return jax.tree.map(np.asarray, reduced)
+
+  # --- interruption ---
+
+  def save(self, folder, done: int) -> None:
+    self._look()
+    tree = {'state': jax.tree.map(np.asarray, self._state)}
+    if self._host is not None:
+      tree['host'] = self._host
+    checkpoint.save(folder, tree, metadata={'batches': done}, overwrite=True)
+
+  def restore(self, folder, sites) -> int:
+    tree = checkpoint.load(folder)
+    state = tree['state'] if isinstance(tree, dict) else None
+    if not isinstance(state, Moments):
+      raise ValueError(f'{folder!r} holds no running sums of a collection')
+    have = {e.path: e.layout for e in state.table}
+    want = {s.path: s.layout for s in sites.values()}
+    if have != want or state.sums[0].count.shape[0] != len(self._devices):
+      raise ValueError(
+          f'{folder!r} holds the sums of another collection ({len(have)} '
+          f'kernels, {state.sums[0].count.shape[0]} devices); this one has '
+          f'{len(want)} kernels on {len(self._devices)} devices'
+      )
+    self._state = jax.device_put(state, self._split)
+    self._host = tree.get('host')
+    return checkpoint.load_metadata(folder)['batches']
+
+
+def _accumulate(state: Moments, new: Moments):
+  """state + new, whether each input of `new` is finite, and the most rows."""
+  finite = jnp.stack([
+      jnp.isfinite(jnp.sum(s.total)) & jnp.isfinite(
+          jnp.sum(jnp.diagonal(s.second, axis1=-2, axis2=-1)))
+      for s in new.sums
+  ])
+  state = jax.tree.map(jnp.add, state, new)
+  most = jnp.stack([jnp.max(s.count) for s in state.sums]).max()
+  return state, finite, most

@@ -1,0 +1,420 @@
+"""Image classification data from TFDS, read without TensorFlow.
+
+A batch of training images is a function of the seed and the step alone: any
+step can be made at any time, which is what resuming needs, and several are
+made ahead in threads. Sets that fit are held decoded in memory.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import difflib
+import functools
+import itertools
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from utilized_rank import augment as augment_lib
+from utilized_rank import options
+from utilized_rank import tfrecord
+
+Batch = dict[str, np.ndarray]
+
+SPLITS = ('train', 'calibration', 'validation', 'test')
+# Batches made ahead of the consumer.
+PREFETCH = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What to read; the section `config.data`.
+
+  Attributes:
+    name: TFDS name, with `/config` and `:version` as TFDS takes them.
+    data_dir: directory of prepared sets; None for TFDS's own default.
+    splits: a TFDS split or slice, such as `train[:90%]`, for each of
+      `SPLITS`; None when the set has these four splits itself.
+    augment: a key of `augment.AUGMENTATIONS`, or None.
+    mean: per channel (or for all) of pixels in [0, 1]; subtracted.
+    std: likewise; divided by.
+    image_size: side to resize to; None keeps the size that the set has.
+    crop_fraction: part of the shorter side that evaluation sees when it
+      resizes; 0.875 is usual for ImageNet.
+    cache_bytes: a split whose decoded images need no more is held in memory.
+    image_key: name of the image feature.
+    label_key: name of the label feature.
+  """
+
+  name: str
+  data_dir: str | None = None
+  splits: Mapping[str, str] | None = None
+  augment: str | None = None
+  mean: tuple[float, ...] = (0.5,)
+  std: tuple[float, ...] = (0.5,)
+  image_size: int | None = None
+  crop_fraction: float = 1.0
+  cache_bytes: int = 2**30
+  image_key: str = 'image'
+  label_key: str = 'label'
+
+
+class Source:
+  """One split: its length, its shapes, and batches of it.
+
+  Attributes:
+    num_classes: number of labels.
+    image_shape: `(H, W, C)` of the images in a batch.
+  """
+
+  def __init__(
+    self,
+    records: Any,
+    config: DataConfig,
+    *,
+    num_classes: int,
+    stored_shape: tuple[int | None, ...],
+  ):
+    self._records = records
+    self._config = config
+    self._lock = threading.Lock()
+    self._augment = (
+      augment_lib.AUGMENTATIONS[config.augment] if config.augment else None
+    )
+    self.num_classes = num_classes
+    size = config.image_size or stored_shape[0]
+    self.image_shape = (size, size, stored_shape[-1])
+    pixels = int(np.prod(self.image_shape))
+    # Without a fixed size the set is kept as it is stored, so that random
+    # crops see the whole image.
+    self._cached = (
+      None not in stored_shape and len(records) * pixels <= config.cache_bytes
+    )
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def batches(
+    self,
+    batch_size: int,
+    *,
+    seed: int,
+    augment: bool = True,
+    start_step: int = 0,
+  ) -> Iterator[Batch]:
+    """Yields shuffled training batches without end.
+
+    Every image comes once per epoch, and an epoch begins in the middle of a
+    batch where the length is no multiple of the batch size.
+
+    Args:
+      batch_size: images per batch.
+      seed: decides order and augmentation.
+      augment: apply the config's augmentation.
+      start_step: number of batches to pass over, at no cost.
+
+    Yields:
+      `{'image': (B, H, W, C) float32, 'label': (B,) int32}`.
+    """
+    if batch_size < 1 or start_step < 0 or seed < 0:
+      raise ValueError(
+        f'batch_size={batch_size}, start_step={start_step}, seed={seed}; the '
+        'first must be positive, the others not negative.'
+      )
+    make = functools.partial(self._train_batch, batch_size, seed, augment)
+    return _ahead(make, itertools.count(start_step))
+
+  def epoch(self, batch_size: int) -> Iterator[Batch]:
+    """Yields the split once, in order, not augmented; the last is smaller."""
+    if batch_size < 1:
+      raise ValueError(f'batch_size={batch_size}; it must be positive.')
+
+    def make(start: int) -> Batch:
+      stop = min(start + batch_size, len(self))
+      images, labels = self._read(np.arange(start, stop))
+      return self._batch(self._resize(images), labels)
+
+    return _ahead(make, range(0, len(self), batch_size))
+
+  def _train_batch(
+    self, batch_size: int, seed: int, augment: bool, step: int
+  ) -> Batch:
+    first = step * batch_size
+    epochs, positions = np.divmod(
+      np.arange(first, first + batch_size), len(self)
+    )
+    indices = np.empty(batch_size, np.int64)
+    for epoch in np.unique(epochs):
+      here = epochs == epoch
+      indices[here] = _order(len(self), seed, int(epoch))[positions[here]]
+    images, labels = self._read(indices)
+    if augment and self._augment is not None:
+      rng = np.random.default_rng((seed, 1, step))
+      images = self._augment(images, self.image_shape[0], rng)
+    else:
+      images = self._resize(images)
+    return self._batch(images, labels)
+
+  def _read(self, indices: np.ndarray) -> tuple[Any, np.ndarray]:
+    if self._cached:
+      # One thread decodes, and the others wait for it.
+      with self._lock:
+        images, labels = self._memory
+      return images[indices], labels[indices]
+    return self._read_records(indices)
+
+  def _read_records(
+    self, indices: np.ndarray
+  ) -> tuple[list[np.ndarray], np.ndarray]:
+    examples = self._records.__getitems__([int(i) for i in indices])
+    labels = [example[self._config.label_key] for example in examples]
+    images = [example[self._config.image_key] for example in examples]
+    return images, np.asarray(labels, np.int32)
+
+  @functools.cached_property
+  def _memory(self) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = self._read_records(np.arange(len(self)))
+    return self._resize(images), labels
+
+  def _resize(self, images: Any) -> np.ndarray:
+    size, fraction = self.image_shape[0], self._config.crop_fraction
+    return augment_lib.resize(images, size, fraction)
+
+  def _batch(self, images: np.ndarray, labels: np.ndarray) -> Batch:
+    mean = np.float32(255) * np.asarray(self._config.mean, np.float32)
+    std = np.float32(255) * np.asarray(self._config.std, np.float32)
+    return {'image': (images - mean) / std, 'label': labels}
+
+
+def load(config: Any) -> dict[str, Source]:
+  """Opens the four splits of a prepared TFDS set.
+
+  The embedded set `sk_digits` is prepared when it is not there; it needs no
+  network. Every other set must have been prepared, as array_record or as
+  TFRecord; nothing is ever downloaded.
+
+  Args:
+    config: a `DataConfig`, or a mapping of its fields.
+
+  Returns:
+    A `Source` for each of `SPLITS`.
+
+  Raises:
+    FileNotFoundError: the set is not prepared in `data_dir`.
+    ValueError: unknown name, split, feature or augmentation; splits that
+      overlap or are empty; images of varying size without `image_size`.
+  """
+  config = options.from_config(DataConfig, config, 'config.data')
+  _check_augment(config)
+  builder = _builder(config)
+  specs = _specs(config, builder)
+  shape, num_classes = _features(config, builder)
+  instructions = {
+    split: _instructions(builder, split, spec) for split, spec in specs.items()
+  }
+  _check_disjoint(instructions, specs)
+  sources = {}
+  for split, spec in specs.items():
+    sources[split] = Source(
+      _records(builder, spec, instructions[split]),
+      config,
+      num_classes=num_classes,
+      stored_shape=shape,
+    )
+  return sources
+
+
+def _builder(config: DataConfig) -> Any:
+  import tensorflow_datasets as tfds
+
+  where = config.data_dir or tfds.core.constants.DATA_DIR
+  if config.name == 'sk_digits':
+    return _digits_builder(config.data_dir)
+  try:
+    builder = tfds.builder(config.name, data_dir=config.data_dir)
+  except tfds.core.registered.DatasetNotFoundError:
+    names = tfds.list_builders(with_community_datasets=False)
+    close = difflib.get_close_matches(config.name, [*names, 'sk_digits'], 1)
+    hint = f'; did you mean {close[0]!r}?' if close else '.'
+    raise ValueError(
+      f'TFDS knows no data set {config.name!r}, and {where} holds none of '
+      f'that name{hint}'
+    ) from None
+  except (ValueError, AssertionError) as error:
+    reason = str(error).strip().split('\n')[0]
+    raise ValueError(f'config.data.name={config.name!r}: {reason}') from None
+  if not builder.is_prepared():
+    raise FileNotFoundError(
+      f'{config.name} is not prepared in {where}. Set config.data.data_dir to '
+      'the directory that holds it, or prepare it once with: '
+      'python -c "import tensorflow_datasets as tfds; '
+      f"tfds.builder('{config.name}', data_dir=DIR, "
+      "file_format='array_record').download_and_prepare()\""
+    )
+  return builder
+
+
+def _digits_builder(data_dir: str | None) -> Any:
+  import tensorflow_datasets as tfds
+
+  from utilized_rank import digits
+
+  builder = digits.SkDigits(data_dir=data_dir)
+  if builder.is_prepared():
+    return builder
+  tfds.disable_progress_bar()
+  builder = digits.SkDigits(data_dir=data_dir, file_format='array_record')
+  try:
+    builder.download_and_prepare()
+  except Exception:
+    # Another process may have finished the same directory meanwhile.
+    builder = digits.SkDigits(data_dir=data_dir)
+    if not builder.is_prepared():
+      raise
+  return builder
+
+
+def _specs(config: DataConfig, builder: Any) -> dict[str, str]:
+  given = {split: split for split in SPLITS}
+  if config.splits is not None:
+    given = {key: config.splits[key] for key in config.splits.keys()}
+  if sorted(given) != sorted(SPLITS):
+    raise ValueError(
+      f'config.data.splits has the keys {sorted(given)}; it takes '
+      f'{", ".join(SPLITS)}.'
+    )
+  missing = [split for split in given.values() if not _known(builder, split)]
+  if missing:
+    raise ValueError(
+      f'{config.name} has the splits {", ".join(builder.info.splits)}; '
+      f'{missing[0]!r} is none of them. Set config.data.splits to slices of '
+      "them, such as train='train[:90%]', calibration='train[90%:92%]', "
+      "validation='train[92%:]', test='test'."
+    )
+  return {split: given[split] for split in SPLITS}
+
+
+def _known(builder: Any, spec: str) -> bool:
+  try:
+    builder.info.splits[spec]
+  except (KeyError, ValueError):
+    return False
+  return True
+
+
+def _features(
+  config: DataConfig, builder: Any
+) -> tuple[tuple[int | None, ...], int]:
+  import tensorflow_datasets as tfds
+
+  features = builder.info.features
+  for key in (config.image_key, config.label_key):
+    if key not in features:
+      raise ValueError(
+        f'{config.name} has the features {", ".join(features)}; {key!r} is '
+        'none of them. Set config.data.image_key and config.data.label_key.'
+      )
+  image, label = features[config.image_key], features[config.label_key]
+  if not isinstance(image, tfds.features.Image):
+    raise ValueError(
+      f'the feature {config.image_key!r} of {config.name} is '
+      f'{type(image).__name__}; it must be an Image.'
+    )
+  if not isinstance(label, tfds.features.ClassLabel):
+    raise ValueError(
+      f'the feature {config.label_key!r} of {config.name} is '
+      f'{type(label).__name__}; it must be a ClassLabel.'
+    )
+  shape = tuple(image.shape)
+  square = shape[0] is not None and shape[0] == shape[1]
+  if config.image_size is None and not square:
+    raise ValueError(
+      f'the images of {config.name} have shape {shape}; set '
+      'config.data.image_size to bring them to one square size.'
+    )
+  for name in ('mean', 'std'):
+    if len(getattr(config, name)) not in (1, shape[-1]):
+      raise ValueError(
+        f'config.data.{name} has {len(getattr(config, name))} values; the '
+        f'images of {config.name} have {shape[-1]} channels.'
+      )
+  return shape, label.num_classes
+
+
+def _check_augment(config: DataConfig) -> None:
+  if config.augment not in (None, *augment_lib.AUGMENTATIONS):
+    raise ValueError(
+      f'config.data.augment={config.augment!r}; it is None or one of '
+      f'{", ".join(augment_lib.AUGMENTATIONS)}.'
+    )
+
+
+def _instructions(builder: Any, split: str, spec: str) -> list[Any]:
+  instructions = [
+    i for i in builder.info.splits[spec].file_instructions if i.take
+  ]
+  if not instructions:
+    raise ValueError(
+      f'config.data.splits.{split}={spec!r} selects no image of '
+      f'{builder.info.name}.'
+    )
+  return instructions
+
+
+def _check_disjoint(
+  instructions: Mapping[str, list[Any]], specs: Mapping[str, str]
+) -> None:
+  for one, other in itertools.combinations(instructions, 2):
+    shared = 0
+    for a in instructions[one]:
+      for b in instructions[other]:
+        if a.filename == b.filename:
+          stop = min(a.skip + a.take, b.skip + b.take)
+          shared += max(0, stop - max(a.skip, b.skip))
+    if shared:
+      raise ValueError(
+        f'config.data.splits.{one}={specs[one]!r} and '
+        f'config.data.splits.{other}={specs[other]!r} share {shared} images; '
+        'choose slices that do not overlap.'
+      )
+
+
+def _records(builder: Any, spec: str, instructions: list[Any]) -> Any:
+  file_format = builder.info.file_format.value
+  if file_format == 'array_record':
+    return builder.as_data_source(split=spec)
+  if file_format == 'tfrecord':
+    return tfrecord.TfRecords(instructions, builder.info.features)
+  raise ValueError(
+    f'{builder.info.name} is stored as {file_format}; array_record and '
+    'tfrecord are read.'
+  )
+
+
+@functools.lru_cache(maxsize=4)
+def _order(length: int, seed: int, epoch: int) -> np.ndarray:
+  return np.random.default_rng((seed, 0, epoch)).permutation(length)
+
+
+def _ahead(make: Any, arguments: Any) -> Iterator[Batch]:
+  """Yields `make(a)` in order while threads work on the next ones."""
+  # Decoding and most of numpy release the interpreter's lock.
+  workers = min(os.cpu_count() or 1, PREFETCH)
+  arguments = iter(arguments)
+  with contextlib.ExitStack() as stack:
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    # Runs when the consumer drops the iterator, too; nothing is waited for.
+    stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+    pending = collections.deque(
+      pool.submit(make, a) for a in itertools.islice(arguments, PREFETCH)
+    )
+    while pending:
+      yield pending.popleft().result()
+      for a in itertools.islice(arguments, 1):
+        pending.append(pool.submit(make, a))

@@ -1,0 +1,211 @@
+"""From measured kernels to low-rank factors, or to projected kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from utilized_rank import lowrank
+from utilized_rank import paths
+from utilized_rank import subspace
+from utilized_rank.kernels import Kernel, kernels
+from utilized_rank.layout import Layout
+from utilized_rank.lowrank import LowRank
+from utilized_rank.moments import Moments
+from utilized_rank.ranks import Ranks, check_energy, check_ranks
+from utilized_rank.subspace import Factors
+
+Energies = float | Mapping[str, float | tuple[float, float]]
+
+
+def project(
+    params: Any,
+    moments: Moments,
+    *,
+    energy: Energies = 0.99,
+    centered: bool = False,
+) -> Any:
+  """The paper's transformation W' = P_S W P_T: same tree, same shapes.
+
+  Args:
+    params: dense parameters.
+    moments: moments of their kernels.
+    energy: share of both spectra to keep, in (0, 1]; or a mapping from path
+      to a share, or to a pair (e_S, e_T). Paths that it lacks stay as they
+      are.
+    centered: take the spectra about the mean.
+
+  Returns:
+    The parameters with projected kernels; the function they compute on the
+    data changes by the discarded energy.
+
+  Raises:
+    ValueError: an energy is outside (0, 1], or a path has no moments.
+
+  Source: arXiv 2407.04797, W' = P_S W P_T (rows of X act from the left).
+  """
+  per_path = (
+      energy if isinstance(energy, Mapping) else dict.fromkeys(moments, energy)
+  )
+  named, treedef = paths.flatten(params, lowrank.is_low_rank)
+  for path, members in kernels(
+      params, moments, centered=centered, only=per_path
+  ):
+    share = per_path[path]
+    e_s, e_t = share if isinstance(share, tuple) else (share, share)
+    projected = np.stack([
+        subspace.project(
+            k.w, _lead(k.in_basis, check_energy(e_s)),
+            _lead(k.out_basis, check_energy(e_t)),
+        )
+        for k in members
+    ])
+    named[path] = _to_leaf(projected, moments[path].layout, named[path])
+  return paths.unflatten(treedef, named)
+
+
+def _lead(basis: subspace.Basis, share: float) -> np.ndarray:
+  return basis.vectors[:, :subspace.energy_rank(basis.values, share)]
+
+
+def factorize(
+    params: Any,
+    moments: Moments,
+    ranks: Ranks,
+    *,
+    method: str = 'output',
+    compensate_mean: bool = True,
+) -> Any:
+  """Puts `LowRank` pairs in place of kernels.
+
+  Args:
+    params: dense parameters.
+    moments: moments of their kernels.
+    ranks: path to rank; other kernels stay dense. A stack of kernels gets one
+      rank.
+    method: which W' of that rank.
+      'weight': truncated SVD of W, blind to data.
+      'utilized': the paper's P_S W P_T, at the highest shared energy whose
+        utilized rank min(k_S, k_T) is the rank asked for.
+      'output': the least error at the kernel's outputs, W U U^T.
+    compensate_mean: give the mean of what is discarded, mu (W - W'), back as
+      a constant: in the kernel's bias where the function adds one and uses it
+      for nothing else, else in `LowRank.c`. 'output' then minimises the error
+      about the mean, which never raises it.
+
+  Returns:
+    The tree with `LowRank` leaves, for `low_rank(fn)`; factors have the
+    kernels' dtype.
+
+  Raises:
+    ValueError: an unknown method or path, a rank outside [1, min(d, m)], or
+      moments of other shapes.
+
+  >>> import utilized_rank as ur
+  >>> fn = lambda p, x: x @ p['w']
+  >>> params, x = {'w': jnp.eye(4)}, jnp.eye(4)[:2]
+  >>> moments = ur.capture(fn)(params, jnp.tile(x, (8, 1)))[1]
+  >>> small = factorize(params, moments, {'w': 2})
+  >>> bool(jnp.allclose(ur.low_rank(fn)(small, x), fn(params, x), atol=1e-6))
+  True
+  """
+  if method not in _METHODS:
+    raise ValueError(
+        f'unknown method {method!r}; known: {sorted(_METHODS)}'
+    )
+  check_ranks(ranks, moments)
+  named, treedef = paths.flatten(params, lowrank.is_low_rank)
+  centered = compensate_mean and method == 'output'
+  for path, members in kernels(
+      params, moments, centered=centered, only=ranks
+  ):
+    moment, leaf = moments[path], named[path]
+    pairs = [_METHODS[method](k, int(ranks[path])) for k in members]
+    constant = None
+    if compensate_mean:
+      constant = np.stack([
+          k.mean @ (k.w - f.a @ f.b)
+          for k, f in zip(members, pairs, strict=True)
+      ])
+    bias = moment.entry.bias
+    if constant is not None and bias is not None:
+      named[bias] = _add_constant(named, path, bias, constant)
+      constant = None
+    named[path] = _to_low_rank(pairs, constant, moment.layout, leaf)
+  return paths.unflatten(treedef, named)
+
+
+def _weight(kernel: Kernel, rank: int) -> Factors:
+  return subspace.weight_factors(kernel.w, rank)
+
+
+def _utilized(kernel: Kernel, rank: int) -> Factors:
+  energies = [
+      subspace.energy(b.values)[rank - 1]
+      for b in (kernel.in_basis, kernel.out_basis)
+  ]
+  shared = max(energies)
+  if not shared > 0:  # no data: nothing to project on
+    return subspace.weight_factors(kernel.w, rank)
+  sides = []
+  for basis, at_rank in zip(
+      (kernel.in_basis, kernel.out_basis), energies, strict=True
+  ):
+    # The side that reaches the energy at this rank sets the rank.
+    k = rank if at_rank == shared else max(
+        rank, subspace.energy_rank(basis.values, shared))
+    sides.append(basis.vectors[:, :k])
+  return subspace.utilized_factors(kernel.w, *sides)
+
+
+def _output(kernel: Kernel, rank: int) -> Factors:
+  return subspace.output_factors(
+      kernel.w, kernel.out_basis.vectors[:, :rank]
+  )
+
+
+_METHODS: dict[str, Callable[[Kernel, int], Factors]] = {
+    'weight': _weight,
+    'utilized': _utilized,
+    'output': _output,
+}
+
+
+def _to_low_rank(
+    pairs: list[Factors], constant: np.ndarray | None, layout: Layout,
+    leaf: Any,
+) -> LowRank:
+  groups, dtype = layout.group_shape, leaf.dtype
+  a = np.stack([f.a for f in pairs])
+  b = np.stack([f.b for f in pairs])
+  rank = a.shape[-1]
+  c = None
+  if constant is not None:
+    c = jnp.asarray(constant.reshape(groups + layout.output_shape), dtype)
+  return LowRank(
+      jnp.asarray(a.reshape(groups + layout.input_shape + (rank,)), dtype),
+      jnp.asarray(b.reshape(groups + (rank,) + layout.output_shape), dtype),
+      c, layout,
+  )
+
+
+def _to_leaf(matrices: np.ndarray, layout: Layout, leaf: Any) -> Any:
+  stacked = matrices.reshape(layout.group_shape + layout.matrix_shape)
+  return jnp.asarray(layout.from_matrices(stacked), leaf.dtype)
+
+
+def _add_constant(
+    named: dict[str, Any], path: str, bias: str, constant: np.ndarray
+) -> Any:
+  if bias not in named or named[bias].size != constant.size:
+    raise ValueError(
+        f'{path!r} had the bias {bias!r} of {constant.size} numbers when its '
+        'moments were collected; these parameters do not'
+    )
+  old = named[bias]
+  return jnp.asarray(
+      np.asarray(old, np.float64) + constant.reshape(old.shape), old.dtype
+  )

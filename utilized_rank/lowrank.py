@@ -1,0 +1,290 @@
+"""The `LowRank` leaf, and functions that run on trees that hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+import warnings
+
+import jax
+import jax.numpy as jnp
+
+from utilized_rank import compat
+from utilized_rank import paths
+from utilized_rank import products
+from utilized_rank import tracing
+from utilized_rank.interpret import Loop, Output, Param, Walk
+from utilized_rank.layout import Atoms, Layout, View, pieces_of
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+  """A kernel as a pair of factors: W = A B as a matrix, per group.
+
+  Invariant: `layout.to_matrices(dense)` equals the matrix product of `a` and
+  `b` over the rank. The factors keep the kernel's own axes, in the kernel's
+  order, so that sharding rules for its heads, experts and channels still
+  apply.
+
+  Attributes:
+    a: (*groups, *inputs, r).
+    b: (*groups, r, *outputs).
+    c: None, or a constant added to the product's output, (*groups, *outputs):
+      the mean of what the factors leave out, where the kernel has no bias
+      to take it.
+    layout: how the dense leaf is read as matrices (static).
+
+  >>> layout = Layout.of((4, 3), inputs=(0,), outputs=(1,))
+  >>> w = LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), None, layout)
+  >>> w.rank, w.shape, w.dense().shape
+  (1, (4, 3), (4, 3))
+  """
+
+  a: Any
+  b: Any
+  c: Any
+  layout: Layout
+
+  @property
+  def rank(self) -> int:
+    return self.a.shape[-1]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of the dense kernel."""
+    return self.layout.shape
+
+  @property
+  def dtype(self) -> Any:
+    return self.a.dtype
+
+  def dense(self) -> jax.Array:
+    """The kernel multiplied out; `c` is not part of it."""
+    return _dense(self.a, self.b, self.layout)
+
+  def tree_flatten_with_keys(self):
+    key = jax.tree_util.GetAttrKey
+    return (
+        ((key('a'), self.a), (key('b'), self.b), (key('c'), self.c)),
+        self.layout,
+    )
+
+  @classmethod
+  def tree_unflatten(cls, layout, children) -> LowRank:
+    return cls(*children, layout)
+
+
+def is_low_rank(leaf: Any) -> bool:
+  """Whether a leaf is a `LowRank`; for `is_leaf=` of tree functions."""
+  return isinstance(leaf, LowRank)
+
+
+def _dense(a: Any, b: Any, layout: Layout) -> Any:
+  groups, rank = layout.group_shape, a.shape[-1]
+  d, m = layout.matrix_shape
+  matrices = jnp.matmul(
+      a.reshape(*groups, d, rank), b.reshape(*groups, rank, m),
+      precision=jax.lax.Precision.HIGHEST,
+  )
+  return layout.from_matrices(matrices)
+
+
+def merge(tree: Any) -> Any:
+  """Multiplies every `LowRank` leaf out: the stock model's tree again.
+
+  Args:
+    tree: parameters with `LowRank` leaves.
+
+  Returns:
+    The tree of dense kernels, shapes and dtypes as before factorization.
+
+  Raises:
+    ValueError: a leaf has a constant `c`, which no kernel can hold.
+
+  >>> layout = Layout.of((4, 3), inputs=(0,), outputs=(1,))
+  >>> w = LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), None, layout)
+  >>> merge({'w': w})['w'].shape
+  (4, 3)
+  """
+  named, treedef = paths.flatten(tree, is_low_rank)
+  for path, leaf in named.items():
+    if is_low_rank(leaf):
+      if leaf.c is not None:
+        raise ValueError(
+            f'{path!r} has a constant of shape {tuple(leaf.c.shape)} at its '
+            'output and no bias to hold it; factorize with '
+            'compensate_mean=False to get a tree that can be merged'
+        )
+      named[path] = leaf.dense()
+  return paths.unflatten(treedef, named)
+
+
+def count_params(tree: Any) -> int:
+  """Number of scalars in a tree; works on shapes as well.
+
+  >>> count_params({'w': jnp.zeros((4, 3)), 'b': jnp.zeros(3)})
+  15
+  """
+  return sum(
+      leaf.size for leaf in jax.tree.leaves(tree) if tracing.is_array(leaf)
+  )
+
+
+def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes `fn` run on a tree with `LowRank` leaves, never multiplying out.
+
+  At every product of an activation x with such a kernel, x W becomes
+  (x A) B (+ c); a convolution becomes one with r outputs and a 1x1. Works
+  under and over `jit`, `grad`, `vmap`, `remat` and `scan`. A leaf that meets
+  anything but a product (an embedding's lookup, say) is multiplied out there,
+  and a warning says so once per place.
+
+  Args:
+    fn: `fn(params, *args, **kwargs)`, the dense model's own function.
+
+  Returns:
+    A function of the same signature. It re-reads the model's trace at every
+    call: jit it, or what calls it.
+
+  >>> layout = Layout.of((4, 3), inputs=(0,), outputs=(1,))
+  >>> w = LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), None, layout)
+  >>> low_rank(lambda params, x: x @ params['w'])({'w': w}, jnp.ones((2, 4)))
+  Array([[4., 4., 4.],
+         [4., 4., 4.]], dtype=float32)
+  """
+
+  @functools.wraps(fn)
+  def factored(params, *args, **kwargs):
+    traced = tracing.trace(
+        fn, params, args, kwargs, is_low_rank,
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        if is_low_rank(leaf) else leaf,
+    )
+    values = [
+        Param(
+            View.of_leaf(p, leaf.shape, leaf.dtype, leaf.layout.atoms),
+            _Factored.of(leaf),
+        )
+        if is_low_rank(leaf) else leaf
+        for p, leaf in traced.params.items()
+    ]
+    walk = Walk(_Substitution())
+    outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
+    return jax.tree.unflatten(
+        traced.out_tree, [walk.materialise(v, 'output') for v in outs]
+    )
+
+  return factored
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class _Factored:
+  """A `LowRank` leaf inside a walk; `present` groups are still axes."""
+
+  factors: products.Factors
+
+  @classmethod
+  def of(cls, leaf: LowRank) -> _Factored:
+    return cls(products.Factors(
+        leaf.a, leaf.b, leaf.c, leaf.layout, leaf.layout.groups
+    ))
+
+  def tree_flatten(self):
+    f = self.factors
+    return (f.a, f.b, f.c), (f.layout, f.present)
+
+  @classmethod
+  def tree_unflatten(cls, static, children) -> _Factored:
+    return cls(products.Factors(*children, *static))
+
+  def relayout(self, eqn: Any, view: View) -> _Factored:
+    del eqn, view
+    return self
+
+  def _group_axis(self, view: View, axis: int) -> int | None:
+    """Which axis of the factors a view's axis is, if it is a group's."""
+    factors = self.factors
+    pieces = pieces_of(factors.layout.atoms, view.atoms)
+    for i, group in enumerate(factors.present):
+      if view.axes[axis] == pieces[group]:
+        return i
+    return None
+
+  def _without(self, axis: int, pick: Callable[[Any], Any]) -> _Factored:
+    f = self.factors
+    present: Atoms = f.present[:axis] + f.present[axis + 1:]
+    arrays = jax.tree.map(pick, (f.a, f.b, f.c))
+    return _Factored(products.Factors(*arrays, f.layout, present))
+
+  def index(self, view: View, axis: int, at: Any) -> _Factored | None:
+    group = self._group_axis(view, axis)
+    if group is None:
+      return None
+    return self._without(group, lambda array: jax.lax.dynamic_index_in_dim(
+        array, at, group, keepdims=False))
+
+  def unstack(self, view: View):
+    group = self._group_axis(view, 0)
+    if group is None:
+      return None
+    f = self.factors
+    arrays = jax.tree.map(
+        lambda array: jnp.moveaxis(array, group, 0), (f.a, f.b, f.c)
+    )
+    present = f.present[:group] + f.present[group + 1:]
+    return arrays, lambda x: _Factored(
+        products.Factors(*x, f.layout, present)
+    )
+
+  def materialise(self, view: View) -> Any:
+    f = self.factors
+    sizes = f.layout.sizes
+    d, m = f.layout.matrix_shape
+    lead = sizes(f.present)
+    rank = f.a.shape[-1]
+    matrices = jnp.matmul(
+        f.a.reshape(*lead, d, rank), f.b.reshape(*lead, rank, m),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    order = f.present + f.layout.inputs + f.layout.outputs
+    left = sorted(order)
+    array = matrices.reshape(sizes(order))
+    return view.build(array.transpose([order.index(a) for a in left]))
+
+
+class _Substitution:
+  """Visitor that runs products with factors."""
+
+  def wants(self, view: View) -> bool:
+    return True
+
+  def dropped(self, view: View, reason: str) -> None:
+    warnings.warn(
+        f'{view.path!r} is low-rank but meets {reason!r}, which is no product '
+        'with an activation: it is multiplied out there',
+        stacklevel=2,
+    )
+
+  def product(self, eqn, operands, which, walk):
+    param = operands[which]
+    found = products.describe(eqn, param.view, which)
+    factors = param.payload.factors
+    if isinstance(found, str):
+      reason = found
+    elif not products.fits(factors, found):
+      reason = f'{eqn.primitive.name} over other axes than it was factored for'
+    else:
+      return found.factored(operands[1 - which], factors)
+    plain = list(operands)
+    plain[which] = walk.materialise(param, reason)
+    return compat.bind(eqn, plain)[0]
+
+  def biased(self, output: Output, bias: Param) -> bool:
+    raise AssertionError('no outputs are followed when factors run')
+
+  def stacked(self, use: Any, loop: Loop, size: int, is_stacked: bool) -> Any:
+    raise AssertionError('nothing is emitted when factors run')

@@ -1,0 +1,1 @@
+"""Model definitions whose parameter trees match published checkpoints."""

@@ -1,0 +1,177 @@
+"""Sums over data, and what they say: means and second moments per kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from utilized_rank import paths
+from utilized_rank.layout import Layout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+  """Running sums over the rows that one or more kernels read.
+
+  Plain sums: adding two of them is adding two data sets, and a `psum` over
+  devices is the reduction.
+
+  Attributes:
+    count: n, number of rows.  # shape=(*groups,), dtype=int32
+    total: s = sum x.  # shape=(*groups, d), dtype=float32
+    second: C = sum x x^T.  # shape=(*groups, d, d), dtype=float32
+  """
+
+  count: Any
+  total: Any
+  second: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """Where a kernel's sums are, and how the kernel is read as a matrix.
+
+  Attributes:
+    path: the leaf's path.
+    layout: the leaf as one matrix per group.
+    index: position of its sums in `Moments.sums`; q, k and v share one.
+    bias: path of the leaf that is added to this product and to nothing else,
+      or None; a constant output can be moved there.
+    kind: 'dot' or 'conv'.
+  """
+
+  path: str
+  layout: Layout
+  index: int
+  bias: str | None
+  kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+  """Moments of one kernel's inputs. Rows are x, of d features.
+
+  A leaf that holds several kernels (scan steps, experts) has leading group
+  axes in every array.
+  """
+
+  entry: Entry
+  sums: Sums
+
+  @property
+  def layout(self) -> Layout:
+    return self.entry.layout
+
+  @property
+  def count(self) -> Any:
+    """n, shape (*groups,)."""
+    return self.sums.count
+
+  @property
+  def mean(self) -> Any:
+    """mu = s / n, shape (*groups, d)."""
+    return self.sums.total / _divisor(self.sums.count)[..., None]
+
+  @property
+  def second(self) -> Any:
+    """S = C / n, uncentred, shape (*groups, d, d)."""
+    return self.sums.second / _divisor(self.sums.count)[..., None, None]
+
+  @property
+  def covariance(self) -> Any:
+    """S_c = S - mu mu^T, centred, shape (*groups, d, d)."""
+    mean = self.mean
+    return self.second - mean[..., :, None] * mean[..., None, :]
+
+
+def _divisor(count: Any) -> Any:
+  # Branches that were never taken and experts that no token reached have no
+  # rows; their moments are zero, not NaN.
+  at_least_one = (jnp if isinstance(count, jax.Array) else np).maximum(count, 1)
+  return at_least_one.astype(np.float32)
+
+
+@jax.tree_util.register_pytree_node_class
+class Moments(Mapping[str, Moment]):
+  """Moments of every selected kernel: a mapping from leaf path to `Moment`.
+
+  A pytree of plain sums; kernels that read one value share one `Sums`. The
+  table of entries is static, so moments can be jitted over, reduced with
+  `jax.lax.psum` and donated.
+
+  >>> import utilized_rank as ur
+  >>> fn = lambda params, x: x @ params['w']
+  >>> params = {'w': jnp.ones((2, 3))}
+  >>> _, moments = ur.capture(fn)(params, jnp.array([[1.0, 2.0]]))
+  >>> moments['w'].second.tolist()
+  [[1.0, 2.0], [2.0, 4.0]]
+  """
+
+  def __init__(self, table: tuple[Entry, ...], sums: tuple[Sums, ...]):
+    self.table = table
+    self.sums = sums
+    self._entries = {entry.path: entry for entry in table}
+
+  def tree_flatten(self) -> tuple[tuple[Sums, ...], tuple[Entry, ...]]:
+    return self.sums, self.table
+
+  @classmethod
+  def tree_unflatten(cls, table, sums) -> Moments:
+    return cls(table, tuple(sums))
+
+  def __getitem__(self, path: str) -> Moment:
+    if path not in self._entries:
+      raise KeyError(
+          'no moments for ' + paths.unknown(path, self._entries)
+      )
+    entry = self._entries[path]
+    return Moment(entry, self.sums[entry.index])
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._entries)
+
+  def __len__(self) -> int:
+    return len(self._entries)
+
+  def __repr__(self) -> str:
+    return f'Moments({len(self)} kernels, {len(self.sums)} distinct inputs)'
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+  """Adds the moments of two data sets.
+
+  Raises:
+    ValueError: they are of different kernels, or of different shapes.
+
+  >>> import utilized_rank as ur
+  >>> one = ur.capture(lambda p, x: x @ p)(jnp.eye(2), jnp.ones((3, 2)))[1]
+  >>> int(merge_moments(one, one)[''].count)
+  6
+  """
+  ours, theirs = ({e.path: e for e in m.table} for m in (a, b))
+  for path in [*ours, *theirs]:
+    if path not in ours or path not in theirs:
+      has, lacks = ('first', 'second') if path in ours else (
+          'second', 'first')
+      raise ValueError(
+          f'moments of {path!r} are in the {has} argument and not in the '
+          f'{lacks}; merge moments collected with one function and selection'
+      )
+    if ours[path].layout != theirs[path].layout:
+      raise ValueError(
+          f'moments of {path!r} are over {ours[path].layout.shape} in the '
+          f'first argument and {theirs[path].layout.shape} in the second'
+      )
+  if [e.index for e in a.table] != [theirs[e.path].index for e in a.table]:
+    raise ValueError(
+        'the two moments share inputs differently; they come from different '
+        'functions'
+    )
+  add = lambda x, y: x + y
+  return Moments(a.table, jax.tree.map(add, a.sums, b.sums))

@@ -1,0 +1,78 @@
+"""Gram matrices on the device, eigendecompositions on the host.
+
+Sums over data are taken in float32 (float64 where the data is) at the highest
+matmul precision, whatever the activations' dtype: a bfloat16 sum stops growing
+after a few hundred additions, and a TPU multiplies float32 in bfloat16 passes
+unless told otherwise.
+
+Decompositions of the finished sums are done once per kernel, in float64 with
+LAPACK: the small eigenvalues decide the ranks at 99.9 % energy, and the
+accelerators' solvers are float32, slow to compile at these sizes and known to
+return NaN in silence (jax-ml/jax#1628, #32641).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Eigenvalues below this share of the largest are rounding of a float32 sum.
+EIGENVALUE_FLOOR = float(np.finfo(np.float32).eps)
+
+
+def gram(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Sums over the rows of `x`: s = sum x and C = sum x x^T.
+
+  Args:
+    x: (*groups, n, d), any real dtype.
+
+  Returns:
+    s of shape (*groups, d) and C of shape (*groups, d, d), float32, or
+    float64 for float64 rows.
+
+  >>> s, c = gram(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+  >>> s.tolist(), c.tolist()
+  ([4.0, 6.0], [[10.0, 14.0], [14.0, 20.0]])
+  """
+  dtype = accumulator_dtype(x.dtype)
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    x = x.astype(dtype)
+  second = jnp.einsum(
+      '...nd,...ne->...de', x, x,
+      precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype,
+  )
+  return jnp.sum(x, axis=-2, dtype=dtype), second
+
+
+def accumulator_dtype(dtype: Any) -> Any:
+  """float64 for float64, float32 for everything else."""
+  return jnp.promote_types(jnp.float32, dtype) if jnp.issubdtype(
+      dtype, jnp.floating) else jnp.float32
+
+
+def eigh(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
+  """Eigenvalues, descending, and eigenvectors of PSD matrices, in float64.
+
+  Args:
+    matrix: (*groups, d, d), symmetric up to rounding.
+
+  Returns:
+    Values (*groups, d), those that are rounding noise set to zero, and the
+    vectors in the columns of (*groups, d, d).
+
+  Raises:
+    FloatingPointError: the matrix holds NaN or infinity.
+  """
+  matrix = np.asarray(matrix, np.float64)
+  if not np.all(np.isfinite(matrix)):
+    raise FloatingPointError(
+        f'a {matrix.shape} moment holds NaN or infinite numbers'
+    )
+  symmetric = (matrix + np.swapaxes(matrix, -1, -2)) / 2
+  values, vectors = np.linalg.eigh(symmetric)
+  values, vectors = values[..., ::-1], vectors[..., ::-1]
+  floor = EIGENVALUE_FLOOR * np.maximum(values[..., :1], 0)
+  return np.where(values > floor, values, 0.0), vectors

@@ -1,0 +1,86 @@
+"""Names of the leaves of a parameter tree, and rules over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+import difflib
+import re
+from typing import Any
+
+import jax
+
+Rules = Sequence[tuple[str, bool]]
+
+
+def flatten(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[dict[str, Any], Any]:
+  """Flattens a tree to a dict from path to leaf, in the tree's own order.
+
+  >>> flatten({'a': [1, {'b': 2}]})[0]
+  {'a/0': 1, 'a/1/b': 2}
+
+  Raises:
+    ValueError: two leaves have the same path.
+  """
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+  named = {}
+  for keys, leaf in leaves:
+    path = jax.tree_util.keystr(keys, simple=True, separator='/')
+    if path in named:
+      raise ValueError(f'two leaves of the tree have the path {path!r}')
+    named[path] = leaf
+  return named, treedef
+
+
+def unflatten(treedef: Any, named: dict[str, Any]) -> Any:
+  """Undoes `flatten`."""
+  return jax.tree_util.tree_unflatten(treedef, list(named.values()))
+
+
+def select(paths: Iterable[str], rules: Rules) -> dict[str, bool]:
+  """Applies ordered `(regex, bool)` rules: full match, the first one wins.
+
+  A path that no rule matches is not selected.
+
+  >>> select(['a/kernel', 'head/kernel'],
+  ...        [('head/.*', False), ('.*kernel', True)])
+  {'a/kernel': True, 'head/kernel': False}
+
+  Raises:
+    ValueError: a rule is no valid regular expression, or matched no path.
+  """
+  compiled = []
+  for rule in rules:
+    try:
+      pattern, keep = rule
+      compiled.append((re.compile(pattern), bool(keep)))
+    except (TypeError, ValueError, re.error) as error:
+      raise ValueError(
+          f'select rule {rule!r} is not a (regex, bool) pair: {error}'
+      ) from error
+  used = set()
+  selected = {}
+  paths = list(paths)
+  for path in paths:
+    selected[path] = False
+    for i, (pattern, keep) in enumerate(compiled):
+      if pattern.fullmatch(path):
+        used.add(i)
+        selected[path] = keep
+        break
+  for i, (pattern, _) in enumerate(compiled):
+    if i not in used:
+      raise ValueError(
+          f'select rule {pattern.pattern!r} matched no leaf (rules are full '
+          f'matches, the first one wins); paths look like {paths[:4]}'
+      )
+  return selected
+
+
+def unknown(path: str, known: Iterable[str]) -> str:
+  """The part of an error message that helps with a mistyped path."""
+  known = list(known)
+  close = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
+  hint = f'did you mean {close}?' if close else f'known: {known[:6]}'
+  return f'{path!r}; {hint}'

@@ -1,0 +1,219 @@
+"""What `measure` returns: the utilization of every layer, and their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from utilized_rank import paths
+from utilized_rank import render
+from utilized_rank import subspace
+from utilized_rank.kernels import Kernel, kernels
+from utilized_rank.moments import Moments
+from utilized_rank.ranks import check_energy
+
+ENERGIES = (0.9, 0.95, 0.99, 0.999)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+  """Utilization of one kernel, or of one member of a stack of kernels.
+
+  Attributes:
+    path: path of the leaf in the parameter tree, keys joined by `/`.
+    index: place in the leaf's group axes (scan steps, experts); `()` for a
+      leaf that holds one kernel.
+    d_in: input features of the kernel seen as a matrix (d).
+    d_out: output features of the kernel seen as a matrix (m).
+    count: rows (samples x positions) that the moments were taken over.
+    energy: share of the spectrum that `k_in` and `k_out` keep.
+    k_in: k_S, directions of the input moment S that hold `energy`.
+    k_out: k_T, directions of the output moment T that hold `energy`.
+    spectrum_in: eigenvalues of S, shape (d_in,), descending.
+    spectrum_out: eigenvalues of T, shape (d_out,), descending.
+    error_projected: share of the output energy that the paper's
+      W' = P_S W P_T loses, E|x(W - W')|^2 / E|xW|^2.
+    error_bound: the same share for the best factor pair of the same rank.
+  """
+
+  path: str
+  index: tuple[int, ...]
+  d_in: int
+  d_out: int
+  count: int
+  energy: float
+  k_in: int
+  k_out: int
+  spectrum_in: np.ndarray
+  spectrum_out: np.ndarray
+  error_projected: float
+  error_bound: float
+
+  @property
+  def name(self) -> str:
+    """Path, with the place in the stack in brackets where there is one."""
+    where = ','.join(map(str, self.index))
+    return f'{self.path}[{where}]' if self.index else self.path
+
+  @property
+  def rank(self) -> int:
+    """r = min(k_S, k_T), the utilized rank."""
+    return min(self.k_in, self.k_out)
+
+  @property
+  def full_rank(self) -> int:
+    return min(self.d_in, self.d_out)
+
+  @property
+  def utilization(self) -> float:
+    """r / min(d, m), in [0, 1]."""
+    return self.rank / self.full_rank
+
+
+class Report(Mapping[str, LayerReport]):
+  """Utilization of every layer: a mapping from name to `LayerReport`.
+
+  Names are leaf paths, with the place in brackets for members of a stack.
+  `print(report)` is a table; `json()` and `html()` are pages of it.
+
+  Attributes:
+    energy: share of the spectra that ranks are given at.
+    centered: whether spectra are about the mean.
+  """
+
+  def __init__(
+      self, layers: Sequence[LayerReport], energy: float, centered: bool
+  ):
+    self.energy = energy
+    self.centered = centered
+    self._layers = {layer.name: layer for layer in layers}
+
+  def __getitem__(self, name: str) -> LayerReport:
+    if name not in self._layers:
+      raise KeyError('no layer ' + paths.unknown(name, self._layers))
+    return self._layers[name]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._layers)
+
+  def __len__(self) -> int:
+    return len(self._layers)
+
+  @property
+  def layers(self) -> list[LayerReport]:
+    """In the order the function computes them in."""
+    return list(self._layers.values())
+
+  @property
+  def mean_layer_utilization(self) -> float:
+    """MLU: the unweighted mean of r / min(d, m) over layers, in [0, 1]."""
+    return float(np.mean([layer.utilization for layer in self.layers]))
+
+  def utilization_at(self, energies: Sequence[float]) -> dict[float, float]:
+    """MLU at other energies, from the same spectra."""
+    return {
+        e: float(np.mean([
+            _ranks_at(layer, check_energy(e))[2] / layer.full_rank
+            for layer in self.layers
+        ]))
+        for e in energies
+    }
+
+  def __str__(self) -> str:
+    about = 'about the mean' if self.centered else 'uncentred'
+    return (
+        f'{render.layer_table(self.layers)}\n'
+        f'energy {self.energy}, spectra {about}'
+    )
+
+  def json(self, energies: Sequence[float] = ENERGIES) -> dict[str, Any]:
+    """The report as plain numbers, without the spectra."""
+    return {
+        'energy': self.energy,
+        'centered': self.centered,
+        'mean_layer_utilization': {
+            str(e): u for e, u in self.utilization_at(energies).items()
+        },
+        'layers': [
+            {
+                'path': layer.name,
+                'd_in': layer.d_in,
+                'd_out': layer.d_out,
+                'count': layer.count,
+                'k_in': layer.k_in,
+                'k_out': layer.k_out,
+                'rank': layer.rank,
+                'utilization': layer.utilization,
+                'error_projected': layer.error_projected,
+                'error_bound': layer.error_bound,
+            }
+            for layer in self.layers
+        ],
+    }
+
+
+def _ranks_at(layer: LayerReport, energy: float) -> tuple[int, int, int]:
+  k_in = subspace.energy_rank(layer.spectrum_in, energy)
+  k_out = subspace.energy_rank(layer.spectrum_out, energy)
+  return k_in, k_out, min(k_in, k_out)
+
+
+def measure(
+    params: Any,
+    moments: Moments,
+    *,
+    energy: float = 0.99,
+    centered: bool = False,
+) -> Report:
+  """Measures each kernel's utilized rank.
+
+  Args:
+    params: dense parameters.
+    moments: moments of their kernels.
+    energy: share of each spectrum to keep, in (0, 1].
+    centered: take the spectra about the mean; the paper's re-implementation
+      does not, and a large mean then dominates the energy.
+
+  Returns:
+    A `Report` with k_S, k_T, r, utilization and spectra per layer.
+
+  Raises:
+    ValueError: the energy is outside (0, 1], or the moments are not of these
+      parameters.
+
+  >>> import jax.numpy as jnp, utilized_rank as ur
+  >>> params = {'w': jnp.eye(4)}
+  >>> x = jnp.tile(jnp.eye(4)[:1], (8, 1))
+  >>> _, moments = ur.capture(lambda p, x: x @ p['w'])(params, x)
+  >>> measure(params, moments)['w'].utilization
+  0.25
+
+  Source: arXiv 2407.04797.
+  """
+  check_energy(energy)
+  layers = []
+  for _, members in kernels(params, moments, centered=centered):
+    layers += [_layer(kernel, energy) for kernel in members]
+  return Report(layers, energy, centered)
+
+
+def _layer(kernel: Kernel, energy: float) -> LayerReport:
+  d, m = kernel.w.shape
+  s, t = kernel.in_basis, kernel.out_basis
+  k_in = subspace.energy_rank(s.values, energy)
+  k_out = subspace.energy_rank(t.values, energy)
+  total = t.values.sum()
+  projected = bound = 0.0
+  if total > 0:
+    w = subspace.project(kernel.w, s.vectors[:, :k_in], t.vectors[:, :k_out])
+    projected = subspace.output_error(kernel.w - w, kernel.second) / total
+    bound = float(t.values[min(k_in, k_out):].sum() / total)
+  spectrum_out = np.zeros(m)
+  spectrum_out[:len(t.values)] = t.values
+  return LayerReport(
+      kernel.path, kernel.index, d, m, kernel.count, energy, k_in, k_out,
+      s.values, spectrum_out, projected, bound,
+  )

@@ -1,0 +1,106 @@
+"""What a walk found: for every leaf, the products it takes part in, or why
+it takes part in none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+from typing import Any
+
+from utilized_rank import paths
+from utilized_rank.layout import Layout
+from utilized_rank.moments import Entry
+
+
+@dataclasses.dataclass(frozen=True)
+class Site(Entry):
+  """A leaf that is the kernel of one or more products.
+
+  Attributes:
+    rows: rows that one call of the function contributes to each matrix.
+    uses: number of products it takes part in, per call of the function.
+    also: what else happens to the leaf (an embedding's lookup, say).
+  """
+
+  rows: int = 0
+  uses: int = 1
+  also: tuple[str, ...] = ()
+
+  @property
+  def matrix_shape(self) -> tuple[int, int]:
+    return self.layout.matrix_shape
+
+
+class Sites(Mapping[str, Site]):
+  """Every kernel of a function, by path; `unseen` says why other leaves are
+  none. `print(sites)` explains every leaf."""
+
+  def __init__(self, sites: dict[str, Site], unseen: dict[str, str],
+               shapes: dict[str, tuple[int, ...]]):
+    self._sites = sites
+    self.unseen = unseen
+    self.shapes = shapes
+
+  def __getitem__(self, path: str) -> Site:
+    if path in self._sites:
+      return self._sites[path]
+    if path in self.unseen:
+      raise KeyError(f'{path!r} is not a site: {self.unseen[path]}')
+    raise KeyError('no leaf ' + paths.unknown(path, self.shapes))
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._sites)
+
+  def __len__(self) -> int:
+    return len(self._sites)
+
+  def __str__(self) -> str:
+    rows = [('leaf', 'shape', 'groups', 'matrix', 'input', 'notes')]
+    for path, shape in self.shapes.items():
+      dims = '×'.join(map(str, shape)) or 'scalar'
+      site = self._sites.get(path)
+      if site is None:
+        rows.append((path, dims, '', '', '', '- ' + self.unseen[path]))
+        continue
+      groups = '×'.join(map(str, site.layout.group_shape))
+      matrix = '×'.join(map(str, site.matrix_shape))
+      rows.append(
+          (path, dims, groups, matrix, f'#{site.index}', _notes(site))
+      )
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    right = (False, True, True, True, True)
+    lines = []
+    for row in rows:
+      cells = [
+          cell.rjust(w) if r else cell.ljust(w)
+          for cell, w, r in zip(row, widths, right)
+      ]
+      lines.append('  '.join([*cells, row[5]]).rstrip())
+    shared = len({s.index for s in self._sites.values()})
+    lines.append(
+        f'{len(self)} kernels of {len(self.shapes)} leaves, reading {shared} '
+        'distinct inputs (equal numbers read the same value)'
+    )
+    return '\n'.join(lines)
+
+
+def _notes(site: Site) -> str:
+  notes = [site.kind if site.uses == 1 else f'{site.kind} ×{site.uses}']
+  if site.bias is not None:
+    notes.append(f'bias {site.bias.rsplit("/", 1)[-1]}')
+  if site.also:
+    notes.append('also ' + ', '.join(site.also))
+  return '; '.join(notes)
+
+
+def layout_conflict(path: str, layouts: list[Layout]) -> str:
+  """Says in which different ways a leaf is contracted."""
+  ways = sorted({
+      f'over sizes {layout.input_shape or (1,)} of {layout.shape}'
+      for layout in layouts
+  })
+  return f'{path!r} is contracted in different ways: ' + ' and '.join(ways)
+
+
+def describe_leaf(leaf: Any) -> str:
+  return f'{getattr(leaf, "dtype", type(leaf).__name__)}'

@@ -1,0 +1,106 @@
+"""From a function of parameters and other arguments to a jaxpr of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from utilized_rank import compat
+from utilized_rank import paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+  """A function, traced at one signature.
+
+  Attributes:
+    jaxpr: open jaxpr, dead code dropped; its inputs are the parameters'
+      array leaves followed by the other arguments' arrays.
+    consts: values of the jaxpr's constants.
+    params: array leaves of the parameters by path; other leaves (functions,
+      strings) are part of the trace.
+    args: the other arguments' arrays, in order.
+    out_tree: pytree structure of the outputs.
+  """
+
+  jaxpr: Any
+  consts: list[Any]
+  params: dict[str, Any]
+  args: list[Any]
+  out_tree: Any
+
+
+def is_array(leaf: Any) -> bool:
+  """Arrays, tracers, numpy arrays and shapes; not Python scalars.
+
+  Python scalars stay what they are, so `train=False` can be branched on.
+  """
+  return isinstance(
+      leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+  )
+
+
+def trace(
+    fn: Callable[..., Any],
+    params: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    is_leaf: Callable[[Any], bool] | None = None,
+    shape_of: Callable[[Any], Any] = lambda leaf: leaf,
+) -> Traced:
+  """Traces `fn(params, *args, **kwargs)`.
+
+  Args:
+    fn: any function of JAX arrays.
+    params: pytree of parameters.
+    args: positional arguments after the parameters.
+    kwargs: keyword arguments.
+    is_leaf: what else is a leaf of `params`.
+    shape_of: the array (or shape) that stands for such a leaf in the trace.
+
+  Raises:
+    ValueError: the function does not accept the parameters; the message has
+      the function's own complaint.
+  """
+  named, treedef = paths.flatten(params, is_leaf)
+  arrays = {p: v for p, v in named.items()
+            if is_array(v) or (is_leaf is not None and is_leaf(v))}
+  if not arrays:
+    raise ValueError(
+        'params holds no array: expected the parameter pytree of the function, '
+        f'got {type(params).__name__}'
+    )
+  rest, rest_def = jax.tree.flatten((tuple(args), kwargs))
+  moving = [i for i, v in enumerate(rest) if is_array(v)]
+
+  def flat(param_arrays, arg_arrays):
+    leaves = dict(named)
+    leaves.update(zip(arrays, param_arrays, strict=True))
+    others = list(rest)
+    for i, value in zip(moving, arg_arrays, strict=True):
+      others[i] = value
+    args, kwargs = jax.tree.unflatten(rest_def, others)
+    return fn(paths.unflatten(treedef, leaves), *args, **kwargs)
+
+  shapes = [shape_of(v) for v in arrays.values()]
+  arg_arrays = [rest[i] for i in moving]
+  try:
+    jaxpr, consts, out_shape = compat.trace(flat, (shapes, arg_arrays))
+  except Exception as error:
+    if isinstance(error, jax.errors.JAXTypeError):
+      raise
+    first = next(iter(arrays))
+    raise ValueError(
+        f'the function does not accept these parameters ({len(arrays)} arrays, '
+        f'the first at {first!r} of shape '
+        f'{tuple(shape_of(arrays[first]).shape)}) and arguments '
+        f'({[tuple(a.shape) for a in arg_arrays]}): '
+        f'{type(error).__name__}: {error}'
+    ) from error
+  return Traced(
+      jaxpr, consts, arrays, arg_arrays, jax.tree.structure(out_shape)
+  )
