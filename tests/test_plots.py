@@ -6,6 +6,8 @@ import re
 import numpy as np
 import pytest
 
+from utilized_rank import depth
+from utilized_rank import look
 from utilized_rank import plots
 from utilized_rank import report
 
@@ -85,62 +87,62 @@ TREES = {
 }
 
 KINDS = {
-  'vit': ('query', 'out', 'Dense_0', 'Dense_1', plots.OTHERS),
+  'vit': ('query', 'out', 'Dense_0', 'Dense_1', depth.OTHERS),
   'mlp': ('Dense',),
-  'resnet': ('Conv_0', 'Conv_1', plots.OTHERS),
+  'resnet': ('Conv_0', 'Conv_1', depth.OTHERS),
   'scan': ('Dense_0', 'Dense_1'),
   # Nothing else tells the kind: what all paths share is not shown.
   'experts': ('block',),
   'haiku': ('linear_0', 'linear_1'),
   'nnx': ('mlp/0', 'mlp/2'),
   'single': ('kernel',),
-  'unrelated': (plots.ALL,),
-  'many': (plots.ALL,),
+  'unrelated': (depth.ALL,),
+  'many': (depth.ALL,),
 }
 
 
 @pytest.mark.parametrize('tree', TREES)
 def test_kinds_and_columns(tree):
-  plan = plots.arrange(TREES[tree])
+  plan = depth.arrange(TREES[tree])
   assert plan.kinds == KINDS[tree]
   assert len(plan.places) == len(TREES[tree])
   assert max(place.x for place in plan.places) < len(plan.ticks)
 
 
 def test_depth_is_read_from_paths_and_from_stacks():
-  assert plots.arrange(vit()).ticks == ('embedding', '0', '1', '2', 'head')
-  assert plots.arrange(vit()).axis == 'encoderblock'
-  scan = plots.arrange(TREES['scan'])
+  assert depth.arrange(vit()).ticks == ('embedding', '0', '1', '2', 'head')
+  assert depth.arrange(vit()).axis == 'encoderblock'
+  scan = depth.arrange(TREES['scan'])
   assert [place.x for place in scan.places] == [0, 1, 2, 3, 4] * 2
-  experts = plots.arrange(TREES['experts'])
+  experts = depth.arrange(TREES['experts'])
   columns = [int(place.x) for place in experts.places]
   assert columns == [0] * 4 + [1] * 4 + [2] * 4
   assert len({place.x for place in experts.places}) == 12
 
 
 def test_alphabetical_blocks_are_put_in_numeric_order():
-  plan = plots.arrange(vit(order=sorted(range(12), key=str)))
+  plan = depth.arrange(vit(order=sorted(range(12), key=str)))
   assert plan.ticks[1:-1] == tuple(map(str, range(12)))
 
 
 def test_shared_ends_keep_a_part_of_every_path():
-  assert plots.shared_ends(['a/kernel', 'a/b/kernel']) == (1, 0)
-  assert plots.shared_ends(['a/x/w', 'a/y/w', 'a/x/w']) == (1, 1)
-  assert plots.shared_ends(['a/b/c']) == (0, 0)
+  assert depth.shared_ends(['a/kernel', 'a/b/kernel']) == (1, 0)
+  assert depth.shared_ends(['a/x/w', 'a/y/w', 'a/x/w']) == (1, 1)
+  assert depth.shared_ends(['a/b/c']) == (0, 0)
 
 
 def test_large_numbers_of_kinds_are_pooled():
   layers = [layer(f'b_{i}/{c}/w') for i in range(2) for c in 'abcdefghijkl']
-  kinds = plots.arrange(layers).kinds
-  assert len(kinds) == len(plots.KIND_COLORS)
-  assert kinds[-1] == plots.OTHERS
+  kinds = depth.arrange(layers).kinds
+  assert len(kinds) == len(look.KIND_COLORS)
+  assert kinds[-1] == depth.OTHERS
 
 
 @pytest.mark.parametrize('tree', TREES)
 def test_figures_draw_without_a_warning(tree):
   layers = TREES[tree]
-  depth = plots.utilization_by_depth(layers, sides=tree == 'resnet')
-  pictures = [depth, plots.spectra(layers, 0.99)]
+  along = plots.utilization_by_depth(layers, sides=tree == 'resnet')
+  pictures = [along, plots.spectra(layers, 0.99)]
   for figure in pictures:
     stream = io.BytesIO()
     figure.savefig(stream, format='png', dpi=40)
@@ -150,7 +152,7 @@ def test_figures_draw_without_a_warning(tree):
     for part in pictures[1].subfigs[1].subfigs
     for axes in part.axes
   )
-  panels = 2 * len(plots.arrange(layers).kinds)
+  panels = 2 * len(depth.arrange(layers).kinds)
   # One curve for inputs and one for outputs, and each panel's dashed line.
   assert curves == 2 * len(layers) + panels
   assert tuple(plots.spectra_by_kind(layers, 0.99)) == KINDS[tree]
@@ -221,9 +223,3 @@ def test_bad_input_is_named():
     plots.accuracy_by_size([])
   with pytest.raises(ValueError, match=re.escape('(0, 1], got 1.5')):
     plots.spectra(TREES['mlp'], 1.5)
-
-
-def test_short_count():
-  values = (0, 12, 999, 999_499, 999_600, 12_345_678, 86.4e9, 1.5e12)
-  texts = '0', '12', '999', '999 k', '1.00 M', '12.3 M', '86.4 G', '1.50 T'
-  assert tuple(map(plots.short_count, values)) == texts

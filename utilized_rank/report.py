@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-from typing import Any
+import json
+import os
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from utilized_rank import paths
-from utilized_rank import render
 from utilized_rank import subspace
+from utilized_rank import tables
 from utilized_rank.kernels import Kernel, kernels
 from utilized_rank.moments import Moments
 from utilized_rank.ranks import check_energy
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
 
 ENERGIES = (0.9, 0.95, 0.99, 0.999)
 
@@ -77,7 +82,8 @@ class Report(Mapping[str, LayerReport]):
   """Utilization of every layer: a mapping from name to `LayerReport`.
 
   Names are leaf paths, with the place in brackets for members of a stack.
-  `print(report)` is a table; `json()` and `html()` are pages of it.
+  `print(report)` is a table, `plot()` a figure, `json()` plain numbers and
+  `html()` a page.
 
   Attributes:
     energy: share of the spectra that ranks are given at.
@@ -125,9 +131,36 @@ class Report(Mapping[str, LayerReport]):
   def __str__(self) -> str:
     about = 'about the mean' if self.centered else 'uncentred'
     return (
-        f'{render.layer_table(self.layers)}\n'
+        f'{tables.layer_table(self.layers)}\n'
         f'energy {self.energy}, spectra {about}'
     )
+
+  def html(
+      self, runs: Sequence[Mapping[str, Any]] = (),
+      meta: Mapping[str, Any] | None = None,
+  ) -> str:
+    """The report as one page that loads nothing; needs matplotlib.
+
+    Args:
+      runs: size, cost and accuracy of the dense model and of compressed
+        ones, as `tables.run_table` takes them.
+      meta: what else to say about the run, as `page.html` takes it.
+
+    >>> open('report.html', 'w').write(report.html())  # doctest: +SKIP
+    """
+    from utilized_rank import page
+
+    about = {'energy': self.energy, 'centered': self.centered, **(meta or {})}
+    return page.html(self.layers, self.utilization_at(ENERGIES), runs, about)
+
+  def plot(self) -> Figure:
+    """Utilization of every layer along the model; needs matplotlib.
+
+    >>> report.plot().savefig('depth.png')  # doctest: +SKIP
+    """
+    from utilized_rank import plots
+
+    return plots.utilization_by_depth(self.layers)
 
   def json(self, energies: Sequence[float] = ENERGIES) -> dict[str, Any]:
     """The report as plain numbers, without the spectra."""
@@ -153,6 +186,54 @@ class Report(Mapping[str, LayerReport]):
             for layer in self.layers
         ],
     }
+
+  def save(self, path: str | os.PathLike[str]) -> None:
+    """Writes the report, spectra included, as one JSON file.
+
+    A file that is there is replaced, as a whole.
+    """
+    record = {
+        'energy': self.energy,
+        'centered': self.centered,
+        'layers': [
+            {
+                **dataclasses.asdict(layer),
+                'spectrum_in': layer.spectrum_in.tolist(),
+                'spectrum_out': layer.spectrum_out.tolist(),
+            }
+            for layer in self.layers
+        ],
+    }
+    beside = f'{os.fspath(path)}.tmp'
+    with open(beside, 'w', encoding='utf-8') as f:
+      json.dump(record, f)
+    os.replace(beside, path)
+
+  @classmethod
+  def load(cls, path: str | os.PathLike[str]) -> Report:
+    """Reads what `save` wrote.
+
+    Raises:
+      ValueError: the file is damaged, or holds something else.
+    """
+    with open(path, encoding='utf-8') as f:
+      text = f.read()
+    try:
+      record = json.loads(text)
+      layers = [
+          LayerReport(**{
+              **layer,
+              'index': tuple(layer['index']),
+              'spectrum_in': np.array(layer['spectrum_in']),
+              'spectrum_out': np.array(layer['spectrum_out']),
+          })
+          for layer in record['layers']
+      ]
+      return cls(layers, record['energy'], record['centered'])
+    except (KeyError, TypeError, ValueError) as error:
+      raise ValueError(
+          f'{os.fspath(path)!r} holds no utilization report, or a damaged one'
+      ) from error
 
 
 def _ranks_at(layer: LayerReport, energy: float) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Text tables line up; the page is complete, escaped and loads nothing."""
+"""The page is complete, escaped and loads nothing."""
 
 from html.parser import HTMLParser
 import re
@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from utilized_rank import render
+from utilized_rank import page
 from utilized_rank import report
 
 MLU = {0.9: 0.123, 0.95: 0.234, 0.99: 0.352, 0.999: 0.611}
@@ -104,120 +104,39 @@ class Page(HTMLParser):
     self.text += data
 
 
-def test_layer_table_lines_up_and_fits():
-  layers = vit(4)
-  lines = render.layer_table(layers).splitlines()
-  assert lines[0] == 'layers: params/Transformer/…/kernel'
-  head, rule, *rows = lines[1:-2]
-  assert len(rows) == len(layers)
-  assert set(rule) == {'─'}
-  assert max(map(len, lines)) <= 100
-  # Columns end where their titles do.
-  for title, key in zip(
-    (' d_in', ' d_out', ' k_S', ' k_T', ' r '),
-    ('d_in', 'd_out', 'k_in', 'k_out', 'rank'),
-    strict=True,
-  ):
-    end = head.index(title) + len(title.rstrip())
-    for row, each in zip(rows, layers, strict=True):
-      assert row[:end].split()[-1] == str(getattr(each, key))
-      assert row[end : end + 1] in (' ', '')
-  end = head.index('used') + 4
-  assert all(row[end - 1] == '%' for row in rows)
-  assert len({row.split()[0] for row in rows}) == len(layers)
-  mean = np.mean([each.utilization for each in layers])
-  assert lines[-1].startswith(f'mean layer utilization {100 * mean:.1f}%')
-  assert '(12 layers, energy 0.99)' in lines[-1]
-
-
-def test_layer_table_shortens_long_names_and_keeps_them_apart():
-  layers = [
-    layer(f'params/{"a" * 40}/{"b" * 70}_{i}/{end}/kernel')
-    for i in range(3)
-    for end in ('query', 'key')
-  ]
-  rows = render.layer_table(layers).splitlines()[3:-2]
-  assert max(map(len, rows)) <= 100
-  assert len({row.split()[0] for row in rows}) == len(layers)
-  assert all('…' in row for row in rows)
-
-
-def test_layer_table_of_one_layer_and_of_stacks():
-  text = render.layer_table([layer('params/Dense_0/kernel')])
-  assert 'params/Dense_0/kernel' in text
-  assert '(1 layer, energy 0.99)' in text
-  text = render.layer_table([layer('a/b/w', index=(1, i)) for i in range(3)])
-  assert all(f'a/b/w[1,{i}] ' in text for i in range(3))
-
-
-def test_layer_table_of_200_layers():
-  layers = [layer(f'params/net_{i}/w') for i in range(200)]
-  rows = render.layer_table(layers).splitlines()[3:-2]
-  assert [row.split()[0] for row in rows] == [f'net_{i}' for i in range(200)]
-
-
-@pytest.mark.parametrize(
-  ('share', 'bar'),
-  [(0, ''), (1e-6, '▏'), (0.5, '█████'), (0.3625, '███▋'), (1, '█' * 10)],
-)
-def test_bar(share, bar):
-  assert render._bar(share) == bar
-
-
-def test_run_table():
-  lines = render.run_table(RUNS).splitlines()
-  assert len(lines) == 2 + len(RUNS)
-  assert len({len(line) for line in lines}) == 1
-  dense, half, quarter = lines[2:]
-  assert re.sub(' +', ' ', dense) == (
-    'dense 205,322 100% 6.81 M 100% 1.92 ms 100% – 98.61% –'
-  )
-  assert half.startswith('50% of block kernels, output  108,100   53%')
-  assert half.endswith('96.11%    98.33%     −0.28')
-  # What is not known is a dash, not a zero and not a crash.
-  assert re.sub(' +', ' ', quarter).endswith(
-    'kernels 59,300 29% – – – – 87.22% 98.06% −0.55'
-  )
-
-
-def test_no_change_has_a_sign_but_no_minus():
-  runs = [RUNS[0], {**RUNS[1], 'test_accuracy': 0.98609999}]
-  assert render.run_table(runs).splitlines()[-1].endswith(' +0.00')
-
-
 def test_html_is_complete_and_escaped():
   layers = [*vit(2), layer('params/<b>x&y"</b>/kernel')]
-  text = render.html(layers, MLU, RUNS, META)
-  page = Page(text)
-  assert page.names == [each.name for each in layers]
+  text = page.html(layers, MLU, RUNS, META)
+  shown = Page(text)
+  assert shown.names == [each.name for each in layers]
   for value in MLU.values():
-    assert f'{100 * value:.1f}%' in page.text
+    assert f'{100 * value:.1f}%' in shown.text
   for wanted in ('98.61%', '98.33%', '98.06%', '−0.28', '108,100', '1.31 ms'):
-    assert wanted in page.text
+    assert wanted in shown.text
   for wanted in ('uncentred', 'energy 0.99', '120.3 s', '0.10.2', '"steps": '):
-    assert wanted in page.text
+    assert wanted in shown.text
   assert '<title>Digits &lt;ViT&gt; &amp; co</title>' in text
   assert '<b>x' not in text
   assert 'alert(1)</script>' not in text
-  assert page.tags.count('script') == 1
-  assert page.tags.count('h1') == 1
-  assert page.tags.count('svg') == 2 + 4
+  assert shown.tags.count('script') == 1
+  assert shown.tags.count('h1') == 1
+  assert shown.tags.count('svg') == 2 + 4
 
 
 def test_html_loads_nothing():
-  text = render.html(vit(2), MLU, RUNS, META)
+  text = page.html(vit(2), MLU, RUNS, META)
   assert '//' not in re.sub(r'<script>.*</script>', '', text, flags=re.DOTALL)
   assert not re.search(r'https?:|@import|url\((?!#)', text)
-  page = Page(text)
-  links = [v for k, v in page.attributes if k in ('src', 'href', 'srcset')]
+  shown = Page(text)
+  links = [v for k, v in shown.attributes if k in ('src', 'href', 'srcset')]
   assert all(link.startswith('#') for link in links)
-  assert len(page.ids) == len(set(page.ids))
+  assert len(shown.ids) == len(set(shown.ids))
   targets = re.findall(r'url\(#([^)]+)\)', text) + [link[1:] for link in links]
-  assert set(targets) <= set(page.ids)
+  assert set(targets) <= set(shown.ids)
 
 
 def test_html_follows_light_and_dark():
-  text = render.html(vit(2), MLU, RUNS, META)
+  text = page.html(vit(2), MLU, RUNS, META)
   assert 'prefers-color-scheme: dark' in text
   pictures = ''.join(re.findall(r'<svg.*?</svg>', text, flags=re.DOTALL))
   assert 'var(--ink)' in pictures
@@ -231,25 +150,33 @@ def test_html_follows_light_and_dark():
 @pytest.mark.parametrize('count', [1, 200])
 def test_html_without_runs_and_meta(count):
   layers = [layer(f'params/net_{i}/w', d_in=8, d_out=8) for i in range(count)]
-  page = Page(render.html(layers, {}))
-  assert page.names == [each.name for each in layers]
-  assert 'Size and accuracy' not in page.text
+  shown = Page(page.html(layers, {}))
+  assert shown.names == [each.name for each in layers]
+  assert 'Size and accuracy' not in shown.text
 
 
 def test_html_with_unknown_errors_shows_a_dash():
   one = layer('a/w')
   object.__setattr__(one, 'error_bound', float('nan'))
-  assert 'nan%' not in render.html([one], MLU)
+  assert 'nan%' not in page.html([one], MLU)
+
+
+def test_report_makes_the_page_of_its_own_layers():
+  layers = vit(2)
+  shown = report.Report(layers, 0.99, centered=True)
+  text = shown.html(RUNS, {'title': 'Digits'})
+  assert Page(text).names == [each.name for each in layers]
+  assert '<title>Digits</title>' in text
+  assert ' centred' in text
+  (axes,) = shown.plot().axes
+  assert axes.get_ylabel() == 'layer utilization'
 
 
 def test_bad_input_is_named():
-  for function in (render.layer_table, lambda layers: render.html(layers, {})):
-    with pytest.raises(ValueError, match='no layers'):
-      function([])
-  with pytest.raises(ValueError, match='dense model first'):
-    render.run_table([])
+  with pytest.raises(ValueError, match='no layers'):
+    page.html([], {})
   bad = {k: v for k, v in RUNS[1].items() if k != 'flops'}
   with pytest.raises(ValueError, match=r"runs\[1\] lacks \['flops'\]"):
-    render.html(vit(1), MLU, [RUNS[0], bad])
+    page.html(vit(1), MLU, [RUNS[0], bad])
   with pytest.raises(ValueError, match="unknown keys \\['titel'\\]"):
-    render.html(vit(1), MLU, meta={'titel': 'x'})
+    page.html(vit(1), MLU, meta={'titel': 'x'})

@@ -1,0 +1,156 @@
+"""Text tables line up, fit, and say what they do not know."""
+
+import re
+
+import numpy as np
+import pytest
+
+from utilized_rank import report
+from utilized_rank import tables
+
+RUNS = [
+  {
+    'params_fraction': 1.0, 'params': 205_322, 'flops': 6_812_416,
+    'latency_ms': 1.92, 'test_accuracy': 0.9861,
+    'test_accuracy_before_finetune': None,
+  },
+  {
+    'params_fraction': 0.5, 'params': 108_100, 'flops': 3_512_000,
+    'latency_ms': 1.31, 'test_accuracy': 0.9833, 'method': 'output',
+    'test_accuracy_before_finetune': 0.9611,
+  },
+  {
+    'params_fraction': 0.25, 'params': 59_300, 'flops': None,
+    'latency_ms': None, 'test_accuracy': 0.9806,
+    'test_accuracy_before_finetune': 0.8722,
+  },
+]  # fmt: skip
+
+
+def layer(path, index=(), d_in=64, d_out=256, k_in=21, k_out=70):
+  return report.LayerReport(
+    path=path,
+    index=index,
+    d_in=d_in,
+    d_out=d_out,
+    count=16_384,
+    energy=0.99,
+    k_in=k_in,
+    k_out=k_out,
+    spectrum_in=0.7 ** np.arange(d_in),
+    spectrum_out=0.7 ** np.arange(d_out),
+    error_projected=0.021,
+    error_bound=0.0098,
+  )
+
+
+def vit(blocks):
+  return [
+    layer(f'params/Transformer/encoderblock_{i}/{name}/kernel', k_in=k)
+    for i in range(blocks)
+    for k, name in enumerate(
+      (
+        'MultiHeadDotProductAttention_1/query',
+        'MultiHeadDotProductAttention_1/key',
+        'MlpBlock_3/Dense_0',
+      ),
+      start=1,
+    )
+  ]
+
+
+def test_layer_table_lines_up_and_fits():
+  layers = vit(4)
+  lines = tables.layer_table(layers).splitlines()
+  assert lines[0] == 'layers: params/Transformer/…/kernel'
+  head, rule, *rows = lines[1:-2]
+  assert len(rows) == len(layers)
+  assert set(rule) == {'─'}
+  assert max(map(len, lines)) <= 100
+  # Columns end where their titles do.
+  for title, key in zip(
+    (' d_in', ' d_out', ' k_S', ' k_T', ' r '),
+    ('d_in', 'd_out', 'k_in', 'k_out', 'rank'),
+    strict=True,
+  ):
+    end = head.index(title) + len(title.rstrip())
+    for row, each in zip(rows, layers, strict=True):
+      assert row[:end].split()[-1] == str(getattr(each, key))
+      assert row[end : end + 1] in (' ', '')
+  end = head.index('used') + 4
+  assert all(row[end - 1] == '%' for row in rows)
+  assert len({row.split()[0] for row in rows}) == len(layers)
+  mean = np.mean([each.utilization for each in layers])
+  assert lines[-1].startswith(f'mean layer utilization {100 * mean:.1f}%')
+  assert '(12 layers, energy 0.99)' in lines[-1]
+
+
+def test_layer_table_shortens_long_names_and_keeps_them_apart():
+  layers = [
+    layer(f'params/{"a" * 40}/{"b" * 70}_{i}/{end}/kernel')
+    for i in range(3)
+    for end in ('query', 'key')
+  ]
+  rows = tables.layer_table(layers).splitlines()[3:-2]
+  assert max(map(len, rows)) <= 100
+  assert len({row.split()[0] for row in rows}) == len(layers)
+  assert all('…' in row for row in rows)
+
+
+def test_layer_table_of_one_layer_and_of_stacks():
+  text = tables.layer_table([layer('params/Dense_0/kernel')])
+  assert 'params/Dense_0/kernel' in text
+  assert '(1 layer, energy 0.99)' in text
+  text = tables.layer_table([layer('a/b/w', index=(1, i)) for i in range(3)])
+  assert all(f'a/b/w[1,{i}] ' in text for i in range(3))
+
+
+def test_layer_table_of_200_layers():
+  layers = [layer(f'params/net_{i}/w') for i in range(200)]
+  rows = tables.layer_table(layers).splitlines()[3:-2]
+  assert [row.split()[0] for row in rows] == [f'net_{i}' for i in range(200)]
+
+
+@pytest.mark.parametrize(
+  ('share', 'bar'),
+  [(0, ''), (1e-6, '▏'), (0.5, '█████'), (0.3625, '███▋'), (1, '█' * 10)],
+)
+def test_bar(share, bar):
+  assert tables._bar(share) == bar
+
+
+def test_run_table():
+  lines = tables.run_table(RUNS).splitlines()
+  assert len(lines) == 2 + len(RUNS)
+  assert len({len(line) for line in lines}) == 1
+  dense, half, quarter = lines[2:]
+  assert re.sub(' +', ' ', dense) == (
+    'dense 205,322 100% 6.81 M 100% 1.92 ms 100% – 98.61% –'
+  )
+  assert half.startswith('50% of block kernels, output  108,100   53%')
+  assert half.endswith('96.11%    98.33%     −0.28')
+  # What is not known is a dash, not a zero and not a crash.
+  assert re.sub(' +', ' ', quarter).endswith(
+    'kernels 59,300 29% – – – – 87.22% 98.06% −0.55'
+  )
+
+
+def test_no_change_has_a_sign_but_no_minus():
+  runs = [RUNS[0], {**RUNS[1], 'test_accuracy': 0.98609999}]
+  assert tables.run_table(runs).splitlines()[-1].endswith(' +0.00')
+
+
+def test_short_count():
+  values = (0, 12, 999, 999_499, 999_600, 12_345_678, 86.4e9, 1.5e12)
+  texts = '0', '12', '999', '999 k', '1.00 M', '12.3 M', '86.4 G', '1.50 T'
+  assert tuple(map(tables.short_count, values)) == texts
+
+
+def test_bad_input_is_named():
+  with pytest.raises(ValueError, match='no layers'):
+    tables.layer_table([])
+  with pytest.raises(ValueError, match='dense model first'):
+    tables.run_table([])
+  bad = {k: v for k, v in RUNS[1].items() if k != 'flops'}
+  with pytest.raises(ValueError, match=r"runs\[1\] lacks \['flops'\]"):
+    tables.run_table([RUNS[0], bad])

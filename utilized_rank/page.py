@@ -1,0 +1,372 @@
+"""A utilization report as one HTML page that loads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import html as html_lib
+import importlib.resources
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utilized_rank import depth
+from utilized_rank import look
+from utilized_rank import plots
+from utilized_rank import svg
+from utilized_rank import tables
+
+if TYPE_CHECKING:
+  from utilized_rank.report import LayerReport
+
+META_KEYS = ('title', 'config', 'versions', 'seconds', 'centered', 'energy')
+
+_TERMS = (
+  (
+    'k_S',
+    'directions of the layer’s inputs that hold the chosen share of their '
+    'energy',
+  ),
+  ('k_T', 'directions of the layer’s outputs that hold the same share'),
+  ('r', 'the utilized rank, the smaller of k_S and k_T'),
+  (
+    'Utilization',
+    'r as a share of the largest rank the kernel could have, min(d_in, d_out)',
+  ),
+  ('MLU', 'mean layer utilization, every layer counting the same'),
+  (
+    'Energy',
+    'the share of the spectrum (the sum of eigenvalues of the second moment) '
+    'that is kept',
+  ),
+)
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def html(
+  layers: Sequence[LayerReport],
+  mlu: Mapping[float, float],
+  runs: Sequence[Mapping[str, Any]] = (),
+  meta: Mapping[str, Any] | None = None,
+) -> str:
+  """A complete page: headline numbers, tables and plots.
+
+  The page loads nothing: styles, pictures (SVG) and the script that sorts
+  the table are inside. It follows the reader's light or dark mode.
+
+  Args:
+    layers: the layers in model order.
+    mlu: energy to mean layer utilization at that energy.
+    runs: as for `tables.run_table`; empty where nothing was compressed.
+    meta: any of `title`, `config` (name, or a mapping of settings),
+      `versions` (package to version), `seconds` (stage to seconds),
+      `centered` (whether the moments were), `energy` (of the layers).
+
+  Raises:
+    ValueError: there is no layer, a run lacks a key, or `meta` has a key
+      that is not known.
+    ImportError: matplotlib is not installed.
+
+  >>> open('report.html', 'w').write(html(layers, mlu))  # doctest: +SKIP
+  """
+  tables.check_layers(layers)
+  meta = dict(meta or {})
+  tables.check_runs(runs)
+  unknown = sorted(set(meta) - set(META_KEYS))
+  if unknown:
+    raise ValueError(
+      f'meta has unknown keys {unknown}; known are {list(META_KEYS)}'
+    )
+  title = str(meta.get('title') or 'Utilized rank')
+  energy = float(meta.get('energy') or layers[0].energy)
+  sections = [
+    _heading(title, layers, energy, meta),
+    _tiles(layers, mlu, runs),
+    _terms(),
+  ]
+  if runs:
+    sections.append(_section('Size and accuracy', _run_section(runs)))
+  sections += [
+    _section('Utilization by depth', _depth_section(layers)),
+    _section('Spectra', _spectra_section(layers, energy)),
+    _section('Layers', _layer_section(layers)),
+  ]
+  details = _details(meta)
+  return _PAGE.format(
+    title=_text(title),
+    style=_resource('page.css'),
+    body='\n'.join([*sections, details]),
+    script=_resource('page.js'),
+  )
+
+
+def _resource(name: str) -> str:
+  """Text of a file that is installed beside this one."""
+  package = importlib.resources.files('utilized_rank')
+  return package.joinpath(name).read_text('utf-8')
+
+
+def _text(value: Any) -> str:
+  return html_lib.escape(str(value), quote=True)
+
+
+def _section(title: str, body: str) -> str:
+  return f'<section><h2>{_text(title)}</h2>\n{body}\n</section>'
+
+
+def _heading(
+  title: str,
+  layers: Sequence[LayerReport],
+  energy: float,
+  meta: Mapping[str, Any],
+) -> str:
+  facts = []
+  if isinstance(meta.get('config'), str):
+    facts.append(meta['config'])
+  facts.append(f'{len(layers)} layer' + 's' * (len(layers) != 1))
+  rows = sorted({layer.count for layer in layers})
+  spread = ' to '.join(f'{count:,}' for count in rows[:: max(1, len(rows) - 1)])
+  facts.append(f'moments over {spread} rows')
+  if 'centered' in meta:
+    facts.append('centred' if meta['centered'] else 'uncentred')
+  facts.append(f'energy {energy:g}')
+  line = ' · '.join(_text(fact) for fact in facts)
+  return f'<header><h1>{_text(title)}</h1>\n<p class="sub">{line}</p></header>'
+
+
+def _tiles(
+  layers: Sequence[LayerReport],
+  mlu: Mapping[float, float],
+  runs: Sequence[Mapping[str, Any]],
+) -> str:
+  mean = float(np.mean([layer.utilization for layer in layers]))
+  tiles = [
+    (
+      f'{100 * mean:.1f}%',
+      'mean layer utilization',
+      f'at energy {tables.energies(layers)}',
+    )
+  ]
+  if runs:
+    dense, *small = runs
+    tiles.append(
+      (
+        tables.percent(dense['test_accuracy']),
+        'dense test accuracy',
+        f'{tables.unit_count(dense["params"])} parameters',
+      )
+    )
+    for run in small:
+      method = f', {run["method"]}' if run.get('method') else ''
+      cost = [f'{tables.points_gained(run, dense)} points']
+      if run['latency_ms'] and dense['latency_ms']:
+        cost.append(f'{dense["latency_ms"] / run["latency_ms"]:.2f}× speed')
+      tiles.append(
+        (
+          tables.percent(run['test_accuracy']),
+          f'with {100 * run["params_fraction"]:.3g}% of block kernels{method}',
+          ', '.join(cost),
+        )
+      )
+  else:
+    low = min(layers, key=lambda layer: layer.utilization)
+    high = max(layers, key=lambda layer: layer.utilization)
+    short = depth.relative_names(layers)[2]
+    names = dict(zip([layer.name for layer in layers], short, strict=True))
+    for layer, what in ((low, 'lowest'), (high, 'highest')):
+      tiles.append(
+        (f'{100 * layer.utilization:.1f}%', what, names[layer.name])
+      )
+  cells = ''.join(
+    f'<div class="tile"><b>{_text(value)}</b><span>{_text(label)}</span>'
+    f'<small>{_text(note)}</small></div>'
+    for value, label, note in tiles
+  )
+  return f'<div class="tiles">{cells}</div>\n{_mlu_table(mlu)}'
+
+
+def _mlu_table(mlu: Mapping[float, float]) -> str:
+  if not mlu:
+    return ''
+  energies = sorted(mlu)
+  head = ''.join(f'<th scope="col">{energy:g}</th>' for energy in energies)
+  cells = ''.join(f'<td>{100 * mlu[energy]:.1f}%</td>' for energy in energies)
+  return (
+    '<div class="scroll"><table class="mlu"><tr><th scope="row">Energy</th>'
+    f'{head}</tr><tr><th scope="row">MLU</th>{cells}</tr></table></div>'
+  )
+
+
+def _terms() -> str:
+  items = ''.join(
+    f'<div><dt>{_math(term)}</dt><dd>{_math(meaning)}.</dd></div>'
+    for term, meaning in _TERMS
+  )
+  return (
+    '<details class="terms" open><summary>What the terms mean</summary>'
+    f'<dl>{items}</dl></details>'
+  )
+
+
+def _math(text: str) -> str:
+  """Escapes, and sets r, k_S, d_in as symbols, with the index below."""
+  text = re.sub(r'\br\b', '<i>r</i>', _text(text))
+  return re.sub(r'\b([kd])_(\w+)', r'<i>\1</i><sub>\2</sub>', text)
+
+
+def _run_section(runs: Sequence[Mapping[str, Any]]) -> str:
+  titles, rows = tables.run_cells(runs)
+  groups: list[list[Any]] = []
+  for title in titles:
+    if title:
+      groups.append([title, 1])
+    else:
+      groups[-1][1] += 1
+  names = {
+    'before': 'accuracy before fine-tuning',
+    'accuracy': 'accuracy after fine-tuning',
+    'vs dense': 'points vs dense',
+  }
+  head = ''.join(
+    f'<th scope="col" colspan="{span}">{_text(names.get(title, title))}</th>'
+    for title, span in groups
+  )
+  body = ''
+  for name, *cells in rows:
+    body += f'<tr><th scope="row">{_text(name)}</th>'
+    body += ''.join(f'<td>{_text(cell)}</td>' for cell in cells) + '</tr>\n'
+  table = (
+    f'<div class="scroll"><table class="runs"><thead><tr>{head}</tr></thead>'
+    f'<tbody>{body}</tbody></table></div>'
+  )
+  note = (
+    '<p class="note">Parameters are those of the whole model, FLOPs and '
+    'latency as measured for this run; percentages compare with the dense '
+    'model.</p>'
+  )
+  if runs[0]['test_accuracy'] is None:
+    return table + note
+  picture = svg.inline(
+    plots.accuracy_by_size(runs),
+    'size',
+    'Test accuracy against number of parameters',
+  )
+  return f'{table}{note}<div class="plot">{picture}</div>'
+
+
+def _depth_section(layers: Sequence[LayerReport]) -> str:
+  picture = svg.inline(
+    plots.utilization_by_depth(layers),
+    'depth',
+    'Layer utilization along the model, by kind of kernel',
+  )
+  return f'<div class="plot">{picture}</div>'
+
+
+def _spectra_section(layers: Sequence[LayerReport], energy: float) -> str:
+  figures = plots.spectra_by_kind(layers, energy)
+  panels = ''.join(
+    '<div class="panel">'
+    f'{svg.inline(figure, f"s{i}", f"Spectra of {kind}")}</div>'
+    for i, (kind, figure) in enumerate(figures.items())
+  )
+  key = ''
+  if len(layers) > 1:
+    key = (
+      f'<span class="ramp" style="--ramp: {", ".join(look.DEPTH_COLORS)}">'
+      'first layer <i></i> last layer</span>'
+    )
+  line = ''
+  if energy < 1:
+    line = (
+      ' Where a curve crosses the dashed line lies the share of directions'
+      f' that hold {100 * energy:g}% of the energy.'
+    )
+  return (
+    '<p class="note">Energy outside the leading directions, against the share '
+    f'of directions kept.{line} {key}</p><div class="panels">{panels}</div>'
+  )
+
+
+def _layer_section(layers: Sequence[LayerReport]) -> str:
+  prefix, suffix, names = depth.relative_names(layers)
+  titles = ['layer', 'd_in', 'd_out', 'k_S', 'k_T', 'r', 'utilization']
+  titles += ['error, projected', 'error, best pair']
+  head = ''.join(
+    f'<th scope="col"><button>{_math(title)}</button></th>' for title in titles
+  )
+  body = []
+  for layer, name in zip(layers, names, strict=True):
+    counts = (layer.d_in, layer.d_out, layer.k_in, layer.k_out, layer.rank)
+    share = 100 * layer.utilization
+    cells = ''.join(f'<td data-v="{v}">{v:,}</td>' for v in counts)
+    errors = ''.join(
+      f'<td data-v="{value!r}">{_error(value)}</td>'
+      for value in map(float, (layer.error_projected, layer.error_bound))
+    )
+    # Breaks after the slashes only, so that names wrap on a phone.
+    shown = _text(name).replace('/', '/<wbr>')
+    body.append(
+      f'<tr><th scope="row" title="{_text(layer.name)}">{shown}</th>{cells}'
+      f'<td class="bar" data-v="{share:.6g}">'
+      f'<i style="--w:{share:.1f}%"></i>{share:.1f}%</td>{errors}</tr>'
+    )
+  shared = ''
+  if prefix or suffix:
+    shared = f' Names stand for <code>{_text(f"{prefix}…{suffix}")}</code>.'
+  return (
+    '<p class="note">Errors are shares of the layer’s output energy: lost by '
+    'the projection onto the utilized directions, and by the best pair of '
+    f'factors of the same rank.{shared}</p>'
+    '<div class="scroll tall"><table class="layers" id="layers" '
+    f'style="--name:{max(map(len, names)) + 2}ch">'
+    f'<thead><tr>{head}</tr></thead>\n<tbody>{"".join(body)}</tbody></table>'
+    '</div>'
+  )
+
+
+def _error(value: float) -> str:
+  return tables.MISSING if np.isnan(value) else f'{100 * value:.2g}%'
+
+
+def _details(meta: Mapping[str, Any]) -> str:
+  blocks = ''
+  seconds = {
+    stage: f'{value:,.1f} s' for stage, value in meta.get('seconds', {}).items()
+  }
+  for name, table in (('Seconds', seconds), ('Versions', meta.get('versions'))):
+    if table:
+      rows = ''.join(
+        f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>'
+        for key, value in table.items()
+      )
+      blocks += f'<div><h3>{name}</h3><table>{rows}</table></div>'
+  config = meta.get('config')
+  if config is not None:
+    if not isinstance(config, str):
+      config = json.dumps(config, indent=2, default=str, ensure_ascii=False)
+    blocks += f'<div><h3>Config</h3><pre>{_text(config)}</pre></div>'
+  if not blocks:
+    return ''
+  return (
+    '<details class="about"><summary>Configuration, versions, seconds per '
+    f'stage</summary><div class="columns">{blocks}</div></details>'
+  )

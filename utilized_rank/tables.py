@@ -1,0 +1,230 @@
+"""A utilization report as text tables, for terminals and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utilized_rank import depth
+
+if TYPE_CHECKING:
+  from utilized_rank.report import LayerReport
+
+RUN_KEYS = (
+  'params_fraction',
+  'params',
+  'flops',
+  'latency_ms',
+  'test_accuracy',
+  'test_accuracy_before_finetune',
+)
+# What stands for a value that is not known.
+MISSING = '–'
+
+_LINE = 100
+_BAR = 10
+
+
+def layer_table(layers: Sequence[LayerReport]) -> str:
+  """Utilization of every layer as a text table, for terminals and logs.
+
+  What all paths begin and end with is said once, above. Lines take about 100
+  columns: long names lose their middle, but stay different from each other.
+
+  Args:
+    layers: the layers, in the order of the lines.
+
+  Raises:
+    ValueError: there is no layer.
+
+  >>> print(layer_table(report.layers))  # doctest: +SKIP
+  """
+  check_layers(layers)
+  prefix, suffix, names = depth.relative_names(layers)
+  counts = [
+    [f'{getattr(layer, key):d}' for layer in layers]
+    for key in ('d_in', 'd_out', 'k_in', 'k_out', 'rank')
+  ]
+  shares = [f'{100 * layer.utilization:.1f}%' for layer in layers]
+  columns = [
+    _aligned(title, cells)
+    for title, cells in zip(
+      ('d_in', 'd_out', 'k_S', 'k_T', 'r', 'used'),
+      [*counts, shares],
+      strict=True,
+    )
+  ]
+  bars = ['', *(_bar(layer.utilization) for layer in layers)]
+  room = _LINE - sum(len(column[0]) + 2 for column in columns) - 2 - _BAR
+  names = ['layer', *_abbreviate(names, room)]
+  width = max(map(len, names))
+  rows = zip((n.ljust(width) for n in names), *columns, bars, strict=True)
+  lines = ['  '.join(row).rstrip() for row in rows]
+  rule = '─' * (max(map(len, lines[1:])))
+  mean = float(np.mean([layer.utilization for layer in layers]))
+  noun = 'layer' if len(layers) == 1 else 'layers'
+  head = [f'layers: {prefix}…{suffix}'] if prefix or suffix else []
+  return '\n'.join(
+    [
+      *head,
+      lines[0],
+      rule,
+      *lines[1:],
+      rule,
+      f'mean layer utilization {100 * mean:.1f}%'
+      f'  ({len(layers)} {noun}, energy {energies(layers)})',
+    ]
+  )
+
+
+def run_table(runs: Sequence[Mapping[str, Any]]) -> str:
+  """Size, cost and accuracy of the dense and the compressed models, as text.
+
+  Args:
+    runs: the dense model first. Keys: `params_fraction` (of the block
+      kernels), `params` (whole model), `flops` (per example), `latency_ms`,
+      `test_accuracy` and `test_accuracy_before_finetune` (shares in [0, 1]),
+      and `method` where several are compared. A value that is not known is
+      None.
+
+  Raises:
+    ValueError: there is no run, or a run lacks a key; the message names both.
+  """
+  if not runs:
+    raise ValueError('no runs: expected the dense model first')
+  check_runs(runs)
+  titles, rows = run_cells(runs)
+  columns = [
+    _aligned(title, cells, left=title == 'model')
+    for title, cells in zip(titles, zip(*rows, strict=True), strict=True)
+  ]
+  lines = ['  '.join(row).rstrip() for row in zip(*columns, strict=True)]
+  return '\n'.join([lines[0], '─' * max(map(len, lines)), *lines[1:]])
+
+
+def check_layers(layers: Sequence[LayerReport]) -> None:
+  if not layers:
+    raise ValueError('no layers to show: expected at least one LayerReport')
+
+
+def check_runs(runs: Sequence[Mapping[str, Any]]) -> None:
+  for number, run in enumerate(runs):
+    missing = [key for key in RUN_KEYS if key not in run]
+    if missing:
+      raise ValueError(f'runs[{number}] lacks {missing}; it has {list(run)}')
+
+
+def energies(layers: Sequence[LayerReport]) -> str:
+  low = min(layer.energy for layer in layers)
+  high = max(layer.energy for layer in layers)
+  return f'{low:g}' if low == high else f'{low:g} to {high:g}'
+
+
+def run_cells(
+  runs: Sequence[Mapping[str, Any]],
+) -> tuple[list[str], list[list[str]]]:
+  """Titles and cells of the runs' table, shared by text and HTML."""
+  dense = runs[0]
+  rows = []
+  for run in runs:
+    name = f'{100 * run["params_fraction"]:.3g}% of block kernels'
+    if run.get('method'):
+      name += f', {run["method"]}'
+    before = run['test_accuracy_before_finetune']
+    rows.append(
+      [
+        'dense' if run is dense else name,
+        _count(run['params']),
+        _ratio(run['params'], dense['params']),
+        unit_count(run['flops']),
+        _ratio(run['flops'], dense['flops']),
+        _number(run['latency_ms'], '.3g', ' ms'),
+        _ratio(run['latency_ms'], dense['latency_ms']),
+        MISSING if run is dense else percent(before),
+        percent(run['test_accuracy']),
+        MISSING if run is dense else points_gained(run, dense),
+      ]
+    )
+  titles = ['model', 'params', '', 'FLOPs', '', 'latency', '']
+  return [*titles, 'before', 'accuracy', 'vs dense'], rows
+
+
+def short_count(value: float) -> str:
+  """A count with three digits and a unit of thousands.
+
+  >>> short_count(1234567), short_count(85_000), short_count(12)
+  ('1.23 M', '85.0 k', '12')
+  """
+  for unit, size in (('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3)):
+    # 999,600 is 1.00 M, not 1000 k.
+    if abs(value) >= 0.9995 * size:
+      scaled = value / size
+      digits = max(0, 2 - int(np.log10(max(abs(scaled), 1)) + 2e-4))
+      return f'{scaled:.{digits}f} {unit}'
+  return f'{value:.3g}'
+
+
+def points_gained(run: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+  """Accuracy against dense, in percentage points, always with a sign."""
+  if run['test_accuracy'] is None or dense['test_accuracy'] is None:
+    return MISSING
+  gap = round(100 * (run['test_accuracy'] - dense['test_accuracy']), 2)
+  return f'{gap + 0.0:+.2f}'.replace('-', '−')
+
+
+def unit_count(value: float | None) -> str:
+  return MISSING if value is None else short_count(value)
+
+
+def percent(value: float | None) -> str:
+  return _number(None if value is None else 100 * value, '.2f', '%')
+
+
+def _abbreviate(names: Sequence[str], room: int) -> list[str]:
+  """Shortens long parts of the names until they fit and still differ."""
+
+  def cut(part: str, limit: int) -> str:
+    if len(part) <= limit:
+      return part
+    back = limit // 2
+    return f'{part[: limit - 1 - back]}…{part[len(part) - back :]}'
+
+  best = list(names)
+  longest = max(len(part) for name in names for part in name.split('/'))
+  for limit in range(longest - 1, 6, -1):
+    if max(map(len, best)) <= room:
+      break
+    shorter = ['/'.join(cut(p, limit) for p in n.split('/')) for n in names]
+    if len(set(shorter)) < len(set(names)):
+      break
+    best = shorter
+  return best
+
+
+def _aligned(title: str, cells: Iterable[str], left: bool = False) -> list[str]:
+  column = [title, *cells]
+  width = max(map(len, column))
+  return [c.ljust(width) if left else c.rjust(width) for c in column]
+
+
+def _bar(share: float) -> str:
+  """Up to ten blocks, in eighths; a share above zero is never invisible."""
+  eighths = max(round(share * _BAR * 8), 1 if share > 0 else 0)
+  whole, part = divmod(eighths, 8)
+  return '█' * whole + (' ▏▎▍▌▋▊▉'[part] if part else '')
+
+
+def _count(value: float | None) -> str:
+  return _number(value, ',.0f')
+
+
+def _number(value: float | None, form: str, unit: str = '') -> str:
+  return MISSING if value is None else f'{value:{form}}{unit}'
+
+
+def _ratio(value: float | None, whole: float | None) -> str:
+  if value is None or not whole:
+    return MISSING
+  return f'{100 * value / whole:.0f}%'
