@@ -30,3 +30,5 @@ from utilized_rank.ranks import uniform_ranks
 from utilized_rank.report import Report
 from utilized_rank.report import measure
 from utilized_rank.sites import Sites
+
+__version__ = '0.1.0'

@@ -72,6 +72,7 @@ def collect(
   (8, [0.5, 0.5])
   """
   devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
+  total = len(batches) if hasattr(batches, '__len__') else None
   batches = iter(batches)
   first = next(batches, None)
   if first is None:
@@ -90,10 +91,11 @@ def collect(
   stream = itertools.chain([first], batches)
   for _ in itertools.islice(stream, done):
     pass
-  total = len(batches) if hasattr(batches, '__len__') else None
-  bar = track(
-      enumerate(stream, done), total=total, desc='collect', unit='batch'
-  ) if progress else enumerate(stream, done)
+  bar = enumerate(stream, done)
+  if progress:
+    bar = track(
+        bar, total=total, desc='collect', unit='batch', initial=done
+    )
   for i, batch in bar:
     if i:
       check_batch(batch, i)
@@ -245,7 +247,7 @@ class _Run:
 
   def restore(self, folder, sites) -> int:
     tree = checkpoint.load(folder)
-    state = tree['state'] if isinstance(tree, dict) else None
+    state = tree.get('state') if isinstance(tree, dict) else None
     if not isinstance(state, Moments):
       raise ValueError(f'{folder!r} holds no running sums of a collection')
     have = {e.path: e.layout for e in state.table}

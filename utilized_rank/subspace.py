@@ -80,15 +80,19 @@ def output_basis(w: np.ndarray, s: np.ndarray, of_s: Basis | None) -> Basis:
   # A moment of zeros still needs a positive floor: then W alone decides.
   floor = _FLOOR * (np.trace(s) or 1.0)
   if m <= d:
-    t = w.T @ (s @ w) + floor * (w.T @ w)
-    values, vectors = np.linalg.eigh((t + t.T) / 2)
-    return Basis(np.maximum(values[::-1], 0), vectors[:, ::-1])
-  basis = input_basis(s) if of_s is None else of_s
-  root = np.sqrt(np.maximum(basis.values, floor))
-  _, sigma, vectors = np.linalg.svd(
-      root[:, None] * (basis.vectors.T @ w), full_matrices=False
-  )
-  return Basis(sigma**2, vectors.T)
+    t = w.T @ (s @ w)
+    _, vectors = np.linalg.eigh((t + t.T) / 2 + floor * (w.T @ w))
+    vectors = vectors[:, ::-1]
+    values = np.sum(vectors * (t @ vectors), axis=0)
+  else:
+    basis = input_basis(s) if of_s is None else of_s
+    turned = basis.vectors.T @ w
+    root = np.sqrt(np.maximum(basis.values, floor))
+    _, _, right = np.linalg.svd(root[:, None] * turned, full_matrices=False)
+    vectors = right.T
+    values = basis.values @ (turned @ vectors) ** 2
+  # The floor chose the directions; the values are the data's own.
+  return Basis(np.maximum(values, 0), vectors)
 
 
 def project(w: np.ndarray, v: np.ndarray, u: np.ndarray) -> np.ndarray:

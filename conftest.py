@@ -1,0 +1,29 @@
+"""Settings of every test, and the names that docstring examples may use."""
+
+import os
+import tempfile
+
+# Before jax makes its devices: collection and sharding are tested on four.
+os.environ.setdefault('JAX_NUM_CPU_DEVICES', '4')
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+_CACHE = tempfile.TemporaryDirectory(prefix='utilized_rank_xla_')
+
+
+def pytest_configure(config):
+  del config
+  # XLA's compile time is most of the suite's: equal programs compile once.
+  jax.config.update('jax_compilation_cache_dir', _CACHE.name)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@pytest.fixture(autouse=True)
+def _example_names(doctest_namespace):
+  doctest_namespace.update(jax=jax, jnp=jnp, np=np)

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Makes a virtual environment, installs the project with its test tools, and
+# runs lint, types and the tests. Arguments go to pytest.
+#
+#   tests/run.sh                     # the pinned reference environment
+#   LATEST=1 PYTHON=python3.12 tests/run.sh -k walk    # the newest releases
+#
+# PYTHON chooses the interpreter (3.11 or newer).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/venv.sh
+if [ -n "${LATEST:-}" ]; then
+  venv=.venv-latest
+  make_venv "$venv" "${PYTHON:-python3}" --upgrade -e '.[test]'
+else
+  venv=.venv-test
+  make_venv "$venv" "${PYTHON:-python3}" -c requirements.txt -e '.[test]'
+fi
+"$venv/bin/python" - <<'EOF'
+import importlib.metadata as m, platform
+names = 'jax jaxlib flax optax orbax-checkpoint numpy'.split()
+print('python', platform.python_version(),
+      *(f'{n} {m.version(n)}' for n in names))
+EOF
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+"$venv/bin/mypy" utilized_rank configs launch
+exec "$venv/bin/python" -m pytest "$@"

@@ -1,0 +1,281 @@
+"""Streaming collection: exact sums, any split, many devices, interruption."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+import references
+
+import utilized_rank as ur
+
+# The package's name for it is the function.
+collect_lib = importlib.import_module('utilized_rank.collect')
+
+
+def model(params, x):
+  h = jnp.tanh(x @ params['first'])
+  return h @ params['second'], h @ params['third']
+
+
+@pytest.fixture(scope='module')
+def params():
+  keys = jax.random.split(jax.random.key(0), 3)
+  shapes = {'first': (6, 10), 'second': (10, 4), 'third': (10, 3)}
+  return {
+      name: jax.random.normal(k, shape)
+      for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+  }
+
+
+@pytest.fixture(scope='module')
+def rows():
+  return np.random.default_rng(0).normal(size=(97, 6)).astype(np.float32) + 1
+
+
+def split(rows, sizes):
+  return np.split(rows, np.cumsum(sizes)[:-1])
+
+
+def assert_equal_moments(a, b, rtol):
+  assert list(a) == list(b)
+  for path in a:
+    np.testing.assert_array_equal(a[path].count, b[path].count)
+    for name in ('mean', 'second'):
+      want = np.asarray(getattr(b[path], name))
+      np.testing.assert_allclose(
+          getattr(a[path], name), want, atol=rtol * np.abs(want).max())
+
+
+collect = functools.partial(ur.collect, progress=False)
+
+
+def test_moments_equal_the_reference(params, rows):
+  moments = collect(model, params, split(rows, [40, 40, 17]))
+  hidden = np.tanh(rows.astype(np.float64) @ np.asarray(params['first'], 'd'))
+  for path, x in [('first', rows), ('second', hidden), ('third', hidden)]:
+    assert moments[path].count == 97
+    np.testing.assert_allclose(moments[path].mean, x.mean(0), atol=1e-5)
+    want = references.second_moment(x)
+    # float32 sums: 1e-7 relative per addition, 97 rows.
+    np.testing.assert_allclose(
+        moments[path].second, want, atol=1e-5 * np.abs(want).max())
+    np.testing.assert_allclose(
+        moments[path].covariance, np.cov(np.asarray(x, 'd').T, bias=True),
+        atol=1e-5 * np.abs(want).max())
+  assert moments['second'].sums is moments['third'].sums
+
+
+@pytest.mark.parametrize('sizes', [[97], [1, 96], [50, 47], [3] * 32 + [1]])
+def test_any_split_gives_the_same_moments(params, rows, sizes):
+  whole = collect(model, params, [rows])
+  # Sums in another order: float32 rounding of up to 97 rows.
+  assert_equal_moments(collect(model, params, split(rows, sizes)), whole, 1e-6)
+
+
+def test_any_order_gives_the_same_moments(params, rows):
+  shuffled = np.random.default_rng(1).permutation(rows)
+  assert_equal_moments(
+      collect(model, params, [shuffled]), collect(model, params, [rows]), 1e-6)
+
+
+def test_merging_is_collecting_both(params, rows):
+  parts = split(rows, [60, 37])
+  merged = ur.merge_moments(*(collect(model, params, [p]) for p in parts))
+  assert_equal_moments(merged, collect(model, params, parts), 1e-6)
+
+
+def test_moments_of_different_functions_do_not_merge(params, rows):
+  a = collect(model, params, [rows])
+  b = collect(model, params, [rows], select=[('first', True)])
+  with pytest.raises(ValueError, match="'second' are in the first argument"):
+    ur.merge_moments(a, b)
+  wide = {**params, 'second': jnp.ones((10, 5))}
+  with pytest.raises(ValueError, match=r"'second' are over \(10, 4\)"):
+    ur.merge_moments(a, collect(model, wide, [rows]))
+
+
+@pytest.mark.parametrize('devices', [1, 2, 4])
+def test_devices_share_the_work(params, rows, devices):
+  """Uneven last batches, and a batch smaller than the number of devices."""
+  mesh = jax.make_mesh(
+      (devices,), ('x',), devices=jax.local_devices()[:devices],
+      axis_types=(jax.sharding.AxisType.Auto,))
+  batches = split(rows, [40, 37, 18, 2])
+  moments = collect(model, params, batches, mesh=mesh)
+  assert_equal_moments(moments, collect(model, params, [rows]), 1e-6)
+
+
+def test_capture_inside_pmap_and_shard_map(params, rows):
+  """The pure transform, reduced by the caller."""
+  n = 4
+  x = rows[:96].reshape(n, 24, 6)
+  want = collect(model, params, [rows[:96]])
+
+  def reduced(params, x):
+    return jax.lax.psum(ur.capture(model)(params, x)[1], 'data')
+
+  pmapped = jax.pmap(reduced, axis_name='data', in_axes=(None, 0))(params, x)
+  assert_equal_moments(jax.tree.map(lambda a: a[0], pmapped), want, 1e-6)
+  mesh = jax.make_mesh((n,), ('data',),
+                       axis_types=(jax.sharding.AxisType.Auto,))
+  sharded = jax.jit(jax.shard_map(
+      reduced, mesh=mesh, in_specs=(P(), P('data')), out_specs=P(),
+  ))(params, rows[:96])
+  assert_equal_moments(sharded, want, 1e-6)
+
+
+def test_devices_reduce_once_at_the_end(params, rows):
+  """No collective in the program that runs for every batch."""
+  run = collect_lib._Run(model, params, None, jax.local_devices())
+  batch = jax.device_put(rows[:96], run._split)
+  state = run._zeros(batch)
+  text = run._step.lower(state, run._params, batch).compile().as_text()
+  sums = [line for line in text.splitlines() if 'f32[4,10,10]' in line]
+  assert sums or 'f32[1,10,10]' in text
+  matrices = ('f32[10,10]', 'f32[1,10,10]', 'f32[6,6]', 'f32[1,6,6]')
+  reduced = [
+      line for line in text.splitlines() if 'all-reduce' in line
+      and any(m in line.split('all-reduce')[0] for m in matrices)
+  ]
+  assert not reduced
+
+
+def test_bfloat16_activations_are_summed_in_float32():
+  """1,000 equal rows: a bfloat16 sum stops at 256."""
+  w = jnp.ones((4, 2), jnp.bfloat16)
+  x = jnp.ones((1000, 4), jnp.bfloat16)
+  moments = collect(lambda p, x: x @ p['w'], {'w': w}, [x, x])
+  assert moments['w'].second.dtype == np.float32
+  np.testing.assert_array_equal(moments['w'].second, np.ones((4, 4)))
+  np.testing.assert_array_equal(moments['w'].sums.total, np.full(4, 2000.0))
+
+
+def test_overflowing_counts_move_to_the_host(params, rows, monkeypatch):
+  batches = split(rows, [33, 33, 31])
+  want = collect(model, params, batches)
+  monkeypatch.setattr(collect_lib, '_MOST_ROWS', 10)
+  moments = collect(model, params, batches)
+  assert moments['first'].count.dtype == np.int64
+  assert moments['first'].second.dtype == np.float64
+  assert_equal_moments(moments, want, 1e-6)
+
+
+class Interrupted(Exception):
+  pass
+
+
+def stop_after(batches, n):
+  yield from batches[:n]
+  raise Interrupted
+
+
+@pytest.mark.parametrize('overflow', [False, True])
+@pytest.mark.parametrize('stop', [1, 3, 6])
+def test_an_interrupted_collection_gives_the_same_numbers(
+    params, rows, tmp_path, stop, overflow, monkeypatch
+):
+  if overflow:
+    monkeypatch.setattr(collect_lib, '_MOST_ROWS', 30)
+  batches = split(rows, [14] * 6 + [13])
+  folder = tmp_path / 'sums'
+  again = functools.partial(
+      collect, model, params, checkpoint_dir=folder, checkpoint_every=2)
+  with pytest.raises(Interrupted):
+    again(stop_after(batches, stop))
+  assert folder.is_dir() == (stop >= 2)
+  moments = again(batches)
+  want = collect(model, params, batches)
+  for path in want:
+    np.testing.assert_array_equal(moments[path].second, want[path].second)
+    np.testing.assert_array_equal(moments[path].count, want[path].count)
+  assert not folder.exists()
+
+
+def test_sums_of_another_collection_are_refused(params, rows, tmp_path):
+  folder = tmp_path / 'sums'
+  with pytest.raises(Interrupted):
+    collect(model, params, stop_after([rows] * 3, 2), checkpoint_dir=folder,
+            checkpoint_every=1)
+  with pytest.raises(ValueError, match='sums of another collection'):
+    collect(model, params, [rows], checkpoint_dir=folder,
+            select=[('first', True)])
+  ur.save(folder, params, overwrite=True)
+  with pytest.raises(ValueError, match='no running sums'):
+    collect(model, params, [rows], checkpoint_dir=folder)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('where', [0, 1, 3])
+def test_non_finite_activations_name_kernel_and_batch(params, rows, bad, where):
+  batches = [b.copy() for b in split(rows, [24, 24, 24, 25])]
+  batches[where][5, 2] = bad
+  with pytest.raises(FloatingPointError) as error:
+    collect(model, params, batches)
+  assert f'batch {where}' in str(error.value)
+  assert "['first']" in str(error.value)
+
+
+def test_bad_batches_are_named(params, rows):
+  fn = lambda p, b: model(p, b['x'])
+  for batch, message in [
+      ({'x': rows, 'y': rows[:5]}, 'disagree in their leading axis'),
+      ({'x': rows[:0]}, 'batch 1 is empty'),
+      ({'x': rows, 'key': np.float32(1)}, 'lead with the batch axis'),
+      ({}, 'lead with the batch axis'),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      collect(fn, params, [{'x': rows}, batch])
+  with pytest.raises(ValueError, match='at least one batch'):
+    collect(fn, params, [])
+
+
+def test_parameters_of_another_function_are_named(params, rows):
+  with pytest.raises(ValueError) as error:
+    collect(model, {**params, 'second': jnp.ones((9, 4))}, [rows])
+  assert 'does not accept these parameters' in str(error.value)
+  assert "(10,)" in str(error.value) or '10' in str(error.value)
+
+
+def test_a_function_without_kernels_is_refused(rows):
+  with pytest.raises(ValueError, match='no kernel'):
+    collect(lambda p, x: x * p['scale'], {'scale': jnp.ones(6)}, [rows])
+
+
+def test_few_rows_warn_with_the_number_needed(params, rows):
+  moments = collect(model, params, [rows[:4]])
+  with pytest.warns(UserWarning, match=r"4 rows for 10.*at least 10, better 40"):
+    report = ur.measure(params, moments)
+  assert all(layer.rank <= 4 for layer in report.layers)
+  with pytest.warns(UserWarning, match='fewer rows'):
+    small = ur.factorize(params, moments, {'second': 3})
+  assert np.all(np.isfinite(small['second'].dense()))
+
+
+def test_moments_for_other_shapes_are_refused(params, rows):
+  moments = collect(model, params, [rows])
+  other = {**params, 'second': jnp.ones((10, 5))}
+  for call in (ur.measure, ur.project, ur.energy_ranks):
+    with pytest.raises(ValueError, match=r"'second' has shape \(10, 5\)"):
+      call(other, moments)
+  missing = {k: v for k, v in params.items() if k != 'third'}
+  with pytest.raises(ValueError, match="no parameter 'third'"):
+    ur.measure(missing, moments)
+  with pytest.raises(ValueError, match="'second' holds NaN"):
+    ur.measure({**params, 'second': params['second'] * np.nan}, moments)
+  small = ur.factorize(params, moments, {'second': 2})
+  with pytest.raises(ValueError, match='low-rank already'):
+    ur.measure(small, moments)
+
+
+def test_unknown_paths_suggest_what_was_meant(params, rows):
+  moments = collect(model, params, [rows])
+  with pytest.raises(KeyError, match="did you mean"):
+    moments['secnd']
+  with pytest.raises(KeyError, match="did you mean"):
+    ur.measure(params, moments)['frst']
+  with pytest.raises(ValueError, match="unknown method 'svd'"):
+    ur.factorize(params, moments, {'first': 2}, method='svd')
