@@ -6,6 +6,8 @@ Any value of the config can be overridden: `--config.train.steps=3000`. A run
 that is started again goes on after its last finished stage.
 """
 
+import re
+
 from absl import app
 from absl import flags
 from absl import logging
@@ -24,6 +26,7 @@ _CACHE = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}')
+  logging.set_verbosity(logging.WARNING)  # orbax tells of every file
   from utilized_rank import pipeline
 
   if _CACHE.value:
@@ -35,9 +38,20 @@ def main(argv: list[str]) -> None:
     raise SystemExit(f'error: {error}') from error
 
 
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    return app.parse_flags_with_usage(argv)
+  except AttributeError as error:
+    # ml_collections names the key that it does not know, and nothing else.
+    key = re.findall(r'\w+', str(error))[0]
+    given = [a for a in argv if a.startswith('--config.') and key in a]
+    raise SystemExit(
+      f'error: the config has no key {key!r}, given as {given}; its keys are '
+      'in the file that --config names'
+    ) from error
+
+
 if __name__ == '__main__':
-  # orbax tells of every file it opens.
-  flags.FLAGS.set_default('verbosity', logging.WARNING)
   jax.config.config_with_absl()
   flags.mark_flags_as_required(['config', 'workdir'])
-  app.run(main)
+  app.run(main, flags_parser=_parse)
