@@ -1,0 +1,70 @@
+"""Every config fits the options that it is read into."""
+
+import dataclasses
+import re
+
+import ml_collections
+import pytest
+
+from configs import digits_vit, tfds_vit
+from utilized_rank import data, options, train
+from utilized_rank.models import vit
+
+CONFIGS = {
+  'digits': digits_vit.get_config(),
+  'digits:testing': digits_vit.get_config('testing'),
+  'cifar10': tfds_vit.get_config(),
+  'imagenet2012': tfds_vit.get_config('imagenet2012'),
+}
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_sections_are_read(name):
+  config = CONFIGS[name]
+  options.from_config(data.DataConfig, config.data, 'config.data')
+  for section in (config.train, config.finetune):
+    options.from_config(train.TrainConfig, section, 'config.train')
+  fields = {field.name for field in dataclasses.fields(vit.ViT)}
+  assert set(config.model) <= fields
+  assert set(config.model) >= {'patch_size', 'width', 'depth', 'heads'}
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_no_lists(name):
+  """ml_collections cannot override a list on the command line."""
+
+  def check(value):
+    assert not isinstance(value, list)
+    if isinstance(value, ml_collections.ConfigDict):
+      for child in value.values():
+        check(child)
+
+  check(CONFIGS[name])
+
+
+@pytest.mark.parametrize(
+  ('path', 'selected'),
+  [
+    ('params/Transformer/encoderblock_0/MlpBlock_3/Dense_1/kernel', True),
+    (
+      'params/Transformer/encoderblock_11/MultiHeadDotProductAttention_1/'
+      'out/kernel',
+      True,
+    ),
+    ('params/Transformer/encoderblock/MlpBlock_3/Dense_0/kernel', True),
+    ('params/Transformer/encoderblock_0/MlpBlock_3/Dense_1/bias', False),
+    ('params/Transformer/encoder_norm/scale', False),
+    ('params/head/kernel', False),
+    ('params/embedding/kernel', False),
+  ],
+)
+def test_rules_select_the_block_kernels(path, selected):
+  rules = CONFIGS['digits'].compress.select
+  assert next(take for rule, take in rules if re.fullmatch(rule, path)) is (
+    selected
+  )
+
+
+def test_unknown_argument():
+  with pytest.raises(ValueError, match="argument is 'testing'"):
+    digits_vit.get_config('tiny')
