@@ -3,6 +3,13 @@
 Command:  python -m launch.main --config=configs/digits_vit.py \
             --workdir=runs/digits
 
+Hardware: two CPU cores; no network, no GPU.
+Time:     1,181 images, 200,000 parameters: training 3,000 steps takes 70 s
+          on two idle cores (22 ms per step), a fine-tune of 1,000 steps about
+          half of that.
+Expected: dense test accuracy 98.6 %, mean of the seeds 0, 1, 2 (99.4, 98.3,
+          98.1); one of the 360 test images is 0.28 points.
+
 `--config=configs/digits_vit.py:testing` makes everything tiny, for tests.
 """
 
@@ -49,26 +56,27 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data.std = (0.376,)
 
   config.train = ml_collections.ConfigDict()
-  config.train.steps = 1500
-  config.train.batch_size = 128
-  config.train.learning_rate = 2e-3
-  config.train.warmup_steps = 150
-  config.train.weight_decay = 0.05
+  config.train.steps = 3000
+  # On two cores a step of 64 takes a third of the time of a step of 128.
+  config.train.batch_size = 64
+  config.train.learning_rate = 1e-3
+  config.train.warmup_steps = 200
+  config.train.weight_decay = 0.5
   config.train.label_smoothing = 0.1
   config.train.clip_norm = 1.0
-  config.train.checkpoint_every = 500
-  config.train.log_every = 50
+  config.train.checkpoint_every = 1000
+  config.train.log_every = 100
 
   config.finetune = ml_collections.ConfigDict()
-  config.finetune.steps = 400
-  config.finetune.batch_size = 128
+  config.finetune.steps = 1000
+  config.finetune.batch_size = 64
   config.finetune.learning_rate = 1e-3
-  config.finetune.warmup_steps = 40
+  config.finetune.warmup_steps = 50
   config.finetune.weight_decay = 0.0
   config.finetune.label_smoothing = 0.1
   config.finetune.clip_norm = 1.0
-  config.finetune.checkpoint_every = 200
-  config.finetune.log_every = 50
+  config.finetune.checkpoint_every = 500
+  config.finetune.log_every = 100
   config.finetune.distill_weight = 0.5
   config.finetune.distill_temperature = 2.0
 

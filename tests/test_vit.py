@@ -125,8 +125,9 @@ def test_scan_and_remat_change_nothing(variables, images, options):
 
   model = tiny(**options)
   given = vit.stack_blocks(variables) if model.scan else variables
-  expected, grad = jax.value_and_grad(lambda v: loss(tiny(), v))(variables)
-  actual, actual_grad = jax.value_and_grad(lambda v: loss(model, v))(given)
+  run = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
+  expected, grad = run(tiny(), variables)
+  actual, actual_grad = run(model, given)
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
   if model.scan:
     actual_grad = vit.unstack_blocks(actual_grad)
@@ -204,6 +205,4 @@ def test_logits_are_float32_in_bfloat16(variables, images):
 )
 def test_errors(options, shape, message):
   with pytest.raises(ValueError, match=message):
-    jax.eval_shape(
-      tiny(**options).init, jax.random.key(0), jnp.zeros(shape)
-    )
+    jax.eval_shape(tiny(**options).init, jax.random.key(0), jnp.zeros(shape))

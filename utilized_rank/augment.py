@@ -16,9 +16,7 @@ Images = np.ndarray | Sequence[np.ndarray]
 Augmentation = Callable[[Images, int, np.random.Generator], np.ndarray]
 
 
-def resize(
-  images: Images, size: int, crop_fraction: float = 1.0
-) -> np.ndarray:
+def resize(images: Images, size: int, crop_fraction: float = 1.0) -> np.ndarray:
   """Scales the shorter side and cuts out the central square.
 
   Args:
@@ -46,9 +44,7 @@ def _resize_one(
   return _cut(image, top, left, side, side, size)
 
 
-def affine(
-  images: Images, size: int, rng: np.random.Generator
-) -> np.ndarray:
+def affine(images: Images, size: int, rng: np.random.Generator) -> np.ndarray:
   """Rotates, scales and shears a little, and moves by up to an eighth.
 
   Up to 15 degrees, a factor of 1.15 and a shear of 0.15; zeros come in from

@@ -15,36 +15,54 @@ from utilized_rank import numerics
 from utilized_rank import paths
 from utilized_rank import products
 from utilized_rank import tracing
-from utilized_rank.interpret import Emission, Loop, Output, Param, Walk
+from utilized_rank.interpret import PART, Walk
 from utilized_rank.layout import (
     Atoms, Layout, View, common_atoms, pieces_of,
 )
 from utilized_rank.moments import Entry, Moments, Sums
 from utilized_rank.sites import Site, Sites, layout_conflict
+from utilized_rank.values import (
+    Emission, Loop, Output, Param, UnsupportedError,
+)
 
 
 def capture(
-    fn: Callable[..., Any], *, select: paths.Rules | None = None
+    fn: Callable[..., Any],
+    *,
+    select: paths.Rules | None = None,
+    on_opaque: str = 'error',
 ) -> Callable[..., tuple[Any, Moments]]:
   """Makes `fn` return the moments of its kernels' inputs beside its outputs.
 
   A pure transform: use it inside your own `jit`, `pmap` or `shard_map`, and
-  reduce the moments over devices with `jax.lax.psum`.
+  reduce the moments over devices with `jax.lax.psum`. Jit it, or what calls
+  it: otherwise it re-reads the trace of `fn` at every call and holds on to the
+  activations until it returns.
+
+  Every row that a product reads counts, padding too: the empty slots of a
+  mixture of experts add nothing to the sums and one each to `count`. Scales
+  that are common to a kernel's moments do not change its spectrum.
 
   Args:
     fn: `fn(params, *args, **kwargs) -> outputs`, any JAX function. Forward
       functions only: a gradient inside contracts kernels over other axes.
+      Python scalars and other leaves that are no arrays stay as they are.
     select: ordered `(regex, bool)` rules over leaf paths (full match, first
-      match wins); default every leaf that is a kernel.
+      match wins); default every leaf that is a kernel. Where two parameters
+      are multiplied with each other, the selected one is the kernel.
+    on_opaque: 'error', or 'report' to pass over parameters that enter a
+      primitive which hides its computation (a Pallas or foreign call, a
+      callback); `find_sites(...).holes` names them.
 
   Returns:
     `captured(params, *args, **kwargs) -> (outputs, Moments)`.
 
   Raises (when called):
-    ValueError: a selected leaf is no kernel, or is contracted in two ways.
+    ValueError: a selected leaf is no kernel, or is contracted in two ways, or
+      `on_opaque` is neither of the two.
     UnsupportedError: a selected leaf enters a primitive that hides what it
       computes.
-    TypeError: a kernel is integer or complex.
+    TypeError: a kernel or what it multiplies is integer or complex.
 
   >>> fn = lambda params, x: jnp.tanh(x @ params['w'])
   >>> out, moments = capture(fn)({'w': jnp.eye(2)}, jnp.ones((5, 2)))
@@ -53,7 +71,7 @@ def capture(
   """
 
   def captured(params, *args, **kwargs):
-    outputs, moments, _ = _capture(fn, params, args, kwargs, select)
+    outputs, moments, _ = _capture(fn, params, args, kwargs, select, on_opaque)
     return outputs, moments
 
   return captured
@@ -64,6 +82,7 @@ def find_sites(
     params: Any,
     *args: Any,
     select: paths.Rules | None = None,
+    on_opaque: str = 'error',
     **kwargs: Any,
 ) -> Sites:
   """Finds every kernel of a function, from shapes alone.
@@ -73,6 +92,7 @@ def find_sites(
     params: parameters, or their `ShapeDtypeStruct`s.
     *args: the other arguments (arrays or shapes).
     select: as in `capture`.
+    on_opaque: as in `capture`.
     **kwargs: keyword arguments.
 
   Returns:
@@ -93,7 +113,8 @@ def find_sites(
   found = []
 
   def shapes(params, args, kwargs):
-    outputs, moments, sites = _capture(fn, params, args, kwargs, select)
+    outputs, moments, sites = _capture(
+        fn, params, args, kwargs, select, on_opaque)
     found.append(sites)
     return outputs, moments
 
@@ -115,10 +136,14 @@ def _eval_shape(fn, *args):
   return jax.eval_shape(flat, [leaves[i] for i in moving])
 
 
-def _capture(fn, params, args, kwargs, rules):
+def _capture(fn, params, args, kwargs, rules, on_opaque):
+  if on_opaque not in ('error', 'report'):
+    raise ValueError(
+        f"on_opaque must be 'error' or 'report', got {on_opaque!r}"
+    )
   traced = tracing.trace(fn, params, args, kwargs)
   selected = None if rules is None else paths.select(traced.params, rules)
-  collector = _Collector(traced.params, selected)
+  collector = _Collector(traced.params, selected, on_opaque == 'report')
   walk = Walk(collector)
   values = [
       Param(View.of_leaf(path, leaf.shape, leaf.dtype), Dense(leaf))
@@ -146,11 +171,20 @@ class Dense:
     del view
     return Dense(compat.bind(eqn, [self.array])[0])
 
-  def index(self, view: View, axis: int, at: Any) -> Dense:
-    del view
+  def index(self, cut: View, axis: int, at: Any) -> Dense:
+    n = cut.sizes[axis + 1]
     if isinstance(at, int):
-      return Dense(jax.lax.slice_in_dim(self.array, at, at + 1, axis=axis))
-    return Dense(jax.lax.dynamic_slice_in_dim(self.array, at, 1, axis))
+      return Dense(
+          jax.lax.slice_in_dim(self.array, at * n, at * n + n, axis=axis)
+      )
+    return Dense(jax.lax.dynamic_slice_in_dim(self.array, at, n, axis))
+
+  def squeeze(self, axis: int) -> Dense:
+    return Dense(jax.lax.squeeze(self.array, (axis,)))
+
+  def shard(self, cut: View, spec: Any, parts: dict[int, Any]):
+    del cut, parts
+    return self.array, spec, Dense
 
   def unstack(self, view: View):
     del view
@@ -191,10 +225,13 @@ class _Collector:
   """Visitor that emits the sums over each product's rows."""
 
   def __init__(
-      self, params: dict[str, Any], selected: dict[str, bool] | None
+      self, params: dict[str, Any], selected: dict[str, bool] | None,
+      report_holes: bool,
   ):
     self.params = params
     self.selected = selected
+    self.report_holes = report_holes
+    self.holes: dict[str, str] = {}
     # path -> reasons, in order of appearance (dicts keep it).
     self.drops: dict[str, dict[str, None]] = {p: {} for p in params}
 
@@ -204,23 +241,34 @@ class _Collector:
   def dropped(self, view: View, reason: str) -> None:
     self.drops[view.path][reason] = None
 
+  def opaque(self, view: View, primitive: str) -> None:
+    if not self.wants(view):
+      return
+    if not self.report_holes:
+      raise UnsupportedError(
+          f'parameter {view.path!r} enters the primitive {primitive!r}, which '
+          'hides what it computes with it; leave the parameter out with '
+          f"select=[('{view.path}', False), ...], write the product outside "
+          "of it, or pass on_opaque='report' to go without its moments"
+      )
+    self.holes[view.path] = primitive
+
   def product(self, eqn, operands, which, walk):
     view = operands[which].view
     x = operands[1 - which]
     plain = list(operands)
     plain[which] = operands[which].payload.materialise(view)
     out, = compat.bind(eqn, plain)
-    if not self.wants(view):
-      return out
     product = products.describe(eqn, view, which)
     if isinstance(product, str):
       self.dropped(view, product)
       return out
-    dtype = self.params[view.path].dtype
-    if not jnp.issubdtype(dtype, jnp.floating):
+    dtypes = self.params[view.path].dtype, x.dtype
+    if not compat.is_floating(dtypes[0]) or compat.is_complex(dtypes[1]):
       raise TypeError(
-          f'kernel {view.path!r} is {dtype}; moments are for real floating '
-          f"kernels: leave it out with select=[('{view.path}', False), ...]"
+          f'kernel {view.path!r} is {dtypes[0]} and multiplies {dtypes[1]}; '
+          'moments are for real floating kernels of real inputs: leave it out '
+          f"with select=[('{view.path}', False), ...]"
       )
     tokens = [by for _, by in product.view.taken]
     loops = frozenset(t for t in tokens if isinstance(t, Loop))
@@ -236,7 +284,7 @@ class _Collector:
       groups = ((a,), *groups)
 
     def make():
-      total, second = numerics.gram(product.features(x))
+      total, second = numerics.sharded_gram(product.features, x)
       lead = second.shape[:-2]
       count = jnp.full(lead, product.num_rows, jnp.int32)
       sums = Sums(count, total, second)
@@ -254,15 +302,11 @@ class _Collector:
     use, view = output.use, output.view
     layout = use.product.layout.refine(view.atoms)
     pairs: dict[int, int] = {}
-    for mine, its, size in zip(
-        view.axes, bias.view.axes, bias.view.sizes, strict=True
-    ):
+    for mine, its in zip(view.axes, bias.view.axes, strict=True):
       mine = [a for a in mine if view.atoms[a] > 1]
       its = [a for a in its if bias.view.atoms[a] > 1]
       if [view.atoms[a] for a in mine] != [bias.view.atoms[a] for a in its]:
         return False
-      if not its and not mine and size > 1:
-        return False  # a parameter was broadcast by something else
       pairs.update(zip(mine, its, strict=True))
     taken = {by: a for a, by in bias.view.taken if isinstance(by, Loop)}
     for a, by in use.product.view.taken:
@@ -303,7 +347,7 @@ class _Collector:
     known: dict[Any, int] = {}
     for path, pairs in uses.items():
       layout = self._unify(path, pairs)
-      if layout is None:
+      if layout is None or path in self.holes:
         continue
       parts = [_Part.of(e, u, layout) for e, u in pairs]
       signature = (
@@ -323,6 +367,9 @@ class _Collector:
 
   def _unify(self, path, pairs) -> Layout | None:
     layouts = [u.product.layout for _, u in pairs]
+    if PART in self.drops[path]:
+      # Its parts that no product was seen to read may be read all the same.
+      return None
     atoms = common_atoms(layouts[0].shape, [y.atoms for y in layouts])
     if atoms is not None:
       fine = {y.refine(atoms) for y in layouts}
@@ -361,6 +408,8 @@ class _Collector:
       reasons = ', '.join(self.drops[path])
       if self.selected is not None and not self.selected[path]:
         unseen[path] = 'not selected'
+      elif path in self.holes:
+        unseen[path] = f'HOLE: enters {self.holes[path]}, which hides its use'
       elif path in owner:
         unseen[path] = f'bias of {owner[path].rsplit("/", 1)[-1]}'
       elif reasons:
@@ -368,7 +417,10 @@ class _Collector:
       else:
         unseen[path] = 'added to a product, or not used by the outputs'
     if self.selected is not None:
-      missing = [p for p, s in self.selected.items() if s and p in unseen]
+      missing = [
+          p for p, s in self.selected.items()
+          if s and p in unseen and p not in self.holes
+      ]
       if missing:
         raise ValueError(
             f'{missing[0]!r} is selected but is no kernel of a product: it is '
@@ -376,7 +428,7 @@ class _Collector:
             f'(known: {list(sites)[:4]})'
         )
     shapes = {p: tuple(v.shape) for p, v in self.params.items()}
-    return Sites(sites, unseen, shapes)
+    return Sites(sites, unseen, shapes, self.holes)
 
 
 def _put(array: jax.Array, at: Any, size: int) -> jax.Array:

@@ -12,6 +12,12 @@ What is used, and since when it looks like this:
 * `scan` has `num_consts` and `num_carry` up to 0.10, `ft_in` from 0.11.
 * `JaxprEqn.ctx.manager` and `source_info`, to re-bind an equation where the
   user's code created it.
+* `jax.core.eval_jaxpr`, public, takes either kind of jaxpr.
+* `shard_map` names its axes `newly_manual_axes` (0.10.2 and later; in
+  `sharded.py`); the axes along which a value varies are
+  `aval.manual_axis_type.varying` (0.10.2 and later).
+* `jax.lax.pcast` (0.10 and later); arrays are taken apart by `unstack` from
+  0.11, by slices before.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex_core
+import jax.numpy as jnp
 from jax.extend import source_info_util
 from jax.interpreters import partial_eval
 
@@ -40,8 +47,8 @@ REMAT = ('remat2', 'checkpoint')
 # Primitives that hide what they compute and own no sub-computation to enter.
 OPAQUE = (
     'pallas_call', 'ffi_call', 'custom_call', 'pure_callback', 'io_callback',
-    'debug_callback', 'call_hi_primitive', 'custom_partitioning',
-    'mosaic_gpu', 'tpu_custom_call', 'triton_kernel_call',
+    'call_hi_primitive', 'custom_partitioning', 'mosaic_gpu',
+    'tpu_custom_call', 'triton_kernel_call',
 )
 
 
@@ -101,3 +108,82 @@ def scan_split(params: dict[str, Any]) -> tuple[int, int]:
     return params['num_consts'], params['num_carry']
   consts, carry, _ = params['ft_in'].unpack()
   return len(consts), len(carry)
+
+
+def count_uses(jaxpr: Any) -> dict[Any, int]:
+  """How often each variable of an open jaxpr is read."""
+  uses: dict[Any, int] = {}
+  for atoms in [*(eqn.invars for eqn in jaxpr.eqns), jaxpr.outvars]:
+    for atom in atoms:
+      if not isinstance(atom, Literal):
+        uses[atom] = uses.get(atom, 0) + 1
+  return uses
+
+
+def params_key(eqn: Any) -> Any:
+  """An equation's parameters as something to compare and to hash."""
+  key = tuple(sorted(eqn.params.items()))
+  try:
+    hash(key)
+  except TypeError:
+    return str(key)
+  return key
+
+
+def is_floating(dtype: Any) -> bool:
+  return jnp.issubdtype(dtype, jnp.floating)
+
+
+def is_complex(dtype: Any) -> bool:
+  return jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def stage(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:
+  """Traces `fn` once, so that it can be run again without its Python code.
+
+  Args:
+    fn: function of pytrees of arrays; it may close over tracers.
+    *args: arrays, tracers or shapes.
+
+  Returns:
+    The function, of the same pytrees, and the pytree of its outputs' types.
+  """
+  closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+  jaxpr, consts = open_jaxpr(closed)
+  treedef = jax.tree.structure(shape)
+
+  def staged(*args):
+    flat = jax.core.eval_jaxpr(jaxpr, consts, *jax.tree.leaves(args))
+    return jax.tree.unflatten(treedef, flat)
+
+  types = [atom.aval for atom in jaxpr.outvars]
+  return staged, jax.tree.unflatten(treedef, types)
+
+
+def varying_axes(value: Any) -> frozenset[str]:
+  """Axes of a `shard_map` along which an array, or a type, may differ."""
+  aval = value if isinstance(value, jax.core.AbstractValue) else (
+      jax.typeof(value))
+  return frozenset(aval.manual_axis_type.varying)
+
+
+def vary(array: Any, axes: Sequence[str]) -> Any:
+  """The array, typed as one that differs along these axes as well."""
+  more = tuple(a for a in axes if a not in varying_axes(array))
+  return jax.lax.pcast(array, more, to='varying') if more else array
+
+
+def zeros(types: Any) -> Any:
+  """Zeros of a pytree of types, differing along the same mesh axes."""
+  return jax.tree.map(
+      lambda t: vary(jnp.zeros(t.shape, t.dtype), sorted(varying_axes(t))),
+      types,
+  )
+
+
+def has_explicit_axes(array: Any) -> bool:
+  """Whether the array's type says how it is sharded (`AxisType.Explicit`)."""
+  sharding = getattr(jax.typeof(array), 'sharding', None)
+  mesh = getattr(sharding, 'mesh', None)
+  kinds = getattr(mesh, 'axis_types', None) or ()
+  return any(k == jax.sharding.AxisType.Explicit for k in kinds)

@@ -8,6 +8,7 @@ made ahead in threads. Sets that fit are held decoded in memory.
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterator, Mapping
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -16,14 +17,12 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from utilized_rank import augment as augment_lib
-from utilized_rank import options
-from utilized_rank import tfrecord
+from utilized_rank import options, tfrecord
 
 Batch = dict[str, np.ndarray]
 
@@ -283,7 +282,7 @@ def _digits_builder(data_dir: str | None) -> Any:
 def _specs(config: DataConfig, builder: Any) -> dict[str, str]:
   given = {split: split for split in SPLITS}
   if config.splits is not None:
-    given = {key: config.splits[key] for key in config.splits.keys()}
+    given = {key: config.splits[key] for key in config.splits}
   if sorted(given) != sorted(SPLITS):
     raise ValueError(
       f'config.data.splits has the keys {sorted(given)}; it takes '

@@ -7,8 +7,8 @@ module registers the name `sk_digits` with tensorflow_datasets.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
+import io
 from typing import Any
 
 import numpy as np
@@ -34,9 +34,7 @@ class SkDigits(tfds.core.GeneratorBasedBuilder):
       description=__doc__,
       features=tfds.features.FeaturesDict(
         {
-          'image': tfds.features.Image(
-            shape=(8, 8, 1), encoding_format='png'
-          ),
+          'image': tfds.features.Image(shape=(8, 8, 1), encoding_format='png'),
           'label': tfds.features.ClassLabel(num_classes=10),
         }
       ),

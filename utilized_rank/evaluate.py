@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 import functools
 import math
-from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -62,9 +62,7 @@ def evaluate(
     pad = size - len(labels)
     images = np.pad(images, [(0, pad)] + [(0, 0)] * (images.ndim - 1))
     mask = np.arange(size) < len(labels)
-    parts.append(
-      _sums(forward, params, images, np.pad(labels, (0, pad)), mask)
-    )
+    parts.append(_sums(forward, params, images, np.pad(labels, (0, pad)), mask))
   # Fetched at the end: nothing above waits for the device.
   parts = jax.device_get(parts)
   count = sum(int(part['count']) for part in parts)
@@ -72,8 +70,7 @@ def evaluate(
     raise ValueError('evaluate got no example; batches is empty.')
   return {
     'accuracy': sum(int(part['correct']) for part in parts) / count,
-    'cross_entropy': math.fsum(part['cross_entropy'] for part in parts)
-    / count,
+    'cross_entropy': math.fsum(part['cross_entropy'] for part in parts) / count,
     'count': count,
   }
 

@@ -106,11 +106,16 @@ class View:
   def take(self, axis: int, by: Any) -> View:
     """Takes the axis away: one index of it is looked at, named by `by`."""
     keep = [i for i in range(len(self.axes)) if i != axis]
+    atoms = self.axes[axis]
+    names = [by] * len(atoms)
+    if isinstance(by, int):
+      sizes = [self.atoms[a] for a in atoms]
+      names = [int(i) for i in np.unravel_index(by, sizes)]
     return dataclasses.replace(
         self,
         axes=tuple(self.axes[i] for i in keep),
         sizes=tuple(self.sizes[i] for i in keep),
-        taken=self.taken + tuple((a, by) for a in self.axes[axis]),
+        taken=self.taken + tuple(zip(atoms, names, strict=True)),
     )
 
   def reshape(self, sizes: Sequence[int]) -> View | None:
@@ -185,21 +190,6 @@ class View:
         sizes=sizes,
         taken=tuple((numbers[a][0], by) for a, by in self.taken),
     )
-
-  def build(self, leaf: Any) -> Any:
-    """Lays out `leaf`, whose taken atoms are already gone, as this view."""
-    gone = {a for a, _ in self.taken}
-    left = [a for a in range(len(self.atoms)) if a not in gone]
-    order = [a for axis in self.axes for a in axis]
-    array = leaf.reshape([self.atoms[a] for a in left])
-    array = array.transpose([left.index(a) for a in order])
-    array = array.reshape(
-        [size if atoms else 1
-         for atoms, size in zip(self.axes, self.sizes, strict=True)]
-    )
-    import jax.numpy as jnp  # the numpy-only part of this module stays so
-
-    return jnp.broadcast_to(array, self.sizes).astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

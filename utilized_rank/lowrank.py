@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -10,13 +10,15 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from utilized_rank import compat
 from utilized_rank import paths
 from utilized_rank import products
 from utilized_rank import tracing
-from utilized_rank.interpret import Loop, Output, Param, Walk
+from utilized_rank.interpret import Walk
 from utilized_rank.layout import Atoms, Layout, View, pieces_of
+from utilized_rank.values import Loop, Output, Param
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -220,12 +222,16 @@ class _Factored:
     arrays = jax.tree.map(pick, (f.a, f.b, f.c))
     return _Factored(products.Factors(*arrays, f.layout, present))
 
-  def index(self, view: View, axis: int, at: Any) -> _Factored | None:
-    group = self._group_axis(view, axis)
+  def index(self, cut: View, axis: int, at: Any) -> _Factored | None:
+    group = self._group_axis(cut, axis)
     if group is None:
       return None
     return self._without(group, lambda array: jax.lax.dynamic_index_in_dim(
         array, at, group, keepdims=False))
+
+  def squeeze(self, axis: int) -> _Factored:
+    del axis
+    return self
 
   def unstack(self, view: View):
     group = self._group_axis(view, 0)
@@ -240,6 +246,23 @@ class _Factored:
         products.Factors(*x, f.layout, present)
     )
 
+  def shard(self, cut: View, spec: Any, parts: dict[int, Any]):
+    del spec
+    f = self.factors
+    where = {self._group_axis(cut, axis): n for axis, n in parts.items()}
+    if None in where:
+      return None
+    specs = PartitionSpec(*(where.get(i) for i in range(len(f.present))))
+    left = tuple(g for i, g in enumerate(f.present) if i not in where)
+    arrays = (f.a, f.b, f.c)
+
+    def read(local):
+      # Each device holds one of as many groups as there are devices.
+      local = jax.tree.map(lambda v: jnp.squeeze(v, tuple(where)), local)
+      return _Factored(products.Factors(*local, f.layout, left))
+
+    return arrays, jax.tree.map(lambda _: specs, arrays), read
+
   def materialise(self, view: View) -> Any:
     f = self.factors
     sizes = f.layout.sizes
@@ -253,7 +276,29 @@ class _Factored:
     order = f.present + f.layout.inputs + f.layout.outputs
     left = sorted(order)
     array = matrices.reshape(sizes(order))
-    return view.build(array.transpose([order.index(a) for a in left]))
+    array = array.transpose([order.index(a) for a in left])
+    return _lay_out(array, f.layout.atoms, left, view)
+
+
+def _lay_out(
+    array: Any, coarse: Atoms, left: Sequence[int], view: View
+) -> jax.Array:
+  """Lays out an array with one axis per atom of `left` as the view says."""
+  pieces = pieces_of(coarse, view.atoms)
+  names = [p for a in left for p in pieces[a]]
+  gone = {a for a, _ in view.taken}
+  array = array.reshape([view.atoms[a] for a in names])
+  array = jnp.squeeze(
+      array, tuple(i for i, a in enumerate(names) if a in gone)
+  )
+  names = [a for a in names if a not in gone]
+  order = [a for axis in view.axes for a in axis]
+  array = array.transpose([names.index(a) for a in order])
+  array = array.reshape([
+      size if atoms else 1
+      for atoms, size in zip(view.axes, view.sizes, strict=True)
+  ])
+  return jnp.broadcast_to(array, view.sizes).astype(view.dtype)
 
 
 class _Substitution:
@@ -261,6 +306,9 @@ class _Substitution:
 
   def wants(self, view: View) -> bool:
     return True
+
+  def opaque(self, view: View, primitive: str) -> None:
+    pass  # it gets the dense kernel, and `dropped` says so
 
   def dropped(self, view: View, reason: str) -> None:
     warnings.warn(

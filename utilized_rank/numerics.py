@@ -13,11 +13,15 @@ return NaN in silence (jax-ml/jax#1628, #32641).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
+
+from utilized_rank import compat
 
 # Eigenvalues below this share of the largest are rounding of a float32 sum.
 EIGENVALUE_FLOOR = float(np.finfo(np.float32).eps)
@@ -45,6 +49,21 @@ def gram(x: jax.Array) -> tuple[jax.Array, jax.Array]:
       precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype,
   )
   return jnp.sum(x, axis=-2, dtype=dtype), second
+
+
+def sharded_gram(
+    features: Callable[[jax.Array], jax.Array], x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """`gram(features(x))`, the sums replicated where types carry shardings.
+
+  With `AxisType.Explicit` meshes JAX refuses to sum over a sharded axis unless
+  it is told how the result is sharded. No derivative goes through the sums.
+  """
+  x = jax.lax.stop_gradient(x)
+  if not compat.has_explicit_axes(x):
+    return gram(features(x))
+  sums = lambda x: gram(features(x))
+  return jax.sharding.auto_axes(sums, out_sharding=PartitionSpec())(x)
 
 
 def accumulator_dtype(dtype: Any) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
 import difflib
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar('T')
@@ -32,7 +32,7 @@ def from_config(cls: type[T], config: Any, section: str) -> T:
     )
   fields = dataclasses.fields(cls)
   names = [field.name for field in fields]
-  for key in config.keys():
+  for key in config:
     if key not in names:
       close = difflib.get_close_matches(key, names, 1)
       hint = f'; did you mean {close[0]!r}?' if close else '.'
@@ -47,5 +47,5 @@ def from_config(cls: type[T], config: Any, section: str) -> T:
     )
     if required and field.name not in config:
       raise ValueError(f'{section} lacks the key {field.name!r}.')
-  values: Mapping[str, Any] = {key: config[key] for key in config.keys()}
+  values: Mapping[str, Any] = {key: config[key] for key in config}
   return cls(**values)

@@ -276,6 +276,8 @@ def _conv(eqn: Any, view: View, which: int) -> Product | str:
   inputs = [a for i in (in_dim, *window_dims) for a in view.axes[i]]
   outputs = list(view.axes[out_dim])
   layout = _layout(view, inputs, outputs)
+  if groups > 1 and layout.full_rank == 1:
+    return 'a depthwise convolution: matrices of rank one, nothing to factor'
   x_batch, x_feature, *x_space = numbers.lhs_spec
   window = [view.sizes[i] for i in window_dims]
 
@@ -349,7 +351,12 @@ def _conv(eqn: Any, view: View, which: int) -> Product | str:
       str(numbers.lhs_spec), p['window_strides'], p['padding'],
       p['lhs_dilation'], p['rhs_dilation'], tuple(window), groups,
   )
-  rows_shape = jax.eval_shape(rows, eqn.invars[0].aval).shape
+  x_shape = eqn.invars[0].aval.shape
+  rows_shape = (
+      x_shape[x_batch], *(out_shape[i] for i in o_space),
+      *(() if group_axis is None else (groups,)),
+      x_shape[x_feature] // groups, *window,
+  )
   return Product(
       'conv', view, layout, rows, labels, rows_shape, geometry, output,
       factored,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar('T')

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping
 import os
 import types
-import zlib
-from collections.abc import Mapping
 from typing import Any
+import zlib
 
 import jax
 import numpy as np
@@ -39,8 +38,6 @@ class Checkpoints:
     # Imported here: whoever trains without a directory needs no orbax.
     from orbax.checkpoint import v1 as ocp
 
-    # orbax reports every save on several lines.
-    logging.getLogger('absl').setLevel(logging.WARNING)
     self._directory = os.path.abspath(directory)
     self._identity = dict(identity)
     self._manager = ocp.training.Checkpointer(
@@ -66,11 +63,9 @@ class Checkpoints:
     arrays = {k: np.array(v) for k, v in _flatten(state).items()}
     metadata = {
       'identity': self._identity,
-      'crc32': {k: _crc32(v) for k, v in arrays.items()},
+      'leaves': {k: [*_kind(v), _crc32(v)] for k, v in arrays.items()},
     }
-    self._manager.save_async(
-      step, arrays, custom_metadata=metadata, force=True
-    )
+    self._manager.save_async(step, arrays, custom_metadata=metadata, force=True)
 
   def restore(self, template: Any) -> tuple[int, Any] | None:
     """Returns the newest step and its state, or None when there is none.
@@ -82,27 +77,29 @@ class Checkpoints:
       ValueError: the state was saved under another identity, does not fit
         the template, or is damaged.
     """
+    # A save that is still under way is listed already.
+    self._manager.wait()
     latest = self._manager.latest
     if latest is None:
       return None
     step = latest.step
     where = f'the checkpoint of step {step} in {self._directory}'
     try:
-      metadata = self._manager.metadata(step)
+      metadata = self._manager.metadata(step).custom_metadata
+      identity, saved = metadata['identity'], metadata['leaves']
     except Exception as error:
       raise ValueError(_damaged(where, error)) from error
-    custom = metadata.custom_metadata or {}
-    self._check_identity(where, custom.get('identity', {}))
+    self._check_identity(where, identity)
     target = {
       k: np.zeros(v.shape, v.dtype) for k, v in _flatten(template).items()
     }
-    _check_shapes(where, target, metadata.metadata)
+    _check_kinds(where, target, saved)
     try:
       arrays = self._manager.load(step, target)
     except Exception as error:
       raise ValueError(_damaged(where, error)) from error
     for key, value in arrays.items():
-      if _crc32(np.asarray(value)) != custom['crc32'][key]:
+      if _crc32(np.asarray(value)) != saved[key][-1]:
         raise ValueError(_damaged(where, f'wrong checksum of {key}'))
     leaves = [arrays[key] for key in target]
     return step, jax.tree.unflatten(jax.tree.structure(template), leaves)
@@ -117,7 +114,7 @@ class Checkpoints:
         )
 
 
-def _check_shapes(
+def _check_kinds(
   where: str, target: Mapping[str, np.ndarray], saved: Mapping[str, Any]
 ) -> None:
   if set(target) != set(saved):
@@ -127,11 +124,11 @@ def _check_shapes(
       'paths are only in one of the two. Use another directory.'
     )
   for key, value in target.items():
-    shape, dtype = tuple(saved[key].shape), np.dtype(saved[key].dtype)
-    if (shape, dtype) != (value.shape, value.dtype):
+    was, now = saved[key][:2], _kind(value)
+    if was != now:
       raise ValueError(
-        f'{where} holds {key} as {dtype}{list(shape)}; this run has it as '
-        f'{value.dtype}{list(value.shape)}. Use another directory.'
+        f'{where} holds {key} as {was[0]}{was[1]}; this run has it as '
+        f'{now[0]}{now[1]}. Use another directory.'
       )
 
 
@@ -149,6 +146,10 @@ def _flatten(state: Any) -> dict[str, Any]:
     jax.tree_util.keystr(path, simple=True, separator='/'): leaf
     for path, leaf in leaves
   }
+
+
+def _kind(array: np.ndarray) -> list[Any]:
+  return [str(array.dtype), list(array.shape)]
 
 
 def _crc32(array: np.ndarray) -> int:

@@ -17,7 +17,8 @@ class Site(Entry):
   """A leaf that is the kernel of one or more products.
 
   Attributes:
-    rows: rows that one call of the function contributes to each matrix.
+    rows: rows that one call of the function contributes to each matrix, if
+      every branch is taken and every `while_loop` runs once.
     uses: number of products it takes part in, per call of the function.
     also: what else happens to the leaf (an embedding's lookup, say).
   """
@@ -32,14 +33,26 @@ class Site(Entry):
 
 
 class Sites(Mapping[str, Site]):
-  """Every kernel of a function, by path; `unseen` says why other leaves are
-  none. `print(sites)` explains every leaf."""
+  """Every kernel of a function, by path; `print(sites)` explains every leaf.
 
-  def __init__(self, sites: dict[str, Site], unseen: dict[str, str],
-               shapes: dict[str, tuple[int, ...]]):
+  Attributes:
+    unseen: for every other leaf, why it is no kernel.
+    shapes: every leaf's shape.
+    holes: leaves that enter a primitive which hides its computation, and the
+      primitive; empty unless `on_opaque='report'`.
+  """
+
+  def __init__(
+      self,
+      sites: dict[str, Site],
+      unseen: dict[str, str],
+      shapes: dict[str, tuple[int, ...]],
+      holes: dict[str, str],
+  ):
     self._sites = sites
     self.unseen = unseen
     self.shapes = shapes
+    self.holes = holes
 
   def __getitem__(self, path: str) -> Site:
     if path in self._sites:
@@ -101,6 +114,3 @@ def layout_conflict(path: str, layouts: list[Layout]) -> str:
   })
   return f'{path!r} is contracted in different ways: ' + ' and '.join(ways)
 
-
-def describe_leaf(leaf: Any) -> str:
-  return f'{getattr(leaf, "dtype", type(leaf).__name__)}'

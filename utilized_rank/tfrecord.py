@@ -10,10 +10,10 @@ resumption that array_record files have.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 import itertools
 import struct
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 

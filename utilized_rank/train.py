@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -10,7 +11,6 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from utilized_rank import losses
-from utilized_rank import options
-from utilized_rank import progress
-from utilized_rank import resume
-from utilized_rank.evaluate import Forward
-from utilized_rank.evaluate import evaluate
+from utilized_rank import losses, options, progress, resume
+from utilized_rank.evaluate import Forward, evaluate
 
 __all__ = [
   'DivergedError',
@@ -187,7 +183,7 @@ def fit(
       if found is not None:
         state = jax.tree.map(jnp.asarray, found[1])
     start = int(state.step)
-    log = stack.enter_context(_Log(directory, start, config, desc))
+    log = _Log(directory, start, config, desc)
     stream = batches(start)
     # An iterator that makes batches ahead stops when it is closed.
     stack.callback(getattr(stream, 'close', lambda: None))
@@ -209,7 +205,7 @@ def fit(
   return state.params
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def linen_forward(model: Any) -> Forward:
   """`forward` of a Flax Linen classifier on its variables.
 
@@ -286,16 +282,14 @@ def _make_update(
   def update(
     state: _State, batch: Mapping[str, jax.Array], teacher_params: Any
   ) -> tuple[_State, dict[str, jax.Array]]:
-    images, labels = batch['image'], batch['label']
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    images, labels = batch['image'], batch['label']
 
     def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
       logits = forward(params, images, train=True, rng=rng)
       loss = losses.cross_entropy(logits, labels, config.label_smoothing)
       if teacher_forward is not None:
-        target = teacher_forward(
-          teacher_params, images, train=False, rng=None
-        )
+        target = teacher_forward(teacher_params, images, train=False, rng=None)
         imitation = losses.distillation(
           logits, target, config.distill_temperature
         )
@@ -308,12 +302,16 @@ def _make_update(
     metrics = {
       'loss': loss,
       'accuracy': jnp.mean(logits.argmax(axis=-1) == labels),
-      'grad_norm': optax.global_norm(grads),
+      'grad_norm': _norm(grads),
     }
     params = optax.apply_updates(state.params, change)
     return _State(params, moments, state.step + 1), metrics
 
   return update
+
+
+def _norm(tree: Any) -> jax.Array:
+  return jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(tree)))
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
@@ -340,19 +338,12 @@ class _Log:
     self._window: list[dict[str, jax.Array]] = []
     self._since = time.monotonic()
     self._text = ''
-    self._file = None
+    self._path = None
     if directory is not None:
-      path = os.path.join(directory, 'metrics.jsonl')
-      lines = _lines_until(path, start)
-      self._file = open(path, 'w', encoding='utf-8')
-      self._file.writelines(lines)
-
-  def __enter__(self) -> _Log:
-    return self
-
-  def __exit__(self, *unused: Any) -> None:
-    if self._file is not None:
-      self._file.close()
+      self._path = os.path.join(directory, 'metrics.jsonl')
+      kept = _lines_until(self._path, start)
+      with open(self._path, 'w', encoding='utf-8') as file:
+        file.writelines(kept)
 
   def status(self) -> str:
     return self._text
@@ -383,9 +374,9 @@ class _Log:
     record['images_per_second'] = round(images / seconds, 1)
     self._text = f'loss {record["loss"]:.4f}'
     self._text += f', accuracy {record["accuracy"]:.4f}'
-    if self._file is not None:
-      self._file.write(json.dumps(record) + '\n')
-      self._file.flush()
+    if self._path is not None:
+      with open(self._path, 'a', encoding='utf-8') as file:
+        file.write(json.dumps(record) + '\n')
     self._window = []
     self._since = time.monotonic()
 

@@ -8,8 +8,8 @@ shape of the tree equals theirs, so a checkpoint loads without renaming.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -48,13 +48,36 @@ VARIANTS: dict[str, dict[str, int]] = {
 
 
 class PositionEmbedding(nn.Module):
-  """Adds a learned embedding to every position of `(B, N, D)`."""
+  """Adds a learned embedding to every position of `(B, N, D)`.
+
+  Attributes:
+    grid: rows and columns of patches; what comes before them is a token.
+  """
+
+  grid: tuple[int, int]
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    shape = (1, *x.shape[1:])
-    table = self.param('pos_embedding', nn.initializers.normal(0.02), shape)
+    def init(key: Array, shape: tuple[int, ...]) -> Array:
+      table = _sincos(self.grid, shape[-1])
+      return jnp.pad(table, ((shape[1] - len(table), 0), (0, 0)))[None]
+
+    table = self.param('pos_embedding', init, (1, *x.shape[1:]))
     return x + table.astype(x.dtype)
+
+
+def _sincos(grid: tuple[int, int], width: int) -> Array:
+  """Sines and cosines of row and column, `(rows * columns, width)`.
+
+  The published recipe starts from noise of size 0.02. On little data that
+  leaves the first layers blind to position for long, which on the digits
+  cost about a point of accuracy.
+  """
+  # Wavelengths from 6 to 600 patches.
+  frequency = 100.0 ** -jnp.linspace(0, 1, width // 4, endpoint=False)
+  row, column = jnp.indices(grid).reshape(2, -1, 1) * frequency
+  waves = [jnp.sin(row), jnp.cos(row), jnp.sin(column), jnp.cos(column)]
+  return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, width % 4)))
 
 
 class MlpBlock(nn.Module):
@@ -120,6 +143,7 @@ class EncoderBlock(nn.Module):
 class Encoder(nn.Module):
   """Position embedding, `depth` blocks and a last norm on `(B, N, D)`."""
 
+  grid: tuple[int, int]
   depth: int
   heads: int
   mlp_dim: int
@@ -131,7 +155,7 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> Array:
-    x = PositionEmbedding(name='posembed_input')(x)
+    x = PositionEmbedding(self.grid, name='posembed_input')(x)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     block: Any = EncoderBlock
     if self.remat:
@@ -222,12 +246,14 @@ class ViT(nn.Module):
       dtype=self.dtype,
       name='embedding',
     )(images)
+    grid = x.shape[1:3]
     x = x.reshape(x.shape[0], -1, self.width)
     if self.pool == 'token':
       cls = self.param('cls', nn.initializers.zeros, (1, 1, self.width))
       cls = jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, self.width))
       x = jnp.concatenate([cls, x], axis=1)
     x = Encoder(
+      grid=grid,
       depth=self.depth,
       heads=self.heads,
       mlp_dim=self.mlp_dim,
