@@ -1,0 +1,176 @@
+"""What travels through a walk of a traced function, and who looks at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+
+from utilized_rank.layout import View
+
+
+class UnsupportedError(ValueError):
+  """A parameter enters a computation that the walker cannot see into."""
+
+
+class Payload(Protocol):
+  """What stands for a leaf while its function is being walked.
+
+  `view` is what the payload is laid out as before the operation, unless said
+  otherwise.
+  """
+
+  def relayout(self, eqn: Any, view: View) -> Payload:
+    """The payload of the view that `eqn`, a layout operation, makes."""
+    ...
+
+  def index(self, cut: View, axis: int, at: Any) -> Payload | None:
+    """The payload of one index of a leaf that is cut in equal parts.
+
+    `cut` has the parts' axis at `axis` and what each holds at `axis + 1`; `at`
+    is an integer, or a traced one if each part is one index of the array.
+    None where the payload cannot be taken apart there.
+    """
+    ...
+
+  def squeeze(self, axis: int) -> Payload:
+    """The payload without an axis of size one."""
+    ...
+
+  def unstack(
+      self, view: View
+  ) -> tuple[Any, Callable[[Any], Payload]] | None:
+    """A pytree to loop over in place of axis 0, and how to read a slice."""
+    ...
+
+  def shard(
+      self, cut: View, spec: Any, parts: dict[int, Any]
+  ) -> tuple[Any, Any, Callable[[Any], Payload]] | None:
+    """A pytree for a `shard_map`, its specs, and how to read a device's part.
+
+    `spec` is the leaf's own partition spec; `parts` maps axes of `cut` to the
+    mesh axes they are spread over.
+    """
+    ...
+
+  def materialise(self, view: View) -> jax.Array:
+    """The array that the view describes."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Param:
+  """A parameter leaf, or a layout of one, as a value of the walk."""
+
+  view: View
+  payload: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """What a product made, while it is still only that, laid out anew.
+
+  The view is over the *kernel's* atoms, rows being axes without atoms, so a
+  bias that is added can be recognised by its place alone.
+  """
+
+  view: View
+  value: Any
+  use: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Emission:
+  """One value on its way out of the walk.
+
+  Attributes:
+    key: what makes it the same value as another emission.
+    value: pytree of arrays.
+    uses: for each use of the value, an object of the visitor's.
+    loops: tokens of the loops that stack it; other loops add it up.
+  """
+
+  key: Hashable
+  value: Any
+  uses: list[Any]
+  loops: frozenset[Any]
+
+
+class Tape:
+  """Emissions of one scope, by key."""
+
+  def __init__(self):
+    self.emissions: dict[Hashable, Emission] = {}
+
+  def emit(
+      self,
+      key: Hashable,
+      make: Callable[[], Any],
+      use: Any,
+      loops: frozenset[Any],
+  ) -> None:
+    """Adds a use of a value, making the value where it is new."""
+    if key not in self.emissions:
+      self.emissions[key] = Emission(key, make(), [], loops)
+    self.emissions[key].uses.append(use)
+
+
+class Visitor(Protocol):
+  """What to do with the products that a walk finds."""
+
+  def product(
+      self, eqn: Any, operands: Sequence[Any], which: int, walk: Any
+  ) -> Any:
+    """The output of a product; `operands[which]` is the one `Param`."""
+    ...
+
+  def wants(self, view: View) -> bool:
+    """Whether the leaf's products are looked at."""
+    ...
+
+  def dropped(self, view: View, reason: str) -> None:
+    """A leaf stopped being a leaf; its array is used for something else."""
+    ...
+
+  def opaque(self, view: View, primitive: str) -> None:
+    """A leaf is about to enter a primitive that hides what it computes.
+
+    Raises:
+      UnsupportedError: unless it may.
+    """
+    ...
+
+  def biased(self, output: Output, bias: Param) -> bool:
+    """A parameter is added to a product; whether that makes it its bias."""
+    ...
+
+  def stacked(
+      self, use: Any, loop: Any, size: int, is_stacked: bool
+  ) -> Any:
+    """The use, seen from outside a loop that stacked or summed it."""
+    ...
+
+
+class Loop:
+  """Identity of one loop, one traced index or one spread over devices."""
+
+  def __init__(self, name: str):
+    self.name = name
+
+  def __repr__(self) -> str:
+    return f'<{self.name}>'
+
+
+def split(values: Sequence[Any]):
+  """The arrays in a list of values, and how to put the list together again."""
+  arrays = [v.payload if isinstance(v, Param) else v for v in values]
+
+  def rebuild(arrays):
+    return [
+        Param(v.view, a) if isinstance(v, Param) else a
+        for v, a in zip(values, arrays, strict=True)
+    ]
+
+  return arrays, rebuild
