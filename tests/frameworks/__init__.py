@@ -1,0 +1,1 @@
+"""Models as their frameworks' users write them, none prepared for capture."""
