@@ -135,6 +135,13 @@ def test_run_table():
   )
 
 
+def test_run_table_leaves_out_what_was_not_measured():
+  runs = [{**run, 'flops': None, 'latency_ms': None} for run in RUNS]
+  head, _, dense, *_ = tables.run_table(runs).splitlines()
+  assert head.split() == 'model params before accuracy vs dense'.split()
+  assert dense.split() == ['dense', '205,322', '100%', '–', '98.61%', '–']
+
+
 def test_no_change_has_a_sign_but_no_minus():
   runs = [RUNS[0], {**RUNS[1], 'test_accuracy': 0.98609999}]
   assert tables.run_table(runs).splitlines()[-1].endswith(' +0.00')

@@ -87,7 +87,7 @@ def run_table(runs: Sequence[Mapping[str, Any]]) -> str:
       kernels), `params` (whole model), `flops` (per example), `latency_ms`,
       `test_accuracy` and `test_accuracy_before_finetune` (shares in [0, 1]),
       and `method` where several are compared. A value that is not known is
-      None.
+      None; a column of such values is left out.
 
   Raises:
     ValueError: there is no run, or a run lacks a key; the message names both.
@@ -99,6 +99,7 @@ def run_table(runs: Sequence[Mapping[str, Any]]) -> str:
   columns = [
     _aligned(title, cells, left=title == 'model')
     for title, cells in zip(titles, zip(*rows, strict=True), strict=True)
+    if set(cells) != {MISSING}
   ]
   lines = ['  '.join(row).rstrip() for row in zip(*columns, strict=True)]
   return '\n'.join([lines[0], '─' * max(map(len, lines)), *lines[1:]])
