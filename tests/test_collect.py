@@ -130,7 +130,9 @@ def test_capture_inside_pmap_and_shard_map(params, rows):
 
 def test_devices_reduce_once_at_the_end(params, rows):
   """No collective in the program that runs for every batch."""
-  run = collect_lib._Run(model, params, None, jax.local_devices())
+  run = collect_lib._Run(
+      model, params, ur.find_sites(model, params, rows), None,
+      jax.local_devices())
   batch = jax.device_put(rows[:96], run._split)
   state = run._zeros(batch)
   text = run._step.lower(state, run._params, batch).compile().as_text()

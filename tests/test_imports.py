@@ -15,12 +15,12 @@ ROOT = pathlib.Path(utilized_rank.__file__).parent
 LAYERS = [
     'compat progress layout paths depth look svg',
     'tracing numerics tables',
-    'interpret control products',
+    'values sharded interpret control products',
     'moments subspace',
     'sites lowrank stack',
     'capture kernels',
-    'checkpoint ranks plots',
-    'collect factorize',
+    'checkpoint ranks plots allocation gradients',
+    'collect factorize search',
     'page report',
 ]
 # They need flax, optax, TFDS or absl, and are imported by name.

@@ -16,6 +16,7 @@ from utilized_rank.checkpoint import save
 from utilized_rank.collect import collect
 from utilized_rank.factorize import factorize
 from utilized_rank.factorize import project
+from utilized_rank.gradients import sampled_cross_entropy
 from utilized_rank.interpret import UnsupportedError
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
@@ -29,6 +30,8 @@ from utilized_rank.ranks import energy_ranks
 from utilized_rank.ranks import uniform_ranks
 from utilized_rank.report import Report
 from utilized_rank.report import measure
+from utilized_rank.search import SearchedRanks
+from utilized_rank.search import search_ranks
 from utilized_rank.sites import Sites
 
 __version__ = '0.1.0'

@@ -161,6 +161,9 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
         str(i): {'count': s.count, 'total': s.total, 'second': s.second}
         for i, s in enumerate(tree.sums)
     }
+    if tree.grads is not None:
+      arrays['grads'] = {str(i): g for i, g in enumerate(tree.grads)}
+      arrays['examples'] = tree.examples
     table = [dataclasses.asdict(entry) for entry in tree.table]
     return arrays, {'kind': 'moments', 'table': table}
   if isinstance(tree, dict):
@@ -211,10 +214,12 @@ def _decode(arrays: Any, structure: Any) -> Any:
         Entry(**{**entry, 'layout': _layout(entry['layout'])})
         for entry in structure['table']
     )
-    sums = tuple(
-        Sums(**arrays[str(i)]) for i in range(len(arrays or ()))
-    )
-    return Moments(table, sums)
+    count = len({entry.index for entry in table})
+    sums = tuple(Sums(**arrays[str(i)]) for i in range(count))
+    if 'grads' not in arrays:
+      return Moments(table, sums)
+    grads = tuple(arrays['grads'][str(i)] for i in range(len(table)))
+    return Moments(table, sums, grads, arrays['examples'])
   items = {
       k: _decode((arrays or {}).get(k), s)
       for k, s in structure['items'].items()

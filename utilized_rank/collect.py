@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-import functools
+from collections.abc import Callable, Iterable
 import itertools
 import os
 import shutil
@@ -17,7 +16,8 @@ import numpy as np
 from utilized_rank import checkpoint
 from utilized_rank import paths
 from utilized_rank.capture import capture, find_sites
-from utilized_rank.moments import Entry, Moments, Sums
+from utilized_rank.gradients import LossFn, gradient_sums
+from utilized_rank.moments import Moments
 from utilized_rank.progress import track
 
 # Rows that the devices may count before the host takes the sums over: int32
@@ -30,6 +30,7 @@ def collect(
     params: Any,
     batches: Iterable[Any],
     *,
+    loss: LossFn | None = None,
     select: paths.Rules | None = None,
     mesh: Mesh | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -47,6 +48,9 @@ def collect(
       independently.
     params: its parameters.
     batches: batches, each a pytree whose arrays lead with the batch axis.
+    loss: `loss(outputs, batch) -> (B,)`, nats per example; adds the moments
+      of its gradient at every kernel's output, which `method='loss'` needs.
+      `sampled_cross_entropy()` needs no labels.
     select: ordered `(regex, bool)` rules over leaf paths; default all kernels.
     mesh: devices to use, all axes flattened; default every local device.
     checkpoint_dir: where to keep the running sums. If it holds some, the
@@ -84,7 +88,7 @@ def collect(
         'the function has no kernel: no parameter leaf meets a matrix product '
         f'or a convolution\n{sites}'
     )
-  run = _Run(fn, params, select, devices)
+  run = _Run(fn, params, sites, select, devices, loss)
   done = 0
   if checkpoint_dir is not None and os.path.isdir(checkpoint_dir):
     done = run.restore(checkpoint_dir, sites)
@@ -135,9 +139,13 @@ def check_batch(batch: Any, number: int) -> int:
 class _Run:
   """Running sums on the devices, and what overflowed them on the host."""
 
-  def __init__(self, fn, params, select, devices):
+  def __init__(self, fn, params, sites, select, devices, loss=None):
     self._devices = devices
     self._captured = capture(fn, select=select)
+    self._gradients = None
+    if loss is not None:
+      layouts = {path: site.layout for path, site in sites.items()}
+      self._gradients = gradient_sums(fn, loss, layouts)
     self._mesh = Mesh(np.array(devices), ('examples',))
     replicated = NamedSharding(self._mesh, PartitionSpec())
     self._params = jax.device_put(params, replicated)
@@ -149,7 +157,12 @@ class _Run:
     self._step_rest = jax.jit(self._add_rest, donate_argnums=0)
 
   def _moments_of(self, params, batch):
-    return self._captured(params, batch)[1]
+    moments = self._captured(params, batch)[1]
+    if self._gradients is None:
+      return moments
+    grads, examples = self._gradients(params, batch)
+    grads = tuple(grads[path] for path in moments)
+    return Moments(moments.table, moments.sums, grads, examples)
 
   def _add_shards(self, state, params, batch):
     def local(params, batch):
@@ -208,9 +221,13 @@ class _Run:
     if not finite.all():
       bad = int(np.argmin(finite))
       assert self._state is not None
-      users = [e.path for e in self._state.table if e.index == bad]
+      table, inputs = self._state.table, len(self._state.sums)
+      what, users = 'input', [e.path for e in table if e.index == bad]
+      if bad >= inputs:
+        what = "loss's gradient at the output"
+        users = [table[bad - inputs].path]
       raise FloatingPointError(
-          f'the input of {users} is NaN or infinite in batch {number}'
+          f'the {what} of {users} is NaN or infinite in batch {number}'
       )
     if int(most) > _MOST_ROWS:
       self._flush()
@@ -252,7 +269,11 @@ class _Run:
       raise ValueError(f'{folder!r} holds no running sums of a collection')
     have = {e.path: e.layout for e in state.table}
     want = {s.path: s.layout for s in sites.values()}
-    if have != want or state.sums[0].count.shape[0] != len(self._devices):
+    same_loss = (state.grads is None) == (self._gradients is None)
+    if (
+        have != want or not same_loss
+        or state.sums[0].count.shape[0] != len(self._devices)
+    ):
       raise ValueError(
           f'{folder!r} holds the sums of another collection ({len(have)} '
           f'kernels, {state.sums[0].count.shape[0]} devices); this one has '
@@ -264,12 +285,13 @@ class _Run:
 
 
 def _accumulate(state: Moments, new: Moments):
-  """state + new, whether each input of `new` is finite, and the most rows."""
-  finite = jnp.stack([
-      jnp.isfinite(jnp.sum(s.total)) & jnp.isfinite(
-          jnp.sum(jnp.diagonal(s.second, axis1=-2, axis2=-1)))
-      for s in new.sums
-  ])
+  """state + new, whether each input (then each gradient) of `new` is finite,
+  and the most rows."""
+  trace = lambda a: jnp.sum(jnp.diagonal(a, axis1=-2, axis2=-1))
+  finite = jnp.stack(
+      [jnp.isfinite(jnp.sum(s.total) + trace(s.second)) for s in new.sums]
+      + [jnp.isfinite(trace(g)) for g in new.grads or ()]
+  )
   state = jax.tree.map(jnp.add, state, new)
   most = jnp.stack([jnp.max(s.count) for s in state.sums]).max()
   return state, finite, most

@@ -11,7 +11,7 @@ import numpy as np
 from utilized_rank import lowrank
 from utilized_rank import paths
 from utilized_rank import subspace
-from utilized_rank.kernels import Kernel, kernels
+from utilized_rank.kernels import Kernel, kernels, to_leaf
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
 from utilized_rank.moments import Moments
@@ -56,19 +56,11 @@ def project(
   ):
     share = per_path[path]
     e_s, e_t = share if isinstance(share, tuple) else (share, share)
-    projected = np.stack([
-        subspace.project(
-            k.w, _lead(k.in_basis, check_energy(e_s)),
-            _lead(k.out_basis, check_energy(e_t)),
-        )
-        for k in members
-    ])
-    named[path] = _to_leaf(projected, moments[path].layout, named[path])
+    projected = [
+        k.projected(check_energy(e_s), check_energy(e_t)) for k in members
+    ]
+    named[path] = to_leaf(projected, moments[path].layout, named[path])
   return paths.unflatten(treedef, named)
-
-
-def _lead(basis: subspace.Basis, share: float) -> np.ndarray:
-  return basis.vectors[:, :subspace.energy_rank(basis.values, share)]
 
 
 def factorize(
@@ -190,11 +182,6 @@ def _to_low_rank(
       jnp.asarray(b.reshape(groups + (rank,) + layout.output_shape), dtype),
       c, layout,
   )
-
-
-def _to_leaf(matrices: np.ndarray, layout: Layout, leaf: Any) -> Any:
-  stacked = matrices.reshape(layout.group_shape + layout.matrix_shape)
-  return jnp.asarray(layout.from_matrices(stacked), leaf.dtype)
 
 
 def _add_constant(

@@ -8,11 +8,13 @@ import functools
 from typing import Any
 import warnings
 
+import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import lowrank
 from utilized_rank import paths
 from utilized_rank import subspace
+from utilized_rank.layout import Layout
 from utilized_rank.moments import Moments
 
 
@@ -49,6 +51,20 @@ class Kernel:
     wide = self.w.shape[1] > self.w.shape[0]
     return subspace.output_basis(
         self.w, self.second, self.in_basis if wide else None
+    )
+
+  def ranks(self, e_s: float, e_t: float) -> tuple[int, int]:
+    """(k_S, k_T) at the given energies."""
+    return (
+        subspace.energy_rank(self.in_basis.values, e_s),
+        subspace.energy_rank(self.out_basis.values, e_t),
+    )
+
+  def projected(self, e_s: float, e_t: float) -> np.ndarray:
+    """W' = P_S W P_T at the given energies."""
+    k_s, k_t = self.ranks(e_s, e_t)
+    return subspace.project(
+        self.w, self.in_basis.vectors[:, :k_s], self.out_basis.vectors[:, :k_t]
     )
 
 
@@ -102,6 +118,14 @@ def kernels(
           int(count[index]), shared[key],
       ))
     yield path, members
+
+
+def to_leaf(matrices: list[np.ndarray], layout: Layout, leaf: Any) -> Any:
+  """One matrix per group as an array like `leaf`."""
+  stacked = np.stack(matrices).reshape(
+      layout.group_shape + layout.matrix_shape
+  )
+  return jnp.asarray(layout.from_matrices(stacked), leaf.dtype)
 
 
 def _check(path: str, named: dict[str, Any], moments: Moments) -> None:

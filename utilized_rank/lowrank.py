@@ -168,7 +168,7 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
     values = [
         Param(
             View.of_leaf(p, leaf.shape, leaf.dtype, leaf.layout.atoms),
-            _Factored.of(leaf),
+            Factored.of(leaf),
         )
         if is_low_rank(leaf) else leaf
         for p, leaf in traced.params.items()
@@ -184,13 +184,13 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
-class _Factored:
+class Factored:
   """A `LowRank` leaf inside a walk; `present` groups are still axes."""
 
   factors: products.Factors
 
   @classmethod
-  def of(cls, leaf: LowRank) -> _Factored:
+  def of(cls, leaf: LowRank) -> Factored:
     return cls(products.Factors(
         leaf.a, leaf.b, leaf.c, leaf.layout, leaf.layout.groups
     ))
@@ -200,10 +200,10 @@ class _Factored:
     return (f.a, f.b, f.c), (f.layout, f.present)
 
   @classmethod
-  def tree_unflatten(cls, static, children) -> _Factored:
+  def tree_unflatten(cls, static, children) -> Factored:
     return cls(products.Factors(*children, *static))
 
-  def relayout(self, eqn: Any, view: View) -> _Factored:
+  def relayout(self, eqn: Any, view: View) -> Factored:
     del eqn, view
     return self
 
@@ -216,20 +216,20 @@ class _Factored:
         return i
     return None
 
-  def _without(self, axis: int, pick: Callable[[Any], Any]) -> _Factored:
+  def _without(self, axis: int, pick: Callable[[Any], Any]) -> Factored:
     f = self.factors
     present: Atoms = f.present[:axis] + f.present[axis + 1:]
     arrays = jax.tree.map(pick, (f.a, f.b, f.c))
-    return _Factored(products.Factors(*arrays, f.layout, present))
+    return Factored(products.Factors(*arrays, f.layout, present))
 
-  def index(self, cut: View, axis: int, at: Any) -> _Factored | None:
+  def index(self, cut: View, axis: int, at: Any) -> Factored | None:
     group = self._group_axis(cut, axis)
     if group is None:
       return None
     return self._without(group, lambda array: jax.lax.dynamic_index_in_dim(
         array, at, group, keepdims=False))
 
-  def squeeze(self, axis: int) -> _Factored:
+  def squeeze(self, axis: int) -> Factored:
     del axis
     return self
 
@@ -242,7 +242,7 @@ class _Factored:
         lambda array: jnp.moveaxis(array, group, 0), (f.a, f.b, f.c)
     )
     present = f.present[:group] + f.present[group + 1:]
-    return arrays, lambda x: _Factored(
+    return arrays, lambda x: Factored(
         products.Factors(*x, f.layout, present)
     )
 
@@ -259,7 +259,7 @@ class _Factored:
     def read(local):
       # Each device holds one of as many groups as there are devices.
       local = jax.tree.map(lambda v: jnp.squeeze(v, tuple(where)), local)
-      return _Factored(products.Factors(*local, f.layout, left))
+      return Factored(products.Factors(*local, f.layout, left))
 
     return arrays, jax.tree.map(lambda _: specs, arrays), read
 

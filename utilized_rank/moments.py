@@ -63,6 +63,8 @@ class Moment:
 
   entry: Entry
   sums: Sums
+  grad: Any = None
+  examples: Any = None
 
   @property
   def layout(self) -> Layout:
@@ -82,6 +84,22 @@ class Moment:
   def second(self) -> Any:
     """S = C / n, uncentred, shape (*groups, d, d)."""
     return self.sums.second / _divisor(self.sums.count)[..., None, None]
+
+  @property
+  def grad_second(self) -> Any:
+    """G, second moment over rows of the gradient of an example's loss at the
+    kernel's output, shape (*groups, m, m); None without a loss."""
+    if self.grad is None:
+      return None
+    return self.grad / _divisor(self.sums.count)[..., None, None]
+
+  @property
+  def rows_per_example(self) -> Any:
+    """Rows that an example contributes, shape (*groups,); None without a
+    loss."""
+    if self.examples is None:
+      return None
+    return self.sums.count / _divisor(self.examples)
 
   @property
   def covariance(self) -> Any:
@@ -113,31 +131,49 @@ class Moments(Mapping[str, Moment]):
   [[1.0, 2.0], [2.0, 4.0]]
   """
 
-  def __init__(self, table: tuple[Entry, ...], sums: tuple[Sums, ...]):
+  def __init__(
+      self,
+      table: tuple[Entry, ...],
+      sums: tuple[Sums, ...],
+      grads: tuple[Any, ...] | None = None,
+      examples: Any = None,
+  ):
+    """Made by `capture` and `collect`.
+
+    Args:
+      table: one entry per kernel.
+      sums: the distinct sums that entries point at.
+      grads: sums of g g^T, (*groups, m, m) for each entry; None without loss.
+      examples: number of examples behind `grads`.
+    """
     self.table = table
     self.sums = sums
-    self._entries = {entry.path: entry for entry in table}
+    self.grads = grads
+    self.examples = examples
+    self._places = {entry.path: i for i, entry in enumerate(table)}
 
-  def tree_flatten(self) -> tuple[tuple[Sums, ...], tuple[Entry, ...]]:
-    return self.sums, self.table
+  def tree_flatten(self):
+    return (self.sums, self.grads, self.examples), self.table
 
   @classmethod
-  def tree_unflatten(cls, table, sums) -> Moments:
-    return cls(table, tuple(sums))
+  def tree_unflatten(cls, table, children) -> Moments:
+    return cls(table, *children)
 
   def __getitem__(self, path: str) -> Moment:
-    if path not in self._entries:
+    if path not in self._places:
       raise KeyError(
-          'no moments for ' + paths.unknown(path, self._entries)
+          'no moments for ' + paths.unknown(path, self._places)
       )
-    entry = self._entries[path]
-    return Moment(entry, self.sums[entry.index])
+    place = self._places[path]
+    entry = self.table[place]
+    grad = None if self.grads is None else self.grads[place]
+    return Moment(entry, self.sums[entry.index], grad, self.examples)
 
   def __iter__(self) -> Iterator[str]:
-    return iter(self._entries)
+    return iter(self._places)
 
   def __len__(self) -> int:
-    return len(self._entries)
+    return len(self._places)
 
   def __repr__(self) -> str:
     return f'Moments({len(self)} kernels, {len(self.sums)} distinct inputs)'
@@ -173,5 +209,11 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
         'the two moments share inputs differently; they come from different '
         'functions'
     )
-  add = lambda x, y: x + y
-  return Moments(a.table, jax.tree.map(add, a.sums, b.sums))
+  if (a.grads is None) != (b.grads is None):
+    raise ValueError(
+        'one of the two moments has gradient moments and the other has none; '
+        'collect both with the same loss'
+    )
+  grads = None if b.grads is None else tuple(b[path].grad for path in a)
+  b = Moments(a.table, b.sums, grads, b.examples)
+  return jax.tree.map(lambda x, y: x + y, a, b)

@@ -81,7 +81,9 @@ class Product:
   @property
   def key(self) -> Hashable:
     """What X depends on besides the activation itself."""
-    split, order = self._arrangement()
+    split, order = self._arrangement(
+        self.rows_shape, self.labels, self.layout.inputs
+    )
     return (
         self.geometry, _runs(split, order), self.layout.sizes(self.present)
     )
@@ -92,16 +94,27 @@ class Product:
     Features are in the kernel's own order, whatever order the equation lists
     them in: `einsum('bshd,hde->bse')` contracts (d, h).
     """
-    split, order = self._arrangement()
-    array = self.rows(x).reshape(split).transpose(sum(order, []))
-    lead = self.layout.sizes(self.present)
-    return array.reshape(*lead, self.num_rows, self.layout.matrix_shape[0])
+    return self._matrices(self.rows(x), self.labels, self.layout.inputs)
 
-  def _arrangement(self) -> tuple[list[int], list[list[int]]]:
+  def responses(self, y: Any) -> Any:
+    """An array like the product's output as (*groups, n, m)."""
+    labels = [atoms or ROW for atoms in self.output.axes]
+    return self._matrices(y, labels, self.layout.outputs)
+
+  def _matrices(self, array: Any, labels: Sequence[Label], atoms: Atoms):
+    split, order = self._arrangement(array.shape, labels, atoms)
+    lead = self.layout.sizes(self.present)
+    width = math.prod(self.layout.sizes(atoms))
+    array = array.reshape(split).transpose(sum(order, []))
+    return array.reshape(*lead, -1, width)
+
+  def _arrangement(
+      self, shape: Sequence[int], labels: Sequence[Label], atoms: Atoms
+  ) -> tuple[list[int], list[list[int]]]:
     """Sizes that split the axes into atoms; groups, rows, features in it."""
     split: list[int] = []
     names: list[int | None] = []
-    for size, label in zip(self.rows_shape, self.labels, strict=True):
+    for size, label in zip(shape, labels, strict=True):
       if label is ROW:
         split.append(size)
         names.append(ROW)
@@ -112,7 +125,7 @@ class Product:
     return split, [
         [where[a] for a in self.present],
         [i for i, a in enumerate(names) if a is ROW],
-        [where[a] for a in self.layout.inputs],
+        [where[a] for a in atoms],
     ]
 
 

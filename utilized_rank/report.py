@@ -284,13 +284,12 @@ def measure(
 def _layer(kernel: Kernel, energy: float) -> LayerReport:
   d, m = kernel.w.shape
   s, t = kernel.in_basis, kernel.out_basis
-  k_in = subspace.energy_rank(s.values, energy)
-  k_out = subspace.energy_rank(t.values, energy)
+  k_in, k_out = kernel.ranks(energy, energy)
   total = t.values.sum()
   projected = bound = 0.0
   if total > 0:
-    w = subspace.project(kernel.w, s.vectors[:, :k_in], t.vectors[:, :k_out])
-    projected = subspace.output_error(kernel.w - w, kernel.second) / total
+    difference = kernel.w - kernel.projected(energy, energy)
+    projected = subspace.output_error(difference, kernel.second) / total
     bound = float(t.values[min(k_in, k_out):].sum() / total)
   spectrum_out = np.zeros(m)
   spectrum_out[:len(t.values)] = t.values

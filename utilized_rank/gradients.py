@@ -1,0 +1,222 @@
+"""Second moments of the loss's gradient at every kernel's output.
+
+An identity with a derivative rule of its own sits at the output of each
+product. Going backwards it turns the cotangent g into the sum of g g^T over
+rows and returns that as the gradient of a dummy argument, so that nothing is
+stored beyond what the backward pass stores anyway, through scan and remat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from utilized_rank import compat
+from utilized_rank import numerics
+from utilized_rank import products
+from utilized_rank import tracing
+from utilized_rank.capture import Dense
+from utilized_rank.interpret import Walk
+from utilized_rank.layout import Layout, View
+from utilized_rank.lowrank import Factored
+from utilized_rank.values import Output, Param
+
+LossFn = Callable[[Any, Any], jax.Array]
+
+
+def gradient_sums(
+    fn: Callable[[Any, Any], Any],
+    loss: LossFn,
+    layouts: dict[str, Layout],
+) -> Callable[[Any, Any], tuple[dict[str, jax.Array], jax.Array]]:
+  """Makes a function that sums g g^T at every kernel's output.
+
+  Args:
+    fn: `fn(params, batch) -> outputs`; examples must not mix.
+    loss: `loss(outputs, batch) -> (B,)`, one number of nats per example.
+    layouts: kernels by path, as `find_sites` or `capture` found them.
+
+  Returns:
+    `sums(params, batch) -> (sums, examples)`: per path the sum over examples
+    and rows of g g^T, (*groups, m, m) float32, where g is the gradient of the
+    example's loss with respect to the row of outputs; and B.
+
+  Raises (when called):
+    ValueError: the loss is not one number per example.
+  """
+
+  def sums(params, batch):
+    examples = _examples(batch)
+    taps = {
+        path: jnp.zeros(y.group_shape + (y.matrix_shape[1],) * 2, jnp.float32)
+        for path, y in layouts.items()
+    }
+
+    def total(taps):
+      losses = loss(_tapped(fn, layouts, params, batch, taps), batch)
+      if losses.shape != (examples,):
+        raise ValueError(
+            f'loss(outputs, batch) must return one number per example, shape '
+            f'({examples},), got {losses.shape}'
+        )
+      return jnp.sum(losses)
+
+    return jax.grad(total)(taps), jnp.int32(examples)
+
+  return sums
+
+
+def _examples(batch: Any) -> int:
+  return jax.tree.leaves(batch)[0].shape[0]
+
+
+def _tapped(fn, layouts, params, batch, taps):
+  traced = tracing.trace(fn, params, (batch,), {})
+  values = []
+  for path, leaf in traced.params.items():
+    if path not in layouts:
+      values.append(leaf)
+      continue
+    layout = layouts[path]
+    view = View.of_leaf(path, leaf.shape, leaf.dtype, layout.atoms)
+    grouped = Factored(products.Factors(
+        taps[path], None, None, layout, layout.groups))
+    values.append(Param(view, _Tapped(Dense(leaf), grouped)))
+  walk = Walk(_Tapper())
+  outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
+  return jax.tree.unflatten(
+      traced.out_tree, [walk.materialise(v, 'output') for v in outs]
+  )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Tapped:
+  """A leaf, and the dummy whose gradient its products' outputs add to."""
+
+  dense: Dense
+  tap: Factored
+
+  def relayout(self, eqn: Any, view: View) -> _Tapped:
+    return _Tapped(self.dense.relayout(eqn, view), self.tap)
+
+  def squeeze(self, axis: int) -> _Tapped:
+    return _Tapped(self.dense.squeeze(axis), self.tap)
+
+  def index(self, cut: View, axis: int, at: Any) -> _Tapped | None:
+    tap = self.tap.index(cut, axis, at)
+    return None if tap is None else _Tapped(
+        self.dense.index(cut, axis, at), tap)
+
+  def unstack(self, view: View):
+    tapped = self.tap.unstack(view)
+    if tapped is None:
+      return None
+    (array, read), (arrays, read_tap) = self.dense.unstack(view), tapped
+    return (array, arrays), lambda x: _Tapped(read(x[0]), read_tap(x[1]))
+
+  def shard(self, cut: View, spec: Any, parts: dict[int, Any]):
+    tapped = self.tap.shard(cut, spec, parts)
+    if tapped is None:
+      return None
+    array, array_spec, read = self.dense.shard(cut, spec, parts)
+    arrays, specs, read_tap = tapped
+    return (
+        (array, arrays), (array_spec, specs),
+        lambda x: _Tapped(read(x[0]), read_tap(x[1])),
+    )
+
+  def materialise(self, view: View) -> Any:
+    return self.dense.materialise(view)
+
+
+class _Tapper:
+  """Visitor that puts a tap at the output of every product."""
+
+  def wants(self, view: View) -> bool:
+    del view
+    return True
+
+  def dropped(self, view: View, reason: str) -> None:
+    """What capture has told already."""
+
+  def opaque(self, view: View, primitive: str) -> None:
+    """What capture has told already."""
+
+  def product(self, eqn, operands, which, walk):
+    del walk
+    param = operands[which]
+    plain = list(operands)
+    plain[which] = param.payload.materialise(param.view)
+    out, = compat.bind(eqn, plain)
+    found = products.describe(eqn, param.view, which)
+    if isinstance(found, str):
+      return out
+    return _tap(found.responses, out, param.payload.tap.factors.a)
+
+  def biased(self, output: Output, bias: Param) -> bool:
+    raise AssertionError('no outputs are followed when taps are set')
+
+  def stacked(self, use: Any, loop: Any, size: int, is_stacked: bool) -> Any:
+    raise AssertionError('nothing is emitted when taps are set')
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tap(rows: Callable[[Any], Any], out: jax.Array, dummy: jax.Array):
+  del rows, dummy
+  return out
+
+
+def _tap_forward(rows, out, dummy):
+  del rows, dummy
+  return out, None
+
+
+def _tap_backward(rows, _, cotangent):
+  _, second = numerics.gram(rows(cotangent))
+  return cotangent, second.astype(jnp.float32)
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
+def sampled_cross_entropy(
+    logits: Callable[[Any], jax.Array] = lambda outputs: outputs,
+    *,
+    seed: int = 0,
+) -> LossFn:
+  """The loss whose gradient moments are the true Fisher's: labels are drawn
+  from the model's own distribution, so none are needed.
+
+  Args:
+    logits: the logits (B, ..., K) among the outputs; the losses of an
+      example's positions are added up.
+    seed: decides the draws, together with the logits themselves: batches draw
+      differently, a repeated run draws the same.
+
+  Returns:
+    `loss(outputs, batch) -> (B,)`.
+
+  >>> loss = sampled_cross_entropy()
+  >>> loss(jnp.array([[50.0, 0.0], [0.0, 50.0]]), None).tolist()
+  [0.0, 0.0]
+  """
+
+  def loss(outputs, batch):
+    del batch
+    scores = logits(outputs).astype(jnp.float32)
+    mix = jax.lax.bitcast_convert_type(
+        jax.lax.stop_gradient(scores).sum(), jnp.uint32)
+    key = jax.random.fold_in(jax.random.key(seed), mix)
+    drawn = jax.random.categorical(key, jax.lax.stop_gradient(scores))
+    nats = -jnp.take_along_axis(
+        jax.nn.log_softmax(scores), drawn[..., None], axis=-1)[..., 0]
+    return nats.reshape(len(nats), -1).sum(1)
+
+  return loss
