@@ -18,8 +18,9 @@ LAYERS = [
     'values sharded interpret control products',
     'moments subspace',
     'sites lowrank stack',
-    'capture kernels',
-    'checkpoint ranks plots allocation gradients',
+    'capture kernels allocation',
+    'checkpoint methods plots gradients',
+    'ranks',
     'collect factorize search',
     'page report',
 ]

@@ -26,7 +26,9 @@ from utilized_rank.lowrank import merge
 from utilized_rank.moments import Moment
 from utilized_rank.moments import Moments
 from utilized_rank.moments import merge_moments
+from utilized_rank.ranks import budget_ranks
 from utilized_rank.ranks import energy_ranks
+from utilized_rank.ranks import predict_loss
 from utilized_rank.ranks import uniform_ranks
 from utilized_rank.report import Report
 from utilized_rank.report import measure

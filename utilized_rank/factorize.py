@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import lowrank
+from utilized_rank import methods
 from utilized_rank import paths
-from utilized_rank import subspace
 from utilized_rank.kernels import Kernel, kernels, to_leaf
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
@@ -70,6 +70,7 @@ def factorize(
     *,
     method: str = 'output',
     compensate_mean: bool = True,
+    damping: float = methods.DAMPING,
 ) -> Any:
   """Puts `LowRank` pairs in place of kernels.
 
@@ -80,13 +81,18 @@ def factorize(
       rank.
     method: which W' of that rank.
       'weight': truncated SVD of W, blind to data.
+      'scaled': the same with inputs scaled by their root mean square (ASVD).
       'utilized': the paper's P_S W P_T, at the highest shared energy whose
         utilized rank min(k_S, k_T) is the rank asked for.
       'output': the least error at the kernel's outputs, W U U^T.
+      'loss': the least loss, by the second moments of its gradient; needs
+        moments that were collected with a loss.
     compensate_mean: give the mean of what is discarded, mu (W - W'), back as
       a constant: in the kernel's bias where the function adds one and uses it
-      for nothing else, else in `LowRank.c`. 'output' then minimises the error
-      about the mean, which never raises it.
+      for nothing else, else in `LowRank.c`. 'output' and 'loss' then minimise
+      the error about the mean, which never raises it.
+    damping: for 'loss', share of the mean of the gradient moment's diagonal
+      that is added to it; without any, few examples make things worse.
 
   Returns:
     The tree with `LowRank` leaves, for `low_rank(fn)`; factors have the
@@ -104,18 +110,15 @@ def factorize(
   >>> bool(jnp.allclose(ur.low_rank(fn)(small, x), fn(params, x), atol=1e-6))
   True
   """
-  if method not in _METHODS:
-    raise ValueError(
-        f'unknown method {method!r}; known: {sorted(_METHODS)}'
-    )
+  methods.check_method(method)
   check_ranks(ranks, moments)
   named, treedef = paths.flatten(params, lowrank.is_low_rank)
-  centered = compensate_mean and method == 'output'
+  centered = compensate_mean and method in methods.CENTERED
   for path, members in kernels(
       params, moments, centered=centered, only=ranks
   ):
     moment, leaf = moments[path], named[path]
-    pairs = [_METHODS[method](k, int(ranks[path])) for k in members]
+    pairs = [_pair(k, method, int(ranks[path]), damping) for k in members]
     constant = None
     if compensate_mean:
       constant = np.stack([
@@ -130,40 +133,10 @@ def factorize(
   return paths.unflatten(treedef, named)
 
 
-def _weight(kernel: Kernel, rank: int) -> Factors:
-  return subspace.weight_factors(kernel.w, rank)
-
-
-def _utilized(kernel: Kernel, rank: int) -> Factors:
-  energies = [
-      subspace.energy(b.values)[rank - 1]
-      for b in (kernel.in_basis, kernel.out_basis)
-  ]
-  shared = max(energies)
-  if not shared > 0:  # no data: nothing to project on
-    return subspace.weight_factors(kernel.w, rank)
-  sides = []
-  for basis, at_rank in zip(
-      (kernel.in_basis, kernel.out_basis), energies, strict=True
-  ):
-    # The side that reaches the energy at this rank sets the rank.
-    k = rank if at_rank == shared else max(
-        rank, subspace.energy_rank(basis.values, shared))
-    sides.append(basis.vectors[:, :k])
-  return subspace.utilized_factors(kernel.w, *sides)
-
-
-def _output(kernel: Kernel, rank: int) -> Factors:
-  return subspace.output_factors(
-      kernel.w, kernel.out_basis.vectors[:, :rank]
-  )
-
-
-_METHODS: dict[str, Callable[[Kernel, int], Factors]] = {
-    'weight': _weight,
-    'utilized': _utilized,
-    'output': _output,
-}
+def _pair(kernel: Kernel, method: str, rank: int, damping: float) -> Factors:
+  if method == methods.UTILIZED:
+    return methods.utilized(kernel, rank)
+  return methods.truncate(methods.family(kernel, method, damping), rank)
 
 
 def _to_low_rank(

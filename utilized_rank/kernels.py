@@ -29,6 +29,8 @@ class Kernel:
     second: S (d, d); centred if the kernels were asked for so.
     mean: mu (d,).
     count: rows that the moments are over.
+    gradient: G (m, m), second moment of the loss's gradient; None without.
+    rows_per_example: rows that an example contributes; 0 without gradients.
     in_basis: eigenbasis of `second`, made when called for; kernels that share
       an input share it.
   """
@@ -39,6 +41,8 @@ class Kernel:
   second: np.ndarray
   mean: np.ndarray
   count: int
+  gradient: np.ndarray | None
+  rows_per_example: float
   _in_basis: Any
 
   @property
@@ -104,6 +108,10 @@ def kernels(
     second = np.asarray(second, np.float64)
     mean = np.asarray(moment.mean, np.float64)
     count = np.asarray(moment.count)
+    gradient = moment.grad_second
+    if gradient is not None:
+      gradient = np.asarray(gradient, np.float64)
+      rows = np.asarray(moment.rows_per_example)
     if not (np.all(np.isfinite(second)) and np.all(np.isfinite(mean))):
       raise ValueError(f'the moments of {path!r} hold NaN or infinite values')
     members = []
@@ -115,7 +123,9 @@ def kernels(
         )
       members.append(Kernel(
           path, index, matrices[index], second[index], mean[index],
-          int(count[index]), shared[key],
+          int(count[index]),
+          None if gradient is None else gradient[index],
+          0.0 if gradient is None else float(rows[index]), shared[key],
       ))
     yield path, members
 

@@ -109,19 +109,70 @@ def utilized_factors(w: np.ndarray, v: np.ndarray, u: np.ndarray) -> Factors:
 
 
 def output_factors(w: np.ndarray, u: np.ndarray) -> Factors:
-  """W U U^T: the least output error of any W' of this rank.
+  """W U U^T: the least output error of any W' of each rank.
 
-  `u` is (m, r), the leading part of `output_basis`. DRONE (Chen et al.,
+  `u` is (m, R), the vectors of `output_basis`. Truncate to any rank. DRONE (Chen et al.,
   NeurIPS 2021), SVD-LLM, AFM and BALF reach the same optimum by other
   decompositions. The error left is the sum of the discarded eigenvalues.
   """
   return Factors(w @ u, u.T)
 
 
-def weight_factors(w: np.ndarray, rank: int) -> Factors:
-  """Truncated SVD of W, blind to data: the baseline."""
+def weight_factors(w: np.ndarray) -> Factors:
+  """SVD of W, blind to data: the baseline. Truncate to any rank."""
   left, sigma, right = np.linalg.svd(w, full_matrices=False)
-  return Factors(left[:, :rank] * sigma[:rank], right[:rank])
+  return Factors(left * sigma, right)
+
+
+def scaled_factors(w: np.ndarray, scale: np.ndarray) -> Factors:
+  """SVD of D W with D = diag(scale), mapped back: activation-scaled SVD.
+
+  `scale` (d,) is the root mean square of each input feature, as in the RMS
+  variant of ASVD (Yuan et al., 2023). Truncate to any rank.
+  """
+  # A feature that is never on keeps a small weight, so that D is invertible.
+  scale = np.maximum(scale, 1e-6 * (scale.max() or 1.0))
+  left, sigma, right = np.linalg.svd(scale[:, None] * w, full_matrices=False)
+  return Factors((left * sigma) / scale[:, None], right)
+
+
+def loss_factors(
+    w: np.ndarray, s: np.ndarray, g: np.ndarray, damping: float,
+    of_s: Basis | None,
+) -> Factors:
+  """The W' of each rank that minimises tr((W - W')^T S (W - W') G).
+
+  G (m, m) is the second moment of the loss's gradient at the outputs, with
+  `damping` times the mean of its diagonal added. With G = R R^T the optimum is
+  W R U U^T R^-1, U the eigenvectors of R^T W^T S W R: a Kronecker-factored
+  Fisher (GFWSVD; IO-SVD). Truncate to any rank.
+  """
+  m = len(g)
+  damped = g + (damping * np.trace(g) / m or 1.0) * np.eye(m)
+  values, vectors = np.linalg.eigh((damped + damped.T) / 2)
+  root = np.sqrt(np.maximum(values, np.finfo(np.float64).eps * values[-1]))
+  turned = (w @ vectors) * root
+  basis = output_basis(turned, s, of_s)
+  return Factors(
+      turned @ basis.vectors, (basis.vectors / root[:, None]).T @ vectors.T
+  )
+
+
+def tails(
+    factors: Factors, s: np.ndarray, g: np.ndarray | None
+) -> np.ndarray:
+  """tr(D^T S D G) for D = what each truncation leaves out; G = I if None.
+
+  Returns:
+    (R + 1,): entry r is the error of rank r, that of rank R being 0.
+  """
+  cross = factors.a.T @ s @ factors.a
+  right = factors.b if g is None else factors.b @ g
+  pairs = cross * (right @ factors.b.T)
+  # Sum of pairs[r:, r:], for every r.
+  tail = np.cumsum(np.cumsum(pairs[::-1, ::-1], axis=0), axis=1)
+  tail = np.diagonal(tail)[::-1]
+  return np.append(np.maximum(tail, 0.0), 0.0)
 
 
 def output_error(difference: np.ndarray, s: np.ndarray) -> float:
