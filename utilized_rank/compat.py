@@ -43,6 +43,8 @@ CALLS = {
     'custom_jvp_call': 'call_jaxpr',
     'custom_vjp_call': 'call_jaxpr',
 }
+# Primitives that change what a type says of mesh axes, not the value.
+VARY = ('pvary', 'pcast')
 REMAT = ('remat2', 'checkpoint')
 # Primitives that hide what they compute and own no sub-computation to enter.
 OPAQUE = (

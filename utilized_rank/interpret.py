@@ -293,6 +293,8 @@ def _moved(eqn: Any, view: View) -> View | None:
     return view.squeeze(p['dimensions'])
   if name == 'broadcast_in_dim' and len(eqn.invars) == 1:
     return view.broadcast(p['shape'], p['broadcast_dimensions'])
-  if name == 'reshape' and p.get('dimensions') is None:
+  if name == 'reshape':
+    if p['dimensions'] is not None:  # as vmap writes a transposition
+      view = view.transpose(p['dimensions'])
     return view.reshape(p['new_sizes'])
   return None

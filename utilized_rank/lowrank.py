@@ -204,8 +204,10 @@ class Factored:
     return cls(products.Factors(*children, *static))
 
   def relayout(self, eqn: Any, view: View) -> Factored:
-    del eqn, view
-    return self
+    del view
+    if eqn.primitive.name not in compat.VARY:
+      return self
+    return jax.tree.map(lambda array: compat.bind(eqn, [array])[0], self)
 
   def _group_axis(self, view: View, axis: int) -> int | None:
     """Which axis of the factors a view's axis is, if it is a group's."""
