@@ -6,6 +6,7 @@ means, in float64; see `frameworks/`.
 
 import functools
 
+from flax import nnx
 from frameworks import big_vision_models
 from frameworks import equinox_models
 from frameworks import haiku_models
@@ -25,6 +26,7 @@ MODELS = {
   'haiku transformer': haiku_models.transformer,
   'haiku resnet': haiku_models.resnet,
   'equinox mlp': equinox_models.mlp,
+  'equinox attention': equinox_models.attention,
   'equinox cnn': equinox_models.cnn,
   'linen layers': linen_models.layers,
   'linen scan remat': linen_models.scanned,
@@ -226,7 +228,11 @@ def test_a_head_that_is_called_again_for_nothing_counts_once():
 
 
 @pytest.mark.parametrize(
-  'name', ['nnx module', 'haiku transformer', 'equinox cnn', 'dictionary']
+  'name',
+  [
+    'nnx module', 'haiku transformer', 'equinox mlp', 'equinox attention',
+    'equinox cnn', 'dictionary',
+  ],  # fmt: skip
 )
 def test_collect_streams_what_capture_sees(name):
   model, (_, once) = case(name), captured(name)
@@ -250,3 +256,13 @@ def test_a_module_comes_out_as_a_module():
   assert merged(tokens).shape == model(tokens).shape
   merged = ur.merge(factorized('equinox mlp', 0.5))
   assert isinstance(merged, type(case('equinox mlp').params))
+
+
+def test_an_nnx_state_is_saved_as_a_pure_dictionary(tmp_path):
+  model, half = case('nnx split'), factorized('nnx split', 0.5)
+  # A list of blocks has integers for keys.
+  ur.save(tmp_path / 'small', nnx.to_pure_dict(half))
+  restored = jax.tree.map(jnp.zeros_like, half)
+  nnx.replace_by_pure_dict(restored, ur.load(tmp_path / 'small'))
+  fn = ur.low_rank(model.fn)
+  assert_same(fn(restored, model.batch), fn(half, model.batch))

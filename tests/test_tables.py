@@ -138,7 +138,7 @@ def test_run_table():
 def test_run_table_leaves_out_what_was_not_measured():
   runs = [{**run, 'flops': None, 'latency_ms': None} for run in RUNS]
   head, _, dense, *_ = tables.run_table(runs).splitlines()
-  assert head.split() == 'model params before accuracy vs dense'.split()
+  assert ' '.join(head.split()) == 'model params before accuracy vs dense'
   assert dense.split() == ['dense', '205,322', '100%', '–', '98.61%', '–']
 
 

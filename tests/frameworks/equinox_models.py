@@ -1,4 +1,4 @@
-"""Equinox: an MLP as the module itself, a CNN as its array part."""
+"""Equinox: modules as they are, and a CNN as its array part."""
 
 from __future__ import annotations
 
@@ -27,6 +27,61 @@ def mlp() -> Case:
     for i, layer in enumerate(model.layers):
       seen[f'layers/{i}/weight'] = rows(y, y.shape[-1])
       y = jax.nn.gelu(jax.vmap(layer)(y))
+    return seen
+
+  return Case(
+    lambda model, x: jax.vmap(model)(x), model, x, kernels, inputs
+  )
+
+
+class Attention(eqx.Module):
+  """Attention pooled by a GRU, over one sequence (S, D)."""
+
+  norm: eqx.nn.LayerNorm
+  attention: eqx.nn.MultiheadAttention
+  cell: eqx.nn.GRUCell
+
+  def __init__(self, key):
+    keys = jax.random.split(key)
+    self.norm = eqx.nn.LayerNorm(6)
+    self.attention = eqx.nn.MultiheadAttention(
+      2, 6, dropout_p=0.1, inference=True, key=keys[0]
+    )
+    self.cell = eqx.nn.GRUCell(6, 4, key=keys[1])
+
+  def __call__(self, x):
+    y = jax.vmap(self.norm)(x)
+    y = self.attention(y, y, y)
+
+    def step(state, features):
+      return self.cell(features, state), state
+
+    return jax.lax.scan(step, jnp.zeros(4), y)
+
+
+def attention() -> Case:
+  """Dropout's rate and flag are numbers among the module's leaves."""
+  model = filled(eqx.filter_eval_shape(Attention, jax.random.key(0)))
+  x = normal(8, 5, 6)
+  kernels = {
+    f'attention/{name}_proj/weight': (6, 6)
+    for name in ('query', 'key', 'value', 'output')
+  }
+  kernels |= {'cell/weight_ih': (6, 12), 'cell/weight_hh': (4, 12)}
+
+  def inputs():
+    y = jax.vmap(jax.vmap(model.norm))(x)
+    seen = {path: rows(y, 6) for path in list(kernels)[:3]}
+    attended = jax.vmap(lambda y: model.attention(y, y, y))(y)
+    _, states = jax.vmap(model)(x)
+    # The attended values, before the layer that this kernel is of.
+    identity = eqx.tree_at(
+      lambda a: a.output_proj.weight, model.attention, jnp.eye(6)
+    )
+    mixed = jax.vmap(lambda y: identity(y, y, y))(y)
+    seen['attention/output_proj/weight'] = rows(mixed, 6)
+    seen['cell/weight_ih'] = rows(attended, 6)
+    seen['cell/weight_hh'] = rows(states, 4)
     return seen
 
   return Case(
