@@ -302,6 +302,8 @@ class _Collector:
     use, view = output.use, output.view
     layout = use.product.layout.refine(view.atoms)
     pairs: dict[int, int] = {}
+    if len(bias.view.axes) != len(view.axes):
+      return False  # a scalar
     for mine, its in zip(view.axes, bias.view.axes, strict=True):
       mine = [a for a in mine if view.atoms[a] > 1]
       its = [a for a in its if bias.view.atoms[a] > 1]
