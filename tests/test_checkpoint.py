@@ -47,6 +47,7 @@ def test_trees_of_every_kind_come_back(tmp_path):
       },
       'list': [jnp.ones(2, jnp.bfloat16), (jnp.ones(1), None), {}],
       'scalar': jnp.float32(3),
+      'numbers': {0: jnp.ones(1), 10: jnp.zeros(1)},
   }
   ur.save(tmp_path / 'tree', tree)
   equal(ur.load(tmp_path / 'tree'), tree)
@@ -87,8 +88,9 @@ def test_what_cannot_be_saved_is_named_and_nothing_is_written(tmp_path, value):
   with pytest.raises(TypeError, match="at '/a/1'"):
     ur.save(tmp_path / 't', {'a': [jnp.ones(1), value]})
   assert not os.listdir(tmp_path)
-  with pytest.raises(TypeError, match='string keys'):
-    ur.save(tmp_path / 't', {1: jnp.ones(1)})
+  for keys in [(1, '1'), ((1, 2),), (True, 'a', 2.5)]:
+    with pytest.raises(TypeError, match='cannot be saved'):
+      ur.save(tmp_path / 't', dict.fromkeys(keys, jnp.ones(1)))
 
 
 def data_files(folder):

@@ -37,7 +37,8 @@ def save(
 
   Args:
     path: directory to make.
-    tree: dictionaries, lists and tuples of arrays, `LowRank` and `Moments`.
+    tree: dictionaries (keys strings or integers), lists and tuples of arrays,
+      `LowRank` and `Moments`.
     metadata: JSON to keep with it; `load_metadata` returns it.
     overwrite: replace what is there; an error otherwise.
 
@@ -167,15 +168,16 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
     table = [dataclasses.asdict(entry) for entry in tree.table]
     return arrays, {'kind': 'moments', 'table': table}
   if isinstance(tree, dict):
-    items = {}
-    for key, value in tree.items():
-      if not isinstance(key, str):
-        raise TypeError(
-            f'key {key!r} at {where!r} is no string; only trees with string '
-            'keys can be saved'
-        )
-      items[key] = value
-    kind: dict[str, Any] = {'kind': 'dict'}
+    items = {str(key): value for key, value in tree.items()}
+    numbers = [str(key) for key in tree if isinstance(key, int)]
+    if len(items) < len(tree) or any(
+        not isinstance(key, (str, int)) for key in tree
+    ):
+      raise TypeError(
+          f'the keys {list(tree)} at {where!r} cannot be saved: strings and '
+          'integers can, if no two look alike'
+      )
+    kind: dict[str, Any] = {'kind': 'dict', 'numbers': numbers}
   elif isinstance(tree, (list, tuple)) and not hasattr(tree, '_fields'):
     items = {str(i): value for i, value in enumerate(tree)}
     kind = {'kind': type(tree).__name__}
@@ -225,7 +227,8 @@ def _decode(arrays: Any, structure: Any) -> Any:
       for k, s in structure['items'].items()
   }
   if kind == 'dict':
-    return items
+    numbers = set(structure['numbers'])
+    return {int(k) if k in numbers else k: v for k, v in items.items()}
   return (list if kind == 'list' else tuple)(items.values())
 
 

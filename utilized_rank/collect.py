@@ -15,6 +15,7 @@ import numpy as np
 
 from utilized_rank import checkpoint
 from utilized_rank import paths
+from utilized_rank import tracing
 from utilized_rank.capture import capture, find_sites
 from utilized_rank.gradients import LossFn, gradient_sums
 from utilized_rank.moments import Moments
@@ -148,7 +149,14 @@ class _Run:
       self._gradients = gradient_sums(fn, loss, layouts)
     self._mesh = Mesh(np.array(devices), ('examples',))
     replicated = NamedSharding(self._mesh, PartitionSpec())
-    self._params = jax.device_put(params, replicated)
+    # Flags and functions among the leaves stay what they are.
+    leaves, self._treedef = jax.tree.flatten(params)
+    self._static = {
+        i: v for i, v in enumerate(leaves) if not tracing.is_array(v)
+    }
+    self._params = jax.device_put(
+        [v for v in leaves if tracing.is_array(v)], replicated
+    )
     self._split = NamedSharding(self._mesh, PartitionSpec('examples'))
     self._state: Moments | None = None
     self._host: Moments | None = None
@@ -156,7 +164,12 @@ class _Run:
     self._step = jax.jit(self._add_shards, donate_argnums=0)
     self._step_rest = jax.jit(self._add_rest, donate_argnums=0)
 
-  def _moments_of(self, params, batch):
+  def _moments_of(self, arrays, batch):
+    arrays = iter(arrays)
+    params = jax.tree.unflatten(self._treedef, [
+        self._static[i] if i in self._static else next(arrays)
+        for i in range(self._treedef.num_leaves)
+    ])
     moments = self._captured(params, batch)[1]
     if self._gradients is None:
       return moments
