@@ -70,29 +70,32 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.finetune = ml_collections.ConfigDict()
   config.finetune.steps = 1000
   config.finetune.batch_size = 64
-  config.finetune.learning_rate = 1e-3
+  config.finetune.learning_rate = 5e-4
   config.finetune.warmup_steps = 50
   config.finetune.weight_decay = 0.0
   config.finetune.label_smoothing = 0.1
   config.finetune.clip_norm = 1.0
   config.finetune.checkpoint_every = 500
   config.finetune.log_every = 100
-  config.finetune.distill_weight = 0.5
+  config.finetune.distill_weight = 0.9
   config.finetune.distill_temperature = 2.0
 
   config.compress = ml_collections.ConfigDict()
   config.compress.fractions = (0.5, 0.25)
   config.compress.energies = (0.9, 0.95, 0.99, 0.999)
   config.compress.select = ((BLOCK_KERNELS, True), (r'.*', False))
-  config.compress.method = 'output'
-  config.compress.allocation = 'uniform'
+  config.compress.method = 'loss'
+  config.compress.allocation = 'budget'
   config.compress.batch_size = 64
+  # 128 images are few for the moments of gradients: sixteen augmented passes.
+  config.compress.calibration_images = 2048
 
   if arg == 'testing':
     config.model.width = 16
     config.model.depth = 2
     config.model.heads = 2
     config.model.mlp_dim = 32
+    config.compress.calibration_images = 128
     for section in (config.train, config.finetune):
       section.steps = 6
       section.batch_size = 16

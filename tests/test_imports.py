@@ -23,6 +23,7 @@ LAYERS = [
     'ranks',
     'collect factorize search',
     'page report',
+    'compress',
 ]
 # They need flax, optax, TFDS or absl, and are imported by name.
 OUTER = set(

@@ -221,3 +221,94 @@ def test_a_layer_without_data_is_unused_and_still_factorizes():
     small = ur.factorize(params, moments, {'w': 2}, method=method)
     assert np.all(np.isfinite(small['w'].dense()))
   assert ur.energy_ranks(params, moments) == {'w': 1}
+
+
+@pytest.mark.parametrize('method', ['weight', 'scaled', 'utilized', 'output'])
+def test_factors_have_equal_scale(method):
+  """a^T a = b b^T, diagonal: what fine-tunes at one learning rate."""
+  _, params, moments, _, _ = problem((20, 12))
+  small = ur.factorize(params, moments, {'kernel': 5}, method=method)
+  a, b = np.asarray(small['kernel'].a), np.asarray(small['kernel'].b)
+  np.testing.assert_allclose(a.T @ a, b @ b.T, atol=1e-5)
+  np.testing.assert_allclose(
+      a.T @ a, np.diag(np.diagonal(a.T @ a)), atol=1e-5)
+
+
+def with_gradients(shape, seed=0, n=600):
+  fn, params, _, x, w = problem(shape, seed, n)
+  rng = np.random.default_rng(seed + 1)
+  g = references.correlated_rows(rng, n, shape[1], 0.7).astype(np.float32)
+  batch = {'x': jnp.asarray(x, jnp.float32), 'g': jnp.asarray(g)}
+  # A loss that is linear in the outputs has the gradient g, given.
+  moments = ur.collect(
+      lambda p, b: fn(p, b['x']), params, [batch], progress=False,
+      loss=lambda out, b: jnp.sum(out * b['g'], axis=1))
+  return fn, params, moments, x, w, g.astype(np.float64)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_the_loss_method_is_the_weighted_optimum(shape):
+  """Against a Cholesky solution, and against every other method."""
+  _, params, moments, x, w, g = with_gradients(shape)
+  m = shape[1]
+  s, fisher = references.second_moment(x), references.second_moment(g)
+  damped = fisher + 0.01 * np.trace(fisher) / m * np.eye(m)
+  left, right = np.linalg.cholesky(s).T, np.linalg.cholesky(damped)
+  core = left @ w @ right
+  u, sigma, v = np.linalg.svd(core, full_matrices=False)
+
+  def damage(approximation):
+    d = w - approximation
+    return np.trace(d.T @ s @ d @ damped)
+
+  for rank in range(1, min(shape)):
+    best = np.linalg.solve(left, (u[:, :rank] * sigma[:rank]) @ v[:rank])
+    best = best @ np.linalg.inv(right)
+    found = {
+        method: damage(np.asarray(
+            ur.factorize(params, moments, {'kernel': rank}, method=method,
+                         compensate_mean=False)['kernel'].dense(), np.float64))
+        for method in ('loss', 'output', 'weight')
+    }
+    want = np.sum(sigma[rank:] ** 2)
+    np.testing.assert_allclose(damage(best), want, rtol=1e-6)
+    np.testing.assert_allclose(found['loss'], want, rtol=1e-3)
+    assert found['loss'] <= found['output'] * (1 + 1e-4)
+    assert found['loss'] <= found['weight'] * (1 + 1e-4)
+
+
+@pytest.mark.parametrize('method', ['weight', 'scaled', 'output', 'loss'])
+def test_predicted_loss_is_the_quadratic_form_of_any_method(method):
+  _, params, moments, x, w, g = with_gradients((12, 20))
+  s, fisher = references.second_moment(x), references.second_moment(g)
+  for rank in (2, 7, 12):
+    small = ur.factorize(params, moments, {'kernel': rank}, method=method,
+                         compensate_mean=False)
+    d = w - np.asarray(small['kernel'].dense(), np.float64)
+    want = 0.5 * np.trace(d.T @ s @ d @ fisher)  # one row per example
+    found = ur.predict_loss(
+        params, moments, {'kernel': rank}, method=method,
+        compensate_mean=False)
+    np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-9)
+
+
+def test_scaled_is_the_svd_of_scaled_weights():
+  _, params, moments, x, w = problem((20, 12))
+  scale = np.sqrt(np.mean(x**2, axis=0))
+  u, sigma, v = np.linalg.svd(scale[:, None] * w, full_matrices=False)
+  want = (u[:, :4] * sigma[:4]) @ v[:4] / scale[:, None]
+  small = ur.factorize(params, moments, {'kernel': 4}, method='scaled',
+                       compensate_mean=False)
+  np.testing.assert_allclose(small['kernel'].dense(), want, atol=1e-4)
+
+
+def test_gradients_are_asked_for_by_name():
+  _, params, moments, _, _ = problem((12, 12))
+  for call in (
+      lambda: ur.factorize(params, moments, {'kernel': 3}, method='loss'),
+      lambda: ur.predict_loss(params, moments, {'kernel': 3}),
+      lambda: ur.budget_ranks(params, moments, params_fraction=0.5,
+                              method='loss'),
+  ):
+    with pytest.raises(ValueError, match="'kernel' have no gradients.*loss="):
+      call()

@@ -11,6 +11,7 @@ import numpy as np
 from utilized_rank import lowrank
 from utilized_rank import methods
 from utilized_rank import paths
+from utilized_rank import subspace
 from utilized_rank.kernels import Kernel, kernels, to_leaf
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
@@ -96,7 +97,8 @@ def factorize(
 
   Returns:
     The tree with `LowRank` leaves, for `low_rank(fn)`; factors have the
-    kernels' dtype.
+    kernels' dtype and equal scale (a^T a = b b^T), so that they fine-tune at
+    one learning rate.
 
   Raises:
     ValueError: an unknown method or path, a rank outside [1, min(d, m)], or
@@ -135,8 +137,9 @@ def factorize(
 
 def _pair(kernel: Kernel, method: str, rank: int, damping: float) -> Factors:
   if method == methods.UTILIZED:
-    return methods.utilized(kernel, rank)
-  return methods.truncate(methods.family(kernel, method, damping), rank)
+    return subspace.balanced(methods.utilized(kernel, rank))
+  family = methods.family(kernel, method, damping)
+  return subspace.balanced(methods.truncate(family, rank))
 
 
 def _to_low_rank(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import os
 import statistics
 import sys
@@ -20,6 +21,7 @@ import ml_collections
 
 import utilized_rank as ur
 from utilized_rank import data
+from utilized_rank import methods
 from utilized_rank import options
 from utilized_rank import page
 from utilized_rank import tables
@@ -45,10 +47,14 @@ class CompressConfig:
     energies: shares of energy to give the mean layer utilization at.
     energy: the one that the table of layers is at.
     centered: take the spectra about the mean.
-    method: see `factorize`.
+    method: see `factorize`; 'loss' collects gradients too, of labels drawn
+      from the model itself.
     compensate_mean: see `factorize`.
-    allocation: 'uniform', see `uniform_ranks`.
+    allocation: 'uniform' (`uniform_ranks`), or 'budget' (`budget_ranks`, in
+      nats of loss where the method is 'loss').
     batch_size: images per batch of calibration and evaluation.
+    calibration_images: augmented calibration images to collect moments over;
+      0 for one pass over the split as it is.
     latency_batch_size: images per call when the speed is measured.
   """
 
@@ -57,10 +63,11 @@ class CompressConfig:
   energies: tuple[float, ...] = (0.9, 0.95, 0.99, 0.999)
   energy: float = 0.99
   centered: bool = False
-  method: str = 'output'
+  method: str = 'loss'
   compensate_mean: bool = True
-  allocation: str = 'uniform'
+  allocation: str = 'budget'
   batch_size: int = 64
+  calibration_images: int = 0
   latency_batch_size: int = 64
 
   def __post_init__(self):
@@ -68,14 +75,12 @@ class CompressConfig:
       raise ValueError(
           f'config.compress.fractions={self.fractions}: shares in (0, 1)'
       )
-    if self.allocation not in _ALLOCATIONS:
+    methods.check_method(self.method)
+    if self.allocation not in ('uniform', 'budget'):
       raise ValueError(
-          f'config.compress.allocation={self.allocation!r}; known: '
-          f'{sorted(_ALLOCATIONS)}'
+          f"config.compress.allocation={self.allocation!r}: 'uniform' or "
+          "'budget'"
       )
-
-
-_ALLOCATIONS = {'uniform': ur.uniform_ranks}
 
 
 def run(config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -186,14 +191,23 @@ class Job:
   def collect(self) -> dict[str, Any]:
     source = self.sources['calibration']
     size = self.compress.batch_size
-    images = lambda params, batch: self.forward(params, batch['image'])
+    examples = self.compress.calibration_images or len(source)
+    steps = -(-examples // size)
+    if self.compress.calibration_images:
+      stream = source.batches(size, seed=self.seed)
+    else:
+      stream = source.epoch(size)
+    loss = None
+    if self.compress.method == 'loss':
+      loss = ur.sampled_cross_entropy(seed=self.seed)
     moments = ur.collect(
-        images, self.dense, _sized(source.epoch(size), -(-len(source) // size)),
-        select=self.compress.select,
+        lambda params, batch: self.forward(params, batch['image']),
+        self.dense, _sized(itertools.islice(stream, steps), steps),
+        loss=loss, select=self.compress.select,
         checkpoint_dir=self.workdir.file('collect'),
     )
     ur.save(self.workdir.file('moments'), moments, overwrite=True)
-    return {'examples': len(source), 'kernels': len(moments)}
+    return {'examples': examples, 'kernels': len(moments)}
 
   def measure(self) -> dict[str, Any]:
     report = ur.measure(
@@ -206,8 +220,7 @@ class Job:
   def factorize(self) -> dict[str, Any]:
     chosen = {}
     for fraction in self.compress.fractions:
-      ranks = _ALLOCATIONS[self.compress.allocation](
-          self.dense, self.moments, params_fraction=fraction)
+      ranks = self._ranks(fraction)
       small = ur.factorize(
           self.dense, self.moments, ranks, method=self.compress.method,
           compensate_mean=self.compress.compensate_mean,
@@ -216,6 +229,18 @@ class Job:
               overwrite=True)
       chosen[str(fraction)] = ranks
     return {'ranks': chosen}
+
+  def _ranks(self, fraction: float) -> dict[str, int]:
+    if self.compress.allocation == 'uniform':
+      return ur.uniform_ranks(
+          self.dense, self.moments, params_fraction=fraction)
+    # The paper's form has no ranks of its own under a budget.
+    method = self.compress.method
+    return ur.budget_ranks(
+        self.dense, self.moments, params_fraction=fraction,
+        method='output' if method == methods.UTILIZED else method,
+        compensate_mean=self.compress.compensate_mean,
+    )
 
   def finetune(self) -> dict[str, Any]:
     teacher = None

@@ -158,6 +158,19 @@ def loss_factors(
   )
 
 
+def balanced(factors: Factors) -> Factors:
+  """The same product with a^T a = b b^T = diag(sigma).
+
+  Neither factor then has the other's scale: what trains the pair with one
+  learning rate, and rounds it in low precision, treats both alike.
+  """
+  q_a, r_a = np.linalg.qr(factors.a)
+  q_b, r_b = np.linalg.qr(factors.b.T)
+  left, sigma, right = np.linalg.svd(r_a @ r_b.T)
+  root = np.sqrt(sigma)
+  return Factors(q_a @ (left * root), (root[:, None] * right) @ q_b.T)
+
+
 def tails(
     factors: Factors, s: np.ndarray, g: np.ndarray | None
 ) -> np.ndarray:
