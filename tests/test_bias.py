@@ -38,6 +38,16 @@ FOLDS = {
     'conv': (lambda p, x: lax.conv_general_dilated(
         x[None, None], p['w'], (1, 1), 'SAME') + p['b'][:, None, None],
         dict(w=(2, 1, 3, 3), b=(2,))),
+    'heads_flat': (lambda p, x: (
+        jnp.einsum('nd,dhk->nhk', x, p['w']).reshape(5, 6) + p['b']),
+        dict(w=(4, 2, 3), b=(6,))),
+    'heads_of_a_flat_kernel': (lambda p, x: (
+        (x @ p['w']).reshape(5, 2, 3) + p['b']).reshape(5, 6),
+        dict(w=(4, 6), b=(2, 3))),
+    'grouped_conv': (lambda p, x: lax.conv_general_dilated(
+        x[None], p['w'], (1,), 'SAME', feature_group_count=2,
+        dimension_numbers=('NWC', 'WIO', 'NWC')) + p['b'],
+        dict(w=(3, 2, 6), b=(6,))),
     'ensemble': (lambda p, x: jax.vmap(dense)(p, jnp.stack([x, 2 * x])),
                  dict(w=(2, 4, 3), b=(2, 3))),
     'stacked': (lambda p, x: lax.scan(
@@ -87,10 +97,12 @@ KEEPS = {
     'transposed': (lambda p, x: (
         jnp.einsum('nd,dhk->nhk', x, p['w']) + p['b'].T),
         dict(w=(4, 3, 3), b=(3, 3))),
-    # Right to fold, but cut otherwise than the kernel: left alone.
-    'heads_flat': (lambda p, x: (
-        jnp.einsum('nd,dhk->nhk', x, p['w']).reshape(5, 6) + p['b']),
+    'crossed_atoms': (lambda p, x: (
+        jnp.einsum('nd,dhk->nkh', x, p['w']).reshape(5, 6) + p['b']),
         dict(w=(4, 2, 3), b=(6,))),
+    'half_broadcast': (lambda p, x: (
+        jnp.einsum('nd,dhk->nhk', x, p['w']) + p['b'][:, None]),
+        dict(w=(4, 2, 3), b=(2,))),
     'half_the_heads': (
         lambda p, x: jnp.einsum('nd,dhk->nhk', x, p['w']) + p['b'],
         dict(w=(4, 2, 3), b=(3,))),

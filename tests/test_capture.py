@@ -323,7 +323,7 @@ REFUSED = {
     'mul': (lambda p, x: x @ (p['w'] * 2), {'w': W}, 'used by mul'),
     'concatenate': (lambda p, x: x @ jnp.concatenate([p['w'], p['w']], 1),
                     {'w': W}, 'used by concatenate'),
-    'gather': (lambda p, x: p['w'][jnp.arange(3)], {'w': W}, 'used by gather'),
+    'gather': (lambda p, x: p['w'][jnp.arange(3)], {'w': W}, 'used by a lookup'),
     'two_parameters': (lambda p, x: x @ (p['w'] @ p['v']), {'w': W, 'v': W},
                        'dot_general with v'),
     'two_ways': (lambda p, x: jnp.tanh(x @ p['w']) @ p['w'].T, {'w': W},

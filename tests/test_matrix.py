@@ -293,7 +293,7 @@ def results(wrapper_name: str) -> dict[str, Any]:
   want = jax.jit(fn)(params, xs)
   outputs, moments = jax.jit(ur.capture(fn))(params, xs)
   with warnings.catch_warnings():
-    warnings.filterwarnings('ignore', ".*meets 'gather'")
+    warnings.filterwarnings('ignore', ".*gather")
     got = jax.jit(ur.low_rank(fn))(full_rank(params, moments.table), xs)
   return {
       name: (c[2], want[name], outputs[name], {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -301,16 +302,28 @@ class _Collector:
     """Whether the added leaf is laid out as the product's own constant."""
     use, view = output.use, output.view
     layout = use.product.layout.refine(view.atoms)
-    pairs: dict[int, int] = {}
     if len(bias.view.axes) != len(view.axes):
       return False  # a scalar
-    for mine, its in zip(view.axes, bias.view.axes, strict=True):
-      mine = [a for a in mine if view.atoms[a] > 1]
-      its = [a for a in its if bias.view.atoms[a] > 1]
-      if [view.atoms[a] for a in mine] != [bias.view.atoms[a] for a in its]:
+    # One axis for each of the kernel's atoms, or for a row or broadcast axis.
+    names: list[int | None] = []
+    sizes: list[int] = []
+    for atoms, size in zip(view.axes, bias.view.sizes, strict=True):
+      named = [a for a in atoms if view.atoms[a] > 1]
+      names += named or [None]
+      sizes += [view.atoms[a] for a in named] or [size]
+    if math.prod(sizes) != math.prod(bias.view.sizes):
+      return False
+    cut = bias.view.reshape(sizes)
+    if cut is None:
+      return False
+    pairs: dict[int, int] = {}
+    for name, atoms in zip(names, cut.axes, strict=True):
+      its = [a for a in atoms if cut.atoms[a] > 1]
+      if len(its) != (name is not None):
         return False
-      pairs.update(zip(mine, its, strict=True))
-    taken = {by: a for a, by in bias.view.taken if isinstance(by, Loop)}
+      if name is not None:
+        pairs[name] = its[0]
+    taken = {by: a for a, by in cut.taken if isinstance(by, Loop)}
     for a, by in use.product.view.taken:
       if isinstance(by, Loop) and by in taken:
         pairs[pieces_of(use.product.layout.atoms, view.atoms)[a][0]] = (
@@ -322,7 +335,7 @@ class _Collector:
         pairs.get(a) for a in layout.groups + layout.outputs
         if layout.atoms[a] > 1
     ]
-    every = [a for a, size in enumerate(bias.view.atoms) if size > 1]
+    every = [a for a, size in enumerate(cut.atoms) if size > 1]
     if taken or order != every:
       return False
     use.bias = bias.view.path

@@ -42,6 +42,9 @@ _REDUCERS = ('scatter', 'reduce', 'select_and_', 'arg', 'cum')
 # Reason for a leaf of which only a part is used, not one of several equal
 # parts: its other parts may go anywhere.
 PART = 'a slice that is not one of equal parts'
+_REASONS = dict.fromkeys(('slice', 'split', 'dynamic_slice'), PART) | {
+    'gather': 'a lookup (gather)',
+}
 
 
 class Walk:
@@ -138,7 +141,7 @@ class Walk:
     ):
       for i in params:
         self.visitor.opaque(operands[i].view, name)
-    reason = PART if name in ('slice', 'split', 'dynamic_slice') else name
+    reason = _REASONS.get(name, name)
     return compat.bind(eqn, [self.materialise(v, reason) for v in operands])
 
   def _plain(self, eqn: Any, operands: list[Any]) -> list[Any]:
