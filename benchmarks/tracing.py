@@ -108,7 +108,7 @@ def main():
   rows = [measure(*case, args.repeats) for case in cases]
   result = {
       'date': datetime.date.today().isoformat(),
-      'command': ' '.join(['python', '-m', 'benchmarks.tracing', *sys.argv[1:]]),
+      'command': 'python -m benchmarks.tracing ' + ' '.join(sys.argv[1:]),
       'machine': f'{platform.machine()}, {os.cpu_count()} cores, CPU backend',
       'versions': {'jax': jax.__version__, 'python': platform.python_version()},
       'load': os.getloadavg(),

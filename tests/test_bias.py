@@ -162,7 +162,7 @@ def check_compensation(fn, params, sites):
   """A constant c in `LowRank.c` and one in the bias are one function."""
   layout = sites['w'].layout
   rng = np.random.default_rng(2)
-  g, (d, m) = layout.group_shape, layout.matrix_shape
+  g = layout.group_shape
   a = rng.normal(size=(*g, *layout.input_shape, 1)).astype(np.float32)
   b = rng.normal(size=(*g, 1, *layout.output_shape)).astype(np.float32)
   c = rng.normal(size=(*g, *layout.output_shape)).astype(np.float32)

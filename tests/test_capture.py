@@ -1,13 +1,15 @@
 """What capture promises beyond the matrix: nothing missed, nothing changed."""
 
 import functools
+import operator
 
 from flax import linen as nn
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
@@ -230,7 +232,7 @@ def test_tensor_parallel_kernels_are_groups():
       y, np.tanh(X @ W) @ W.T, rtol=1e-5, atol=1e-5)
   hidden = np.tanh(np.float64(X) @ W)
   for group in (0, 1):
-    one = jax.tree.map(lambda v: v[group], moments)
+    one = jax.tree.map(operator.itemgetter(group), moments)
     check(one['0'], X)
     check(one['1'], hidden[:, 2 * group:2 * group + 2])
   factors = tuple(
@@ -323,7 +325,8 @@ REFUSED = {
     'mul': (lambda p, x: x @ (p['w'] * 2), {'w': W}, 'used by mul'),
     'concatenate': (lambda p, x: x @ jnp.concatenate([p['w'], p['w']], 1),
                     {'w': W}, 'used by concatenate'),
-    'gather': (lambda p, x: p['w'][jnp.arange(3)], {'w': W}, 'used by a lookup'),
+    'gather': (lambda p, x: p['w'][jnp.arange(3)], {'w': W},
+               'used by a lookup'),
     'two_parameters': (lambda p, x: x @ (p['w'] @ p['v']), {'w': W, 'v': W},
                        'dot_general with v'),
     'two_ways': (lambda p, x: jnp.tanh(x @ p['w']) @ p['w'].T, {'w': W},

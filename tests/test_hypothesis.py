@@ -9,7 +9,8 @@ UTILIZED_RANK_EXAMPLES (20000 for the long run).
 import functools
 import os
 
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 import jax
 from jax import lax
 import jax.numpy as jnp

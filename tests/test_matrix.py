@@ -10,14 +10,15 @@ import functools
 from typing import Any
 import warnings
 
+import forms
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-import forms
 import utilized_rank as ur
 from utilized_rank import paths
 

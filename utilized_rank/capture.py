@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -11,19 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import compat
-from utilized_rank import numerics
-from utilized_rank import paths
-from utilized_rank import products
-from utilized_rank import tracing
+from utilized_rank import compat, numerics, paths, products, tracing
 from utilized_rank.interpret import PART, Walk
 from utilized_rank.layout import (
-    Atoms, Layout, View, common_atoms, pieces_of,
+  Atoms,
+  Layout,
+  View,
+  common_atoms,
+  pieces_of,
 )
 from utilized_rank.moments import Entry, Moments, Sums
 from utilized_rank.sites import Site, Sites, layout_conflict
 from utilized_rank.values import (
-    Emission, Loop, Output, Param, UnsupportedError,
+  Emission,
+  Loop,
+  Output,
+  Param,
+  UnsupportedError,
 )
 
 
@@ -109,7 +114,7 @@ def find_sites(
   leaf  shape  groups  matrix  input  notes
   b         3                         - bias of w
   w       4×3             4×3     #0  dot; bias b
-  1 kernels of 2 leaves, reading 1 distinct inputs (equal numbers read the same value)
+  1 kernels of 2 leaves, 1 distinct inputs (one number, one value)
   """
   found = []
 
@@ -217,8 +222,7 @@ class _Use:
   def fixed(self) -> dict[int, int]:
     """Atoms of which this product sees one index, known when tracing."""
     return {
-        a: by for a, by in self.product.view.taken
-        if isinstance(by, (int, np.integer))
+        a: by for a, by in self.product.view.taken if isinstance(by, int)
     }
 
 
@@ -291,7 +295,7 @@ class _Collector:
       sums = Sums(count, total, second)
       for a, (_, at) in traced:
         size = product.layout.atoms[a]
-        sums = jax.tree.map(lambda s: _put(s, at, size), sums)
+        sums = jax.tree.map(functools.partial(_put, at=at, size=size), sums)
       return sums
 
     use = _Use(product, groups, product.num_rows)

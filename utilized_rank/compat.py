@@ -24,14 +24,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import contextlib
-import inspect
 from typing import Any
 
 import jax
-import jax.extend.core as jex_core
-import jax.numpy as jnp
 from jax.extend import source_info_util
+import jax.extend.core as jex_core
 from jax.interpreters import partial_eval
+import jax.numpy as jnp
 
 Literal = jex_core.Literal
 
@@ -164,8 +163,9 @@ def stage(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:
 
 def varying_axes(value: Any) -> frozenset[str]:
   """Axes of a `shard_map` along which an array, or a type, may differ."""
-  aval = value if isinstance(value, jax.core.AbstractValue) else (
-      jax.typeof(value))
+  aval: Any = value
+  if not isinstance(value, jax.core.AbstractValue):
+    aval = jax.typeof(value)
   return frozenset(aval.manual_axis_type.varying)
 
 

@@ -8,13 +8,13 @@ was emitted inside on the walk's own tape. A body is walked once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from utilized_rank import compat
-from utilized_rank import sharded
+from utilized_rank import compat, sharded
 from utilized_rank.layout import View
 from utilized_rank.values import Emission, Loop, Output, Param, split
 
@@ -201,8 +201,12 @@ def _slice_over(walk: Any, xs: Sequence[Any], token: Loop):
     arrays, read = parts
     inner = value.view.take(0, token)
     slices.append(arrays)
-    readers.append(lambda x, r=read, v=inner: Param(v, r(x)))
+    readers.append(functools.partial(_read, inner, read))
   return slices, lambda x: [r(v) for r, v in zip(readers, x, strict=True)]
+
+
+def _read(view: View, read: Callable[[Any], Any], x: Any) -> Param:
+  return Param(view, read(x))
 
 
 def _while(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:

@@ -18,11 +18,15 @@ from collections.abc import Hashable, Sequence
 import itertools
 from typing import Any
 
-from utilized_rank import compat
-from utilized_rank import control
+from utilized_rank import compat, control
 from utilized_rank.layout import View
 from utilized_rank.values import (
-    Loop, Output, Param, Tape, UnsupportedError, Visitor,
+  Loop,
+  Output,
+  Param,
+  Tape,
+  UnsupportedError,
+  Visitor,
 )
 
 __all__ = ['PART', 'UnsupportedError', 'Walk']
@@ -225,6 +229,7 @@ class Walk:
     if isinstance(start, Output):
       start = start.value
     cut = _cut(param.view, axis, 1)
+    assert cut is not None  # an atom is cut into itself and ones
     payload = param.payload.index(cut, axis, start)
     if payload is None:
       return None
@@ -240,7 +245,7 @@ def _cut_axis(lengths: Sequence[int], view: View) -> int | None:
   return cut[0] if len(cut) == 1 else None
 
 
-def _cut(view: View, axis: int, length: int) -> View:
+def _cut(view: View, axis: int, length: int) -> View | None:
   """The view with an axis cut into (parts, length)."""
   parts = view.sizes[axis] // length
   sizes = (

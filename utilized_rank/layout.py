@@ -227,7 +227,8 @@ class Layout:
         tuple(shape), tuple(shape), tuple(groups), tuple(inputs),
         tuple(outputs),
     )
-    if sorted(groups + inputs + outputs) != list(range(len(shape))):
+    named = sorted([*groups, *inputs, *outputs])
+    if named != list(range(len(shape))):
       raise ValueError(
           f'groups {groups}, inputs {inputs} and outputs {outputs} must name '
           f'each of the {len(shape)} axes of shape {tuple(shape)} once'

@@ -12,10 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from utilized_rank import compat
-from utilized_rank import paths
-from utilized_rank import products
-from utilized_rank import tracing
+from utilized_rank import compat, paths, products, tracing
 from utilized_rank.interpret import Walk
 from utilized_rank.layout import Atoms, Layout, View, pieces_of
 from utilized_rank.values import Loop, Output, Param
@@ -76,7 +73,8 @@ class LowRank:
 
   @classmethod
   def tree_unflatten(cls, layout, children) -> LowRank:
-    return cls(*children, layout)
+    a, b, c = children
+    return cls(a, b, c, layout)
 
 
 def is_low_rank(leaf: Any) -> bool:
@@ -221,8 +219,8 @@ class Factored:
   def _without(self, axis: int, pick: Callable[[Any], Any]) -> Factored:
     f = self.factors
     present: Atoms = f.present[:axis] + f.present[axis + 1:]
-    arrays = jax.tree.map(pick, (f.a, f.b, f.c))
-    return Factored(products.Factors(*arrays, f.layout, present))
+    a, b, c = jax.tree.map(pick, (f.a, f.b, f.c))
+    return Factored(products.Factors(a, b, c, f.layout, present))
 
   def index(self, cut: View, axis: int, at: Any) -> Factored | None:
     group = self._group_axis(cut, axis)
@@ -244,9 +242,12 @@ class Factored:
         lambda array: jnp.moveaxis(array, group, 0), (f.a, f.b, f.c)
     )
     present = f.present[:group] + f.present[group + 1:]
-    return arrays, lambda x: Factored(
-        products.Factors(*x, f.layout, present)
-    )
+
+    def read(x):
+      a, b, c = x
+      return Factored(products.Factors(a, b, c, f.layout, present))
+
+    return arrays, read
 
   def shard(self, cut: View, spec: Any, parts: dict[int, Any]):
     del spec

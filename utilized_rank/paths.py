@@ -53,8 +53,8 @@ def select(paths: Iterable[str], rules: Rules) -> dict[str, bool]:
   compiled = []
   for rule in rules:
     try:
-      pattern, keep = rule
-      compiled.append((re.compile(pattern), bool(keep)))
+      regex, keep = rule
+      compiled.append((re.compile(regex), bool(keep)))
     except (TypeError, ValueError, re.error) as error:
       raise ValueError(
           f'select rule {rule!r} is not a (regex, bool) pair: {error}'

@@ -237,16 +237,12 @@ def _dot(eqn: Any, view: View, which: int) -> Product | str:
     a_dims = (tuple(range(nb, nb + nc)), lead)
     x_dims = (x_contract, x_batch)
     if which:
-      z = jax.lax.dot_general(
-          x, a, tuple(zip(x_dims, a_dims)), **kwargs
-      )
+      z = jax.lax.dot_general(x, a, _paired(x_dims, a_dims), **kwargs)
       y = jax.lax.dot_general(
           z, b, (((z.ndim - 1,), (nb,)), (lead, lead)), **kwargs
       )
     else:
-      z = jax.lax.dot_general(
-          a, x, tuple(zip(a_dims, x_dims)), **kwargs
-      )
+      z = jax.lax.dot_general(a, x, _paired(a_dims, x_dims), **kwargs)
       y = jax.lax.dot_general(
           b, z, (((nb,), (nb,)), (lead, lead)), **kwargs
       )
@@ -257,6 +253,11 @@ def _dot(eqn: Any, view: View, which: int) -> Product | str:
   return Product(
       'dot', view, layout, lambda x: x, labels, x_shape, (), output, factored
   )
+
+
+def _paired(left: Any, right: Any) -> Any:
+  """((contracted, batch) of each side) as `dot_general` wants them."""
+  return tuple(zip(left, right, strict=True))
 
 
 # --- convolution ---

@@ -97,7 +97,9 @@ def _operand(
   if not isinstance(value, Param):
     return plain(value)
   cut, parts = _spread(value.view, spec, mesh)
-  moved = None if cut is None else value.payload.shard(cut, spec, parts)
+  if cut is None:
+    return plain(walk.materialise(value, 'shard_map'))
+  moved = value.payload.shard(cut, spec, parts)
   if moved is None:
     return plain(walk.materialise(value, 'shard_map'))
   inner = cut

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 import dataclasses
-from typing import Any
 
 from utilized_rank import paths
 from utilized_rank.layout import Layout
@@ -91,8 +90,8 @@ class Sites(Mapping[str, Site]):
       lines.append('  '.join([*cells, row[5]]).rstrip())
     shared = len({s.index for s in self._sites.values()})
     lines.append(
-        f'{len(self)} kernels of {len(self.shapes)} leaves, reading {shared} '
-        'distinct inputs (equal numbers read the same value)'
+        f'{len(self)} kernels of {len(self.shapes)} leaves, {shared} distinct '
+        'inputs (one number, one value)'
     )
     return '\n'.join(lines)
 

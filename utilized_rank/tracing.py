@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from utilized_rank import compat
-from utilized_rank import paths
+from utilized_rank import compat, paths
 
 
 @dataclasses.dataclass(frozen=True)
