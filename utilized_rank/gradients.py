@@ -204,8 +204,8 @@ def sampled_cross_entropy(
     `loss(outputs, batch) -> (B,)`.
 
   >>> loss = sampled_cross_entropy()
-  >>> loss(jnp.array([[50.0, 0.0], [0.0, 50.0]]), None).tolist()
-  [0.0, 0.0]
+  >>> loss(jnp.zeros((3, 5)), None).shape
+  (3,)
   """
 
   def loss(outputs, batch):

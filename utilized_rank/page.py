@@ -344,7 +344,7 @@ def _layer_section(layers: Sequence[LayerReport]) -> str:
 
 
 def _error(value: float) -> str:
-  return tables.MISSING if np.isnan(value) else f'{100 * value:.2g}%'
+  return tables.MISSING if np.isnan(value) else f'{100 * value:.2f}%'
 
 
 def _details(meta: Mapping[str, Any]) -> str:
