@@ -39,3 +39,12 @@ def test_bar_on_a_terminal(monkeypatch):
   monkeypatch.setattr(sys, 'stderr', terminal)
   assert list(progress.track(range(3), total=3, desc='count')) == [0, 1, 2]
   assert 'count' in terminal.getvalue()
+
+
+def test_the_end_is_told_where_the_way_was(capsys, monkeypatch):
+  clock = iter([0.0, 40.0, 45.0, 50.0])
+  monkeypatch.setattr(progress.time, 'monotonic', lambda: next(clock))
+  list(progress.track(range(2), total=2, desc='x', unit='step'))
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[0].startswith('x: 1/2 step')
+  assert lines[1] == 'x: 2 step, done in 50 s'

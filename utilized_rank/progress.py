@@ -62,12 +62,13 @@ def _bar(tqdm, iterable, total, desc, unit, initial, status):
 
 def _lines(iterable, total, desc, unit, initial, status):
   start = shown = time.monotonic()
+  done = told = 0
   for done, item in enumerate(iterable, 1):
     yield item
     now = time.monotonic()
     if now - shown < LINE_INTERVAL:
       continue
-    shown = now
+    shown, told = now, done
     rate = done / (now - start)
     text = f'{desc}: {initial + done}'
     if total is not None:
@@ -77,4 +78,9 @@ def _lines(iterable, total, desc, unit, initial, status):
       text += f' {unit}, {rate:.3g} {unit}/s'
     if status is not None:
       text += f', {status()}'
+    print(text, file=sys.stderr, flush=True)
+  if 0 < told < done:
+    # Who read that it goes on may read that it is done.
+    seconds = time.monotonic() - start
+    text = f'{desc}: {initial + done} {unit}, done in {seconds:.0f} s'
     print(text, file=sys.stderr, flush=True)
