@@ -1,0 +1,19 @@
+"""Ports of published networks, for benchmarks; see `common.Network`.
+
+Weights and data are read from `--data_root`, a directory with `networks/` and
+`data/`; none are in this repository.
+"""
+
+from benchmarks.networks import (
+    kwt1,
+    mlp_fmnist_relu,
+    resnet20_cifar10,
+    stories260k,
+)
+
+LOADERS = {
+    'mlp_fmnist_relu': mlp_fmnist_relu.load,
+    'kwt1': kwt1.load,
+    'stories260k': stories260k.load,
+    'resnet20_cifar10': resnet20_cifar10.load,
+}

@@ -1,0 +1,39 @@
+"""Flax MLP 784-512-256-256-128-10 on Fashion-MNIST (UvA tutorial 3, MIT)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.networks import common
+
+CALIBRATION = 8192
+
+
+def fn(params, batch):
+  x = batch['x'].reshape(len(batch['x']), -1)
+  x = (x.astype(jnp.float32) / 255 - 0.5) / 0.5
+  for i in range(5):
+    layer = params[f'Dense_{i}']
+    x = x @ layer['kernel'] + layer['bias']
+    if i < 4:
+      x = jax.nn.relu(x)
+  return x
+
+
+def load(root: str) -> common.Network:
+  params = common.nest(common.read(root, 'networks', 'mlp_fmnist_relu.npz'))
+  train = common.read(root, 'data', 'fmnist_train60000.npz')
+  test = common.read(root, 'data', 'fmnist_test5000.npz')
+  log_p = common.scores(fn, params, test, 500)
+  common.check_close(
+      'accuracy', common.accuracy(log_p, test['y']), 0.8836, 1e-4)
+  calibration = {k: v[:CALIBRATION] for k, v in train.items()}
+  return common.Network(
+      'mlp_fmnist_relu', fn, params,
+      [('Dense_4/.*', False), ('.*kernel', True)],
+      [(calibration, test)],
+      f'calibrated on the first {CALIBRATION} training images, judged on 5,000 '
+      'test images; all kernels but the head',
+      512,
+  )

@@ -1,0 +1,286 @@
+"""Quality without fine-tuning: every method and allocation, on real networks.
+
+  python -m benchmarks.quality --data_root=DIR [--networks kwt1 ...]
+
+DIR holds `networks/` and `data/` (see `benchmarks/networks`). Each network is
+first checked against its published numbers. Then its kernels are cut to shares
+of their parameters by every recipe, and accuracy, cross-entropy and the KL
+divergence from the dense network are measured on data that calibrated nothing.
+Last, kernels are truncated one at a time, and what `ur.predict_loss` says of
+each is compared with what happens. Writes `quality_NAME.json` and `.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from benchmarks import networks, quality_plots
+from benchmarks.networks import common
+import utilized_rank as ur
+
+FRACTIONS = (0.75, 0.5, 0.35, 0.25, 0.15)
+METHODS = ('weight', 'scaled', 'utilized', 'output', 'loss')
+METRICS = ('loss', 'relative', 'output')
+# Ranks of the single truncations, as shares of the full rank.
+SINGLE = (1 / 8, 1 / 4, 1 / 2)
+
+
+class Recipe(NamedTuple):
+  """A method, 'uniform' or the metric of a budget, and mean compensation."""
+
+  method: str
+  allocation: str
+  mean: bool = True
+
+
+# What `ur.compress(..., loss=)` does.
+DEFAULT = Recipe('loss', 'loss')
+RECIPES = (
+    DEFAULT,
+    *(Recipe(m, 'uniform', False) for m in METHODS[:3]),
+    *(Recipe(m, 'uniform') for m in METHODS),
+    *(Recipe(m, a) for a in METRICS for m in METHODS
+      if Recipe(m, a) != DEFAULT),
+)
+
+
+class Judge:
+  """Measures trees of any ranks on one fold, with one compilation."""
+
+  def __init__(self, network: common.Network, moments: ur.Moments, batch):
+    self._network, self._moments, self._batch = network, moments, batch
+    self._run = jax.jit(ur.low_rank(network.fn))
+    self._dense = self._scores(network.params)
+
+  def _scores(self, tree):
+    tree = _padded(tree, self._moments)
+    return common.scores(self._run, tree, self._batch, self._network.batch_size)
+
+  def __call__(self, tree) -> dict[str, np.ndarray]:
+    """Per label: whether it is right, its nats, and KL(dense || tree)."""
+    log_p, y = self._scores(tree), self._batch['y'].astype(np.int64)
+    real = y >= 0
+    picked = np.take_along_axis(log_p, np.maximum(y, 0)[..., None], -1)[..., 0]
+    kl = np.sum(np.exp(self._dense) * (self._dense - log_p), -1)
+    return {
+        'accuracy': (log_p.argmax(-1) == y)[real].astype(float),
+        'cross_entropy': -picked[real], 'kl': kl[real],
+    }
+
+  def check_padding(self, tree) -> None:
+    """Raises unless padding leaves the function as it is."""
+    few = {k: v[:4] for k, v in self._batch.items()}
+    plain = jax.jit(ur.low_rank(self._network.fn))(tree, few)
+    ours = self._run(_padded(tree, self._moments), few)
+    np.testing.assert_allclose(plain, ours, rtol=1e-3, atol=1e-3)
+
+
+def _padded(tree, moments):
+  """The same function with every kernel a pair of full rank, of zeros mostly.
+
+  All trees then have the same shapes.
+  """
+  named, treedef = ur.paths.flatten(tree, lambda v: isinstance(v, ur.LowRank))
+  for path in moments:
+    leaf, layout = named[path], moments[path].layout
+    d, m = layout.matrix_shape
+    c = None
+    if isinstance(leaf, ur.LowRank):
+      more = layout.full_rank - leaf.rank
+      a = np.pad(leaf.a, [(0, 0)] * (leaf.a.ndim - 1) + [(0, more)])
+      b = np.pad(leaf.b, [(0, more)] + [(0, 0)] * (leaf.b.ndim - 1))
+      c = leaf.c
+    else:
+      w = np.asarray(layout.to_matrices(np.asarray(leaf)))
+      one = np.eye(min(d, m), dtype=w.dtype)
+      a, b = (w, one) if d >= m else (one, w)
+      a, b = a.reshape(*layout.input_shape, -1), b.reshape(
+          -1, *layout.output_shape)
+    if c is None and moments[path].entry.bias is None:
+      c = np.zeros(layout.output_shape, a.dtype)
+    named[path] = ur.LowRank(a, b, c, layout)
+  return ur.paths.unflatten(treedef, named)
+
+
+def _calibrate(network: common.Network, batch: common.Batch) -> ur.Moments:
+  size = network.batch_size
+  batches = [
+      {'x': batch['x'][i:i + size]} for i in range(0, len(batch['x']), size)
+  ]
+  return ur.collect(
+      network.fn, network.params, batches, loss=ur.sampled_cross_entropy(),
+      select=network.select, progress=False,
+  )
+
+
+def _ranks(recipe: Recipe, params, moments, fraction: float) -> dict[str, int]:
+  if recipe.allocation == 'uniform':
+    return ur.uniform_ranks(params, moments, params_fraction=fraction)
+  # The paper's pairs of different ranks are not nested: it takes the ranks
+  # that are best for 'output'.
+  method = 'output' if recipe.method == 'utilized' else recipe.method
+  return ur.budget_ranks(
+      params, moments, params_fraction=fraction, method=method,
+      metric=recipe.allocation, compensate_mean=recipe.mean,
+  )
+
+
+def _kept(tree, moments) -> float:
+  named, _ = ur.paths.flatten(tree, lambda v: isinstance(v, ur.LowRank))
+  left = sum(ur.count_params(named[p]) for p in moments)
+  return left / sum(int(np.prod(moments[p].layout.shape)) for p in moments)
+
+
+def measure_recipes(network, moments, judges, fractions) -> list[dict]:
+  """One row per recipe and fraction, the folds pooled."""
+  rows = []
+  dense = _pool([judge(network.params) for judge in judges])
+  rows.append(_row(Recipe('dense', 'none', False), 1, 1.0, dense, dense))
+  for fraction in fractions:
+    default = None
+    for recipe in RECIPES:
+      parts, kept = [], []
+      for of_fold, judge in zip(moments, judges, strict=True):
+        ranks = _ranks(recipe, network.params, of_fold, fraction)
+        small = ur.factorize(
+            network.params, of_fold, ranks, method=recipe.method,
+            compensate_mean=recipe.mean,
+        )
+        if recipe == DEFAULT and fraction == fractions[-1]:
+          judge.check_padding(small)
+        parts.append(judge(small))
+        kept.append(_kept(small, of_fold))
+      found = _pool(parts)
+      default = found if default is None else default
+      rows.append(
+          _row(recipe, fraction, float(np.mean(kept)), found, default))
+    _print_rows(rows[-len(RECIPES):])
+  return rows
+
+
+def _pool(parts: list[dict]) -> dict[str, np.ndarray]:
+  return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+
+def _row(recipe, fraction, kept, found, default) -> dict:
+  worse = found['cross_entropy'] - default['cross_entropy']
+  return {
+      'method': recipe.method, 'allocation': recipe.allocation,
+      'compensate_mean': recipe.mean, 'asked': fraction,
+      'kept': round(kept, 4),
+      **{k: round(float(v.mean()), 5) for k, v in found.items()},
+      'over_default': round(float(worse.mean()), 5),
+      'over_default_error': round(
+          float(worse.std(ddof=1) / len(worse)**0.5), 5),
+  }
+
+
+def _print_rows(rows: list[dict]) -> None:
+  print(f'\nasked to keep {rows[0]["asked"]:.0%}; last column: cross-entropy '
+        'over the default, paired')
+  print(f'{"method":10}{"allocation":11}{"mean":6}{"kept":>6}{"acc %":>8}'
+        f'{"CE":>8}{"KL":>8}  over')
+  for r in rows:
+    print(f'{r["method"]:10}{r["allocation"]:11}'
+          f'{"yes" if r["compensate_mean"] else "-":6}{r["kept"]:6.3f}'
+          f'{100 * r["accuracy"]:8.2f}{r["cross_entropy"]:8.3f}{r["kl"]:8.3f}'
+          f'  {r["over_default"]:+.3f} +- {r["over_default_error"]:.3f}',
+          flush=True)
+
+
+def measure_singles(network, moments, judge) -> list[dict]:
+  """Predicted and measured increase in loss, one truncated kernel at a time."""
+  calibration = network.folds[0][0]['y']
+  labels = calibration[0].size
+  base = judge(network.params)['cross_entropy'].mean()
+  rows = []
+  for path in moments:
+    full = moments[path].layout.full_rank
+    for rank in sorted({max(1, round(full * s)) for s in SINGLE}):
+      ranks = {path: rank}
+      found = judge(ur.factorize(
+          network.params, moments, ranks, method='loss'))
+      predicted = ur.predict_loss(network.params, moments, ranks) / labels
+      rows.append({
+          'path': path, 'rank': rank, 'predicted': float(predicted),
+          'kl': float(found['kl'].mean()),
+          'increase': float(found['cross_entropy'].mean() - base),
+      })
+  return rows
+
+
+def rank_correlation(a, b) -> float:
+  """Spearman's.
+
+  >>> rank_correlation([1, 2, 3], [2, 4, 9])
+  1.0
+  """
+  places = [np.argsort(np.argsort(v)) for v in (a, b)]
+  return round(float(np.corrcoef(*places)[0, 1]), 4)
+
+
+def run(name: str, data_root: str, fractions, command: str) -> dict:
+  print(f'\n== {name}')
+  start = time.perf_counter()
+  network = networks.LOADERS[name](data_root)
+  moments = [_calibrate(network, batch) for batch, _ in network.folds]
+  judges = [
+      Judge(network, m, batch)
+      for m, (_, batch) in zip(moments, network.folds, strict=True)
+  ]
+  rows = measure_recipes(network, moments, judges, fractions)
+  singles = measure_singles(network, moments[0], judges[0])
+  columns = {k: [s[k] for s in singles] for k in singles[0]}
+  correlation = {
+      k: rank_correlation(columns['predicted'], columns[k])
+      for k in ('kl', 'increase')
+  }
+  print(f'rank correlation of the predicted with the measured: {correlation}')
+  return {
+      'network': name, 'protocol': network.protocol,
+      'date': datetime.date.today().isoformat(), 'command': command,
+      'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
+                 f'{jax.default_backend()} backend',
+      'versions': {
+          'utilized_rank': ur.__version__, 'jax': jax.__version__,
+          'numpy': np.__version__, 'python': platform.python_version(),
+      },
+      'seeds': {'sampled_cross_entropy': 0},
+      'seconds': round(time.perf_counter() - start, 1),
+      'kernels': len(moments[0]),
+      'labels_judged': sum(
+          int((b['y'].astype(int) >= 0).sum()) for _, b in network.folds),
+      'rows': rows, 'rank_correlation': correlation, 'singles': singles,
+  }
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--data_root', required=True)
+  parser.add_argument('--networks', nargs='+', default=list(networks.LOADERS),
+                      choices=list(networks.LOADERS))
+  parser.add_argument('--fractions', nargs='+', type=float, default=FRACTIONS)
+  parser.add_argument('--out', default='benchmarks/results')
+  args = parser.parse_args()
+  for name in args.networks:
+    command = ('python -m benchmarks.quality --data_root=DIR --networks '
+               f'{name}')
+    result = run(name, args.data_root, tuple(args.fractions), command)
+    stem = os.path.join(args.out, f'quality_{name}')
+    with open(f'{stem}.json', 'w') as f:
+      json.dump(result, f, indent=1)
+      f.write('\n')
+    quality_plots.plot(result, f'{stem}.png')
+
+
+if __name__ == '__main__':
+  main()

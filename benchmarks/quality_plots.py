@@ -1,0 +1,123 @@
+"""Draws a result of `benchmarks.quality`.
+
+  python -m benchmarks.quality_plots benchmarks/results/quality_kwt1.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import matplotlib
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import ticker  # noqa: E402
+
+COLORS = {
+    'weight': '#999999', 'scaled': '#E69F00', 'utilized': '#CC79A7',
+    'output': '#0072B2', 'loss': '#009E73',
+}
+NAMES = {
+    'weight': 'plain SVD', 'scaled': 'scaled SVD (ASVD)',
+    'utilized': "the paper's projection", 'output': 'least output error',
+    'loss': 'least loss',
+}
+PANELS = (
+    ('uniform, plain', 'uniform', False),
+    ('uniform, mean given back', 'uniform', True),
+    ('budget in nats of loss', 'loss', True),
+    ('budget by relative energy', 'relative', True),
+    ('budget by output energy', 'output', True),
+)
+
+
+def plot(result: dict, path: str) -> None:
+  """One column per allocation, then what was predicted for single kernels."""
+  rows = result['rows']
+  dense = rows[0]
+  figure, axes = plt.subplots(
+      2, 6, figsize=(17, 6), width_ratios=[1] * 5 + [1.15],
+      layout='constrained',
+  )
+  for row, key in enumerate(('accuracy', 'cross_entropy')):
+    shown = axes[row, :5]
+    for axis in shown[1:]:
+      axis.sharex(shown[0])
+      axis.sharey(shown[0])
+      axis.tick_params(labelleft=False)
+    for axis, (title, allocation, mean) in zip(shown, PANELS):
+      axis.axhline(_value(dense, key), color='black', lw=0.8, ls=':')
+      for method, color in COLORS.items():
+        _line(axis, rows, key, (method, allocation, mean), color=color, lw=1.6,
+              marker='o', ms=3.5, label=NAMES[method])
+      _line(axis, rows, key, ('loss', 'loss', True), color='black', lw=0.9,
+            ls='--', label='the default, for comparison')
+      if not row:
+        axis.set_title(title, fontsize=10)
+      else:
+        axis.set_xlabel('kept parameters, %')
+      axis.grid(alpha=0.25)
+  axes[0, 0].set_ylabel('accuracy, %')
+  axes[1, 0].set_ylabel('cross-entropy, nats')
+  # Past a uniform guess all are useless; the interest is near the dense one.
+  low = _value(dense, 'cross_entropy')
+  worst = max(r['cross_entropy'] for r in rows)
+  axes[1, 0].set_yscale('log')
+  axes[1, 0].set_ylim(0.93 * low, min(worst * 1.1, max(4.0, 8 * low)))
+  axes[1, 0].yaxis.set_major_formatter(ticker.FormatStrFormatter('%.3g'))
+  axes[1, 0].yaxis.set_minor_formatter(ticker.NullFormatter())
+  axes[1, 0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+  axes[1, 0].yaxis.set_minor_locator(ticker.NullLocator())
+  _singles(axes[0, 5], result, 'kl', 'KL from the dense network')
+  _singles(axes[1, 5], result, 'increase', 'increase in cross-entropy')
+  handles, labels = axes[0, 1].get_legend_handles_labels()
+  figure.legend(handles, labels, loc='outside lower center', ncols=6,
+                frameon=False)
+  figure.suptitle(
+      f'{result["network"]}: without fine-tuning, {result["kernels"]} kernels, '
+      f'{result["labels_judged"]:,} labels judged (dotted: dense)', fontsize=12)
+  figure.savefig(path, dpi=80)
+  plt.close(figure)
+
+
+def _value(row: dict, key: str) -> float:
+  return row[key] * (100 if key == 'accuracy' else 1)
+
+
+def _line(axis, rows, key, recipe, **style) -> None:
+  keys = ('method', 'allocation', 'compensate_mean')
+  found = [r for r in rows if tuple(r[k] for k in keys) == recipe]
+  axis.plot([100 * r['kept'] for r in found],
+            [_value(r, key) for r in found], **style)
+
+
+def _singles(axis, result, key, name) -> None:
+  points = [(s['predicted'], s[key]) for s in result['singles']]
+  floor = 1e-6
+  points = [(max(p, floor), q) for p, q in points]
+  seen = [(p, q) for p, q in points if q > floor]
+  axis.loglog(*zip(*seen), '.', ms=4, color=COLORS['loss'], alpha=0.7)
+  ends = [min(map(min, seen)), max(map(max, seen))]
+  axis.loglog(ends, ends, color='black', lw=0.8)
+  hidden = len(points) - len(seen)
+  note = f'rank correlation {result["rank_correlation"][key]:.2f}'
+  if hidden:
+    note += f'\n{hidden} of {len(points)} fell, not shown'
+  axis.text(0.04, 0.96, note, transform=axis.transAxes, va='top', fontsize=9)
+  if key == 'kl':
+    axis.set_title('one kernel truncated', fontsize=10)
+  else:
+    axis.set_xlabel('predicted, nats')
+  axis.set_ylabel(f'{name}, nats')
+  axis.grid(alpha=0.25)
+
+
+def main():
+  for path in sys.argv[1:]:
+    with open(path) as f:
+      plot(json.load(f), path.removesuffix('.json') + '.png')
+
+
+if __name__ == '__main__':
+  main()
