@@ -242,6 +242,23 @@ def test_tensor_parallel_kernels_are_groups():
       jax.jit(ur.low_rank(fn))(factors, X), y, rtol=1e-5, atol=1e-5)
 
 
+def test_a_spread_that_cuts_a_kernel_unevenly():
+  mesh = jax.make_mesh((2,), ('d',), axis_types=(AxisType.Auto,))
+  local = jax.shard_map(
+      lambda w, x: lax.psum(x @ w, 'd'), mesh=mesh,
+      in_specs=(P('d'), P(None, 'd')), out_specs=P())
+  fn = lambda p, x: local(p['w'].transpose(1, 0, 2).reshape(6, 4), x)
+  params = {'w': RNG.normal(size=(2, 3, 4)).astype(np.float32)}
+  sites = ur.find_sites(fn, params, RNG.normal(size=(5, 6)).astype(np.float32))
+  assert sites.unseen['w'] == 'used by shard_map'
+
+
+def test_a_scan_of_no_steps():
+  fn = lambda p, x: lax.scan(lambda x, w: (x @ w, None), x, p['w'])[0]
+  sites = ur.find_sites(fn, {'w': np.zeros((0, 4, 4), np.float32)}, X)
+  assert sites.unseen['w'] == 'used by a scan of no steps'
+
+
 def _pair(w, layout):
   matrices = layout.to_matrices(w)
   u, s, vt = np.linalg.svd(matrices, full_matrices=False)

@@ -7,6 +7,8 @@ import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
@@ -204,6 +206,49 @@ def test_multiplied_out(name):
   with pytest.warns(UserWarning, match=reason):
     got = ur.low_rank(fn)(w, X)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_kernel_spread_otherwise_than_it_was_factored():
+  mesh = jax.make_mesh((2,), ('d',), axis_types=(AxisType.Auto,))
+  fn = jax.shard_map(
+      lambda p, x: x @ p, mesh=mesh, in_specs=(P(None, 'd'), P()),
+      out_specs=P(None, 'd'))
+  w = pair(m=D)
+  with pytest.warns(UserWarning, match='shard_map'):
+    got = jax.jit(ur.low_rank(fn))(w, X)
+  np.testing.assert_allclose(got, X @ w.dense(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('left', [False, True])
+def test_explicit_shardings_are_kept(left):
+  mesh = jax.make_mesh((2,), ('d',), axis_types=(AxisType.Explicit,))
+  subscripts = 'dm,bd->mb' if left else 'bd,dm->bm'
+  spec = P(None, 'd') if left else P('d')
+  def fn(p, x):
+    operands = (p, x) if left else (x, p)
+    return jnp.einsum(subscripts, *operands, out_sharding=spec)
+  w, x = pair(), draw(4, D)
+  with jax.set_mesh(mesh):
+    put = lambda v, spec: jax.device_put(v, NamedSharding(mesh, spec))
+    # The sum over d is over devices: JAX must be told where x A goes.
+    factors = ur.LowRank(
+        put(w.a, P('d')), put(w.b, P()), None, w.layout)
+    got = jax.jit(ur.low_rank(fn))(factors, put(x, P(None, 'd')))
+    assert got.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+  want = x @ w.dense()
+  np.testing.assert_allclose(
+      got, want.T if left else want, rtol=1e-4, atol=1e-4)
+
+
+def test_wide_accumulation_of_narrow_operands():
+  w = jax.tree.map(lambda v: v.astype(jnp.bfloat16), pair())
+  fn = lambda p, x: jnp.dot(
+      x.astype(jnp.bfloat16), p, preferred_element_type=jnp.float32)
+  got = ur.low_rank(fn)(w, X)
+  assert got.dtype == jnp.float32
+  x = np.float32(jnp.asarray(X, jnp.bfloat16))
+  np.testing.assert_allclose(
+      got, x @ np.float32(w.a) @ np.float32(w.b), rtol=1e-4, atol=1e-4)
 
 
 def test_a_constant_belongs_to_one_direction():

@@ -237,6 +237,7 @@ class _Collector:
     self.selected = selected
     self.report_holes = report_holes
     self.holes: dict[str, str] = {}
+    self.conflicts: dict[str, str] = {}
     # path -> reasons, in order of appearance (dicts keep it).
     self.drops: dict[str, dict[str, None]] = {p: {} for p in params}
 
@@ -394,12 +395,13 @@ class _Collector:
       fine = {y.refine(atoms) for y in layouts}
       if len(fine) == 1:
         return fine.pop()
-    message = layout_conflict(path, layouts)
+    conflict = layout_conflict(layouts)
     if self.selected is not None:
       raise ValueError(
-          f'{message}; leave it out of select, its moments are not one matrix'
+          f'{path!r} is {conflict}; leave it out of select, its moments are '
+          'not of one matrix'
       )
-    self.drops[path] = {'contracted in different ways': None}
+    self.conflicts[path] = conflict
     return None
 
   def _biases(self, uses) -> dict[str, str]:
@@ -431,6 +433,8 @@ class _Collector:
         unseen[path] = f'HOLE: enters {self.holes[path]}, which hides its use'
       elif path in owner:
         unseen[path] = f'bias of {owner[path].rsplit("/", 1)[-1]}'
+      elif path in self.conflicts:
+        unseen[path] = self.conflicts[path]
       elif reasons:
         unseen[path] = f'used by {reasons}'
       else:

@@ -143,6 +143,10 @@ class _Carry:
 
 def _scan(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
   p = eqn.params
+  if not p['length']:
+    return compat.bind(
+        eqn, [walk.materialise(v, 'a scan of no steps') for v in operands]
+    )
   jaxpr, closed = compat.open_jaxpr(p['jaxpr'])
   n_consts, n_carry = compat.scan_split(p)
   n_state = n_consts + n_carry

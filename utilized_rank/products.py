@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from utilized_rank.layout import Atoms, Layout, View, pieces_of
@@ -236,15 +237,25 @@ def _dot(eqn: Any, view: View, which: int) -> Product | str:
     lead = tuple(range(nb))
     a_dims = (tuple(range(nb, nb + nc)), lead)
     x_dims = (x_contract, x_batch)
+    sharding = eqn.params.get('out_sharding')
     if which:
-      z = jax.lax.dot_general(x, a, _paired(x_dims, a_dims), **kwargs)
+      z = jax.lax.dot_general(
+          x, a, _paired(x_dims, a_dims),
+          out_sharding=_with_rank(sharding, nb + len(x_free), len(free)),
+          **kwargs,
+      )
       y = jax.lax.dot_general(
-          z, b, (((z.ndim - 1,), (nb,)), (lead, lead)), **kwargs
+          z, b, (((z.ndim - 1,), (nb,)), (lead, lead)),
+          out_sharding=sharding, **kwargs,
       )
     else:
-      z = jax.lax.dot_general(a, x, _paired(a_dims, x_dims), **kwargs)
+      z = jax.lax.dot_general(
+          a, x, _paired(a_dims, x_dims),
+          out_sharding=_with_rank(sharding, nb, len(free)), **kwargs,
+      )
       y = jax.lax.dot_general(
-          b, z, (((nb,), (nb,)), (lead, lead)), **kwargs
+          b, z, (((nb,), (nb,)), (lead, lead)), out_sharding=sharding,
+          **kwargs,
       )
     if c is not None:
       y = y + _as_output(c, output).astype(y.dtype)
@@ -253,6 +264,16 @@ def _dot(eqn: Any, view: View, which: int) -> Product | str:
   return Product(
       'dot', view, layout, lambda x: x, labels, x_shape, (), output, factored
   )
+
+
+def _with_rank(sharding: Any, at: int, kernel_axes: int) -> Any:
+  """How x A is sharded if x W is: the rank in place of the kernel's axes."""
+  if sharding is None:
+    return None
+  spec = [*sharding.spec]
+  spec += [None] * (at + kernel_axes - len(spec))
+  spec[at:at + kernel_axes] = [None]
+  return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def _paired(left: Any, right: Any) -> Any:

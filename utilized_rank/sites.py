@@ -105,11 +105,10 @@ def _notes(site: Site) -> str:
   return '; '.join(notes)
 
 
-def layout_conflict(path: str, layouts: list[Layout]) -> str:
+def layout_conflict(layouts: list[Layout]) -> str:
   """Says in which different ways a leaf is contracted."""
   ways = sorted({
       f'over sizes {layout.input_shape or (1,)} of {layout.shape}'
       for layout in layouts
   })
-  return f'{path!r} is contracted in different ways: ' + ' and '.join(ways)
-
+  return 'contracted in different ways: ' + ' and '.join(ways)
