@@ -166,3 +166,26 @@ def test_a_factored_tree_trains_and_keeps_its_structure(problem):
   assert jax.tree.structure(grads) == jax.tree.structure(small)
   step = jax.tree.map(lambda p, g: p - 1e-2 * g, small, grads)
   assert float(loss(step)) < float(loss(small))
+
+
+def test_a_stack_may_have_a_rank_for_each_member(problem):
+  """Padded with zeros: the function of the members' own factors."""
+  fn, params, moments, images, small_fn = problem
+  path = 'params/blocks/dense/kernel'
+  small = ur.factorize(params, moments, {path: (2, 5)})
+  leaf = small['params']['blocks']['dense']['kernel']
+  assert leaf.rank == 5
+  ranks = np.linalg.matrix_rank(leaf.dense(), tol=1e-5)
+  np.testing.assert_array_equal(ranks, (2, 5))
+  for rank, member in ((2, 0), (5, 1)):
+    alone = ur.factorize(params, moments, {path: rank})
+    np.testing.assert_allclose(
+        leaf.dense()[member],
+        alone['params']['blocks']['dense']['kernel'].dense()[member],
+        atol=1e-5)
+  assert relative(
+      small_fn(small, images), fn(ur.merge(small), images)) < 1e-5
+  with pytest.raises(ValueError, match='3 ranks for .* holds 2 kernels'):
+    ur.factorize(params, moments, {path: (2, 5, 1)})
+  with pytest.raises(ValueError, match='rank 9 for'):
+    ur.factorize(params, moments, {path: (2, 9)})

@@ -16,7 +16,10 @@ from utilized_rank.kernels import Kernel, kernels, to_leaf
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
 from utilized_rank.moments import Moments
-from utilized_rank.ranks import Ranks, check_energy, check_ranks
+from utilized_rank.ranks import (
+    Ranks, check_energy, check_ranks, per_member,
+)
+from utilized_rank.stack import pad_factors
 from utilized_rank.subspace import Factors
 
 Energies = float | Mapping[str, float | tuple[float, float]]
@@ -78,8 +81,8 @@ def factorize(
   Args:
     params: dense parameters.
     moments: moments of their kernels.
-    ranks: path to rank; other kernels stay dense. A stack of kernels gets one
-      rank.
+    ranks: path to rank; other kernels stay dense. A stack of kernels has one
+      rank, or a tuple of one for each: smaller pairs are padded with zeros.
     method: which W' of that rank.
       'weight': truncated SVD of W, blind to data.
       'scaled': the same with inputs scaled by their root mean square (ASVD).
@@ -120,7 +123,11 @@ def factorize(
       params, moments, centered=centered, only=ranks
   ):
     moment, leaf = moments[path], named[path]
-    pairs = [_pair(k, method, int(ranks[path]), damping) for k in members]
+    each = per_member(path, ranks[path], moment.layout)
+    pairs = [
+        _pair(k, method, int(rank), damping)
+        for k, rank in zip(members, each, strict=True)
+    ]
     constant = None
     if compensate_mean:
       constant = np.stack([
@@ -147,8 +154,7 @@ def _to_low_rank(
     leaf: Any,
 ) -> LowRank:
   groups, dtype = layout.group_shape, leaf.dtype
-  a = np.stack([f.a for f in pairs])
-  b = np.stack([f.b for f in pairs])
+  a, b = pad_factors(pairs)
   rank = a.shape[-1]
   c = None
   if constant is not None:

@@ -16,7 +16,8 @@ from utilized_rank.kernels import kernels
 from utilized_rank.layout import Layout
 from utilized_rank.moments import Moments
 
-Ranks = Mapping[str, int]
+# A stack of kernels has one rank, or one for each of its members.
+Ranks = Mapping[str, int | tuple[int, ...]]
 
 
 def check_energy(energy: float) -> float:
@@ -272,20 +273,36 @@ def predict_loss(
   for path, members in kernels(
       params, moments, centered=centered, only=ranks
   ):
-    for kernel in members:
+    each = per_member(path, ranks[path], moments[path].layout)
+    for kernel, rank in zip(members, each, strict=True):
       family = methods.family(kernel, method, damping)
-      total += methods.damages(kernel, family, 'loss')[ranks[path]]
+      total += methods.damages(kernel, family, 'loss')[rank]
   return float(total)
 
 
 def check_ranks(ranks: Ranks, moments: Moments) -> None:
   """Raises ValueError for a rank that its kernel cannot have."""
-  for path, rank in ranks.items():
+  for path, given in ranks.items():
     if path not in moments:
       raise ValueError('a rank is given for ' + paths.unknown(path, moments))
-    full = moments[path].layout.full_rank
-    if not 1 <= rank <= full or rank != int(rank):
-      raise ValueError(
-          f'rank {rank!r} for {path!r}: a {moments[path].layout.matrix_shape} '
-          f'kernel has ranks from 1 to {full}'
-      )
+    layout = moments[path].layout
+    for rank in per_member(path, given, layout):
+      if not 1 <= rank <= layout.full_rank or rank != int(rank):
+        raise ValueError(
+            f'rank {rank!r} for {path!r}: a {layout.matrix_shape} kernel has '
+            f'ranks from 1 to {layout.full_rank}'
+        )
+
+
+def per_member(
+    path: str, given: int | tuple[int, ...], layout: Layout
+) -> tuple[int, ...]:
+  """The rank of every matrix of a leaf, in the order of its groups."""
+  if not isinstance(given, tuple):
+    return (given,) * layout.num_groups
+  if len(given) != layout.num_groups:
+    raise ValueError(
+        f'{len(given)} ranks for {path!r}, which holds {layout.num_groups} '
+        'kernels: give one, or one for each'
+    )
+  return given
