@@ -1,5 +1,6 @@
 """Data: splits, determinism, formats, and errors at once."""
 
+import base64
 import itertools
 import json
 import shutil
@@ -7,11 +8,12 @@ import struct
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 
-from utilized_rank import data, digits
+from utilized_rank import data, digits, tfrecord
 
 # TFDS's own modules warn about packages that are none of ours.
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
@@ -199,6 +201,35 @@ def test_tfrecord_without_tensorflow(data_dir, tmp_path):
   path.write_bytes(path.read_bytes()[:-10])
   with pytest.raises(ValueError, match='359 whole records.*says 360'):
     next(load(str(new))['test'].epoch(10))
+
+
+def test_tfrecord_of_tensorflow(tmp_path):
+  """A shard as TFDS 4.9.10 wrote it with TensorFlow 2.21."""
+  import tensorflow_datasets as tfds
+
+  shard = base64.b64decode(
+    'cQAAAAAAAACcl+dzCm8KXAoFaW1hZ2USUwpRCk+JUE5HDQoaCgAAAA1JSERSAAAAAgAAAAIIA'
+    'gAAAP3UmnMAAAAWSURBVAiZY2DQiWjZcIeJg4ODg4MDABjUAscK531zAAAAAElFTkSuQmCCCg'
+    '8KBWxhYmVsEgYaBAoCrAIsnosucAAAAAAAAACUKa3NCm4KXAoFaW1hZ2USUwpRCk+JUE5HDQo'
+    'aCgAAAA1JSERSAAAAAgAAAAIIAgAAAP3UmnMAAAAWSURBVAiZY2Rg5xMVFWXR0tISFRUFAAZR'
+    'ARfPWDzAAAAAAElFTkSuQmCCCg4KBWxhYmVsEgUaAwoBB/RKbsI='
+  )
+  image = tfds.features.Image(shape=(2, 2, 3))
+  label = tfds.features.ClassLabel(num_classes=1000)
+  features = tfds.features.FeaturesDict({'image': image, 'label': label})
+  path = tmp_path / 'tiny.tfrecord'
+  place = types.SimpleNamespace(
+    filename=path, skip=0, take=2, examples_in_shard=2
+  )
+  path.write_bytes(shard)
+  records = tfrecord.TfRecords([place], features)
+  for label, example in zip([7, 300], records.__getitems__([1, 0])):
+    pixels = np.arange(12).reshape(2, 2, 3) * label % 256
+    np.testing.assert_array_equal(example['image'], pixels)
+    assert example['label'] == label
+  path.write_bytes(shard.replace(b'PNG', b'JPG'))
+  with pytest.raises(OSError, match='is record 1 of .*tiny'):
+    records.__getitems__([1])
 
 
 @pytest.mark.parametrize(

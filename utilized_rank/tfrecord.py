@@ -4,7 +4,7 @@ TFDS reads TFRecord through TensorFlow and only in order. The file format
 itself is simple: a record is its length (uint64, little endian), four bytes
 of checksum, the payload, and four more bytes of checksum. Reading the lengths
 gives every record's place, and with it the same random access, order and
-resumption that array_record files have.
+resumption that array_record files have. The checksums are not verified.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ class TfRecords:
     with open(instruction.filename, 'rb') as file:
       file.seek(offset)
       payload = file.read(length)
-    return self._features.deserialize_example_np(payload)
+    try:
+      return self._features.deserialize_example_np(payload)
+    except Exception as error:
+      error.add_note(f'It is record {record} of {instruction.filename}.')
+      raise
 
   def _shard(self, instruction: Any) -> list[tuple[int, int]]:
     with self._lock:
@@ -60,7 +64,7 @@ class TfRecords:
           raise ValueError(
             f'{instruction.filename} holds {len(places)} whole records; its '
             f'dataset_info.json says {instruction.examples_in_shard}. The '
-            'file is truncated or belongs to another version.'
+            'file is truncated or compressed, or belongs to another version.'
           )
         self._places[instruction.filename] = places
       return self._places[instruction.filename]
