@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
   if _CACHE.value:
     jax.config.update('jax_compilation_cache_dir', _CACHE.value)
   try:
-    pipeline.run(_CONFIG.value, _WORKDIR.value)
+    pipeline.run(_CONFIG.value, str(_WORKDIR.value))
   except (ValueError, OSError) as error:
     logging.debug('failed', exc_info=True)
     raise SystemExit(f'error: {error}') from error

@@ -1,6 +1,7 @@
 """Data: splits, determinism, formats, and errors at once."""
 
 import base64
+import io
 import itertools
 import json
 import shutil
@@ -11,9 +12,10 @@ import time
 import types
 
 import numpy as np
+from PIL import Image
 import pytest
 
-from utilized_rank import data, digits, tfrecord
+from utilized_rank import augment, data, digits, tfrecord
 
 # TFDS's own modules warn about packages that are none of ours.
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
@@ -283,3 +285,18 @@ def test_no_tensorflow(data_dir):
     'assert "tensorflow" not in sys.modules\n'
   )
   subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.mark.parametrize('mode', ['L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK'])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_decode_gives_the_channels_asked_for(mode, channels):
+  colour = Image.new('RGB', (5, 4), (200, 30, 90))
+  file = io.BytesIO()
+  colour.convert(mode).save(file, 'TIFF')
+  image = augment.decode(file.getvalue(), channels)
+  assert image.shape == (4, 5, channels)
+  if channels == 3 and mode in ('P', 'RGB', 'RGBA', 'CMYK'):
+    # The web palette has steps of 51 per channel; CMYK rounds.
+    assert np.abs(image[0, 0].astype(int) - (200, 30, 90)).max() <= 26
+  with pytest.raises(ValueError, match='channels=2'):
+    augment.decode(file.getvalue(), 2)

@@ -9,11 +9,30 @@ decides the outcome, so that a batch is a function of its seed and step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import io
 
 import numpy as np
+from PIL import Image
 
 Images = np.ndarray | Sequence[np.ndarray]
 Augmentation = Callable[[Images, int, np.random.Generator], np.ndarray]
+
+
+def decode(raw: bytes, channels: int) -> np.ndarray:
+  """Decodes a PNG or JPEG file to `(H, W, channels)` uint8.
+
+  Palettes, transparency, CMYK and grey are brought to the channels asked for,
+  as TensorFlow does.
+
+  Raises:
+    ValueError: `channels` is not 1, 3 or 4.
+  """
+  modes = {1: 'L', 3: 'RGB', 4: 'RGBA'}
+  if channels not in modes:
+    raise ValueError(f'channels={channels}; images have 1, 3 or 4.')
+  with Image.open(io.BytesIO(raw)) as image:
+    array = np.asarray(image.convert(modes[channels]))
+  return array.reshape(*array.shape[:2], channels)
 
 
 def resize(images: Images, size: int, crop_fraction: float = 1.0) -> np.ndarray:

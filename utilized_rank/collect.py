@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 import itertools
 import os
 import shutil
@@ -77,7 +77,7 @@ def collect(
   (8, [0.5, 0.5])
   """
   devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
-  total = len(batches) if hasattr(batches, '__len__') else None
+  total = len(batches) if isinstance(batches, Sized) else None
   batches = iter(batches)
   first = next(batches, None)
   if first is None:
@@ -96,12 +96,12 @@ def collect(
   stream = itertools.chain([first], batches)
   for _ in itertools.islice(stream, done):
     pass
-  bar = enumerate(stream, done)
+  bar: Iterable[Any] = stream
   if progress:
     bar = track(
-        bar, total=total, desc='collect', unit='batch', initial=done
+        stream, total=total, desc='collect', unit='batch', initial=done
     )
-  for i, batch in bar:
+  for i, batch in enumerate(bar, done):
     if i:
       check_batch(batch, i)
     run.add(batch, i)

@@ -79,6 +79,7 @@ class Source:
     *,
     num_classes: int,
     stored_shape: tuple[int | None, ...],
+    channels: int,
   ):
     self._records = records
     self._config = config
@@ -88,7 +89,8 @@ class Source:
     )
     self.num_classes = num_classes
     size = config.image_size or stored_shape[0]
-    self.image_shape = (size, size, stored_shape[-1])
+    assert size is not None  # load has checked that one of them is given
+    self.image_shape = (size, size, channels)
     pixels = int(np.prod(self.image_shape))
     # Without a fixed size the set is kept as it is stored, so that random
     # crops see the whole image.
@@ -173,7 +175,11 @@ class Source:
   ) -> tuple[list[np.ndarray], np.ndarray]:
     examples = self._records.__getitems__([int(i) for i in indices])
     labels = [example[self._config.label_key] for example in examples]
-    images = [example[self._config.image_key] for example in examples]
+    channels = self.image_shape[-1]
+    images = [
+      augment_lib.decode(example[self._config.image_key], channels)
+      for example in examples
+    ]
     return images, np.asarray(labels, np.int32)
 
   @functools.cached_property
@@ -221,10 +227,11 @@ def load(config: Any) -> dict[str, Source]:
   sources = {}
   for split, spec in specs.items():
     sources[split] = Source(
-      _records(builder, spec, instructions[split]),
+      _records(builder, spec, instructions[split], config.image_key),
       config,
       num_classes=num_classes,
       stored_shape=shape,
+      channels=shape[-1] or 3,
     )
   return sources
 
@@ -384,12 +391,19 @@ def _check_disjoint(
       )
 
 
-def _records(builder: Any, spec: str, instructions: list[Any]) -> Any:
+def _records(
+  builder: Any, spec: str, instructions: list[Any], image_key: str
+) -> Any:
+  import tensorflow_datasets as tfds
+
+  # TFDS without TensorFlow returns an image with the channels of its file;
+  # `augment.decode` brings it to those of the feature.
+  decoders = {image_key: tfds.decode.SkipDecoding()}
   file_format = builder.info.file_format.value
   if file_format == 'array_record':
-    return builder.as_data_source(split=spec)
+    return builder.as_data_source(split=spec, decoders=decoders)
   if file_format == 'tfrecord':
-    return tfrecord.TfRecords(instructions, builder.info.features)
+    return tfrecord.TfRecords(instructions, builder.info.features, decoders)
   raise ValueError(
     f'{builder.info.name} is stored as {file_format}; array_record and '
     'tfrecord are read.'

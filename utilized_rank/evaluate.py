@@ -31,6 +31,10 @@ class Forward(Protocol):
     """
     ...
 
+  def __hash__(self) -> int:
+    """Compilations are kept by the function itself."""
+    ...
+
 
 def evaluate(
   forward: Forward, params: Any, batches: Iterable[Mapping[str, Any]]

@@ -354,8 +354,8 @@ def _costs(models, images: jax.Array, rounds: int = 25) -> list[dict]:
   for forward, params in models:
     step = jax.jit(lambda p, x, f=forward: f(p, x, train=False, rng=None))
     compiled = step.lower(params, images).compile()
-    analysis = compiled.cost_analysis()
-    costs.append({'flops': analysis['flops'] / len(images)})
+    analysis = compiled.cost_analysis() or {}
+    costs.append({'flops': analysis.get('flops', 0.0) / len(images)})
     calls.append(functools.partial(compiled, params, images))
   times: list[list[float]] = [[] for _ in calls]
   for _ in range(rounds):

@@ -193,10 +193,10 @@ def budget_ranks(
     extra = 0
     if compensate_mean and moment.entry.bias is None and params_fraction:
       extra = m
-    damage = sum(
+    damage = np.sum([
         methods.damages(k, methods.family(k, method, damping), metric)
         for k in members
-    )
+    ], axis=0)
     low, high = bounds.get(path, (1, layout.full_rank))
     choice = np.arange(multiple_of, layout.full_rank + 1, multiple_of)
     choice = choice[(choice >= low) & (choice <= high)]

@@ -153,5 +153,4 @@ def _kind(array: np.ndarray) -> list[Any]:
 
 
 def _crc32(array: np.ndarray) -> int:
-  data = np.ascontiguousarray(array)
-  return zlib.crc32(data.reshape(-1).view(np.uint8))
+  return zlib.crc32(np.ascontiguousarray(array).tobytes())

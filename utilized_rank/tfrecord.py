@@ -25,9 +25,13 @@ class TfRecords:
   Args:
     instructions: TFDS `FileInstruction`s (filename, skip, take).
     features: the TFDS features that decode a record.
+    decoders: TFDS decoders of single features, or None.
   """
 
-  def __init__(self, instructions: Sequence[Any], features: Any):
+  def __init__(
+    self, instructions: Sequence[Any], features: Any, decoders: Any = None
+  ):
+    self._decoders = decoders
     self._instructions = [i for i in instructions if i.take]
     self._features = features
     self._ends = list(itertools.accumulate(i.take for i in self._instructions))
@@ -51,7 +55,9 @@ class TfRecords:
       file.seek(offset)
       payload = file.read(length)
     try:
-      return self._features.deserialize_example_np(payload)
+      return self._features.deserialize_example_np(
+        payload, decoders=self._decoders
+      )
     except Exception as error:
       error.add_note(f'It is record {record} of {instruction.filename}.')
       raise

@@ -246,7 +246,7 @@ class ViT(nn.Module):
       dtype=self.dtype,
       name='embedding',
     )(images)
-    grid = x.shape[1:3]
+    grid = (x.shape[1], x.shape[2])
     x = x.reshape(x.shape[0], -1, self.width)
     if self.pool == 'token':
       cls = self.param('cls', nn.initializers.zeros, (1, 1, self.width))
