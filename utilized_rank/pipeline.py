@@ -100,7 +100,8 @@ def run(config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
   """
   job = Job(config, workdir)
   for name in STAGES:
-    print(f'stage {name}', file=sys.stderr, flush=True)
+    done = ' (done before)' if job.workdir.finished(name) else ''
+    print(f'stage {name}{done}', file=sys.stderr, flush=True)
     result = job.workdir.stage(name, getattr(job, name))
   return result
 

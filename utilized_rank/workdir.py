@@ -76,6 +76,10 @@ class Workdir:
       f.write(text)
     os.replace(beside, self.file(name))
 
+  def finished(self, stage: str) -> bool:
+    """Whether a stage has left its result."""
+    return os.path.exists(self.file(f'stages/{stage}.json'))
+
   def stage(self, name: str, run: Callable[[], Any]) -> Any:
     """The stage's result, run now or read from an earlier start.
 
@@ -84,7 +88,7 @@ class Workdir:
       run: does the work and returns its JSON result.
     """
     done = f'stages/{name}.json'
-    if not os.path.exists(self.file(done)):
+    if not self.finished(name):
       start = time.perf_counter()
       result = run()
       seconds = time.perf_counter() - start
