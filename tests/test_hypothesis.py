@@ -9,6 +9,7 @@ UTILIZED_RANK_EXAMPLES (20000 for the long run).
 import functools
 import os
 
+import evaluate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 import jax
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import utilized_rank as ur
-from utilized_rank import compat
 
 D = 4  # every step maps (n, 4) to (n, 4)
 N = 3
@@ -185,48 +185,6 @@ def reference(program, params, x):
   }
 
 
-def evaluate(jaxpr, *args):
-  """Runs a jaxpr with Python loops: XLA would compile every one of them."""
-  jaxpr, consts = compat.open_jaxpr(jaxpr)
-  env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
-  read = lambda a: a.val if isinstance(a, compat.Literal) else env[a]
-  for eqn in jaxpr.eqns:
-    values, p = [read(a) for a in eqn.invars], eqn.params
-    rule = LOOPS.get(eqn.primitive.name)
-    out = rule(p, values) if rule else compat.bind(eqn, values)
-    env.update(zip(eqn.outvars, out))
-  return [read(a) for a in jaxpr.outvars]
-
-
-def _evaluate_scan(p, values):
-  nc, nk = compat.scan_split(p)
-  consts, carry, xs = values[:nc], values[nc:nc + nk], values[nc + nk:]
-  ys = [None] * p['length']
-  steps = range(p['length'])
-  for i in reversed(steps) if p['reverse'] else steps:
-    out = evaluate(p['jaxpr'], *consts, *carry, *(x[i] for x in xs))
-    carry, ys[i] = out[:nk], out[nk:]
-  return carry + [np.stack(y) for y in zip(*ys)]
-
-
-def _evaluate_while(p, values):
-  nt, nb = p['cond_nconsts'], p['body_nconsts']
-  test, body, state = values[:nt], values[nt:nt + nb], values[nt + nb:]
-  while evaluate(p['cond_jaxpr'], *test, *state)[0]:
-    state = evaluate(p['body_jaxpr'], *body, *state)
-  return state
-
-
-LOOPS = {
-    'scan': _evaluate_scan,
-    'while': _evaluate_while,
-    'cond': lambda p, v: evaluate(p['branches'][int(v[0])], *v[1:]),
-    'jit': lambda p, v: evaluate(p['jaxpr'], *v),
-    'remat2': lambda p, v: evaluate(p['jaxpr'], *v),
-    'custom_vjp_call': lambda p, v: evaluate(p['call_jaxpr'], *v),
-}
-
-
 EXAMPLES = int(os.environ.get('UTILIZED_RANK_EXAMPLES', '500'))
 
 
@@ -238,10 +196,7 @@ def test_moments_of_random_programs(program, seed):
   params, x = draw(program, seed)
   want, rows = reference(program, params, x)
   captured = ur.capture(functools.partial(run, program))
-  jaxpr, shape = jax.make_jaxpr(captured, return_shape=True)(params, x)
-  out, moments = jax.tree.unflatten(
-      jax.tree.structure(shape),
-      evaluate(jaxpr, *jax.tree.leaves((params, x))))
+  out, moments = evaluate.call(captured, params, x)
   np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
   assert set(moments) == set(rows)
   for name, r in rows.items():

@@ -7,9 +7,11 @@ For each cell: moments equal a float64 numpy reference to 1e-5, and
 from collections.abc import Callable
 import dataclasses
 import functools
+import os
 from typing import Any
 import warnings
 
+import evaluate
 import forms
 import jax
 from jax import lax
@@ -280,6 +282,13 @@ def close(got, want, what):
   assert error < TOLERANCE, (what, error)
 
 
+# What XLA makes of the others adds minutes and no walker's code.
+COMPILED = ('jit', 'scan_stacked', 'while_loop', 'cond', 'shard_map',
+            'shard_map_spread', 'vmap_ensemble', 'vmap_batch')
+if os.environ.get('UTILIZED_RANK_COMPILE'):
+  COMPILED = tuple(WRAPPERS)
+
+
 @functools.cache
 def results(wrapper_name: str) -> dict[str, Any]:
   """What the cells of a wrapper compare, by form."""
@@ -291,11 +300,13 @@ def results(wrapper_name: str) -> dict[str, Any]:
   fn = wrap.wrap(together)
   params = {name: c[0] for name, c in cells.items()}
   xs = {name: c[1] for name, c in cells.items()}
-  want = jax.jit(fn)(params, xs)
-  outputs, moments = jax.jit(ur.capture(fn))(params, xs)
+  run = jax.jit if wrapper_name in COMPILED else (
+      lambda fn: functools.partial(evaluate.call, fn))
+  want = run(fn)(params, xs)
+  outputs, moments = run(ur.capture(fn))(params, xs)
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', ".*gather")
-    got = jax.jit(ur.low_rank(fn))(full_rank(params, moments.table), xs)
+    got = run(ur.low_rank(fn))(full_rank(params, moments.table), xs)
   return {
       name: (c[2], want[name], outputs[name], {
           path.removeprefix(name + '/'): moment
