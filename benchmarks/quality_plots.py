@@ -23,6 +23,8 @@ NAMES = {
     'utilized': "the paper's projection", 'output': 'least output error',
     'loss': 'least loss',
 }
+# Differences of float32 losses are noise below this.
+FLOOR = 1e-7
 PANELS = (
     ('uniform, plain', 'uniform', False),
     ('uniform, mean given back', 'uniform', True),
@@ -69,7 +71,7 @@ def plot(result: dict, path: str) -> None:
   axes[1, 0].yaxis.set_minor_formatter(ticker.NullFormatter())
   axes[1, 0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
   axes[1, 0].yaxis.set_minor_locator(ticker.NullLocator())
-  _singles(axes[0, 5], result, 'kl', 'KL from the dense network')
+  _singles(axes[0, 5], result, 'kl', 'KL from dense')
   _singles(axes[1, 5], result, 'increase', 'increase in cross-entropy')
   handles, labels = axes[0, 1].get_legend_handles_labels()
   figure.legend(handles, labels, loc='outside lower center', ncols=6,
@@ -94,22 +96,20 @@ def _line(axis, rows, key, recipe, **style) -> None:
 
 def _singles(axis, result, key, name) -> None:
   points = [(s['predicted'], s[key]) for s in result['singles']]
-  floor = 1e-6
-  points = [(max(p, floor), q) for p, q in points]
-  seen = [(p, q) for p, q in points if q > floor]
+  seen = [(p, q) for p, q in points if min(p, q) > FLOOR]
   axis.loglog(*zip(*seen), '.', ms=4, color=COLORS['loss'], alpha=0.7)
   ends = [min(map(min, seen)), max(map(max, seen))]
   axis.loglog(ends, ends, color='black', lw=0.8)
   hidden = len(points) - len(seen)
   note = f'rank correlation {result["rank_correlation"][key]:.2f}'
   if hidden:
-    note += f'\n{hidden} of {len(points)} fell, not shown'
+    note += f'\n{hidden} of {len(points)} below {FLOOR:g}'
   axis.text(0.04, 0.96, note, transform=axis.transAxes, va='top', fontsize=9)
   if key == 'kl':
     axis.set_title('one kernel truncated', fontsize=10)
   else:
     axis.set_xlabel('predicted, nats')
-  axis.set_ylabel(f'{name}, nats')
+  axis.set_ylabel(f'{name}, nats', fontsize=9)
   axis.grid(alpha=0.25)
 
 

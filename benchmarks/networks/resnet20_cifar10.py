@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks.networks import common
 
-CALIBRATION, JUDGED = 2048, 2000
+CALIBRATION, JUDGED = 1024, 500
 
 
 def _conv(x, kernel, stride=1):
@@ -75,5 +75,5 @@ def load(root: str) -> common.Network:
       f'calibrated on {CALIBRATION} training images, judged on {JUDGED} test '
       'images, both JPEG copies (which cost this network about 8 points '
       'themselves); all convolutions but the first',
-      256,
+      128,
   )
