@@ -156,6 +156,15 @@ def test_custom_rules_survive_around_other_parameters():
   np.testing.assert_allclose(got, np.full_like(X, 7), rtol=1e-6)
 
 
+def test_a_scanned_model_does_not_grow_with_depth():
+  def lines(depth):
+    params = {'w': np.zeros((depth, 4, 4), np.float32)}
+    fn = lambda p, x: lax.scan(
+        lambda x, w: (jnp.tanh(x @ w), None), x, p['w'])[0]
+    return len(jax.jit(ur.capture(fn)).lower(params, X).as_text().splitlines())
+  assert lines(2) == lines(48)
+
+
 # --- nothing missed ---
 
 
