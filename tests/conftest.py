@@ -1,4 +1,4 @@
-"""Every test runs on two fake CPU devices, and compiles fast."""
+"""Every test runs on four fake CPU devices."""
 
 import jax
 
