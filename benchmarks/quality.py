@@ -23,11 +23,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from benchmarks import networks, quality_plots
+from benchmarks import networks
+from benchmarks import quality_plots
 from benchmarks.networks import common
 import utilized_rank as ur
 
-FRACTIONS = (0.75, 0.5, 0.35, 0.25, 0.15)
+FRACTIONS = (0.9, 0.75, 0.5, 0.35, 0.25, 0.15)
 METHODS = ('weight', 'scaled', 'utilized', 'output', 'loss')
 METRICS = ('loss', 'relative', 'output')
 # Ranks of the single truncations, as shares of the full rank.

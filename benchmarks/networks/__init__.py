@@ -4,12 +4,10 @@ Weights and data are read from `--data_root`, a directory with `networks/` and
 `data/`; none are in this repository.
 """
 
-from benchmarks.networks import (
-    kwt1,
-    mlp_fmnist_relu,
-    resnet20_cifar10,
-    stories260k,
-)
+from benchmarks.networks import kwt1
+from benchmarks.networks import mlp_fmnist_relu
+from benchmarks.networks import resnet20_cifar10
+from benchmarks.networks import stories260k
 
 LOADERS = {
     'mlp_fmnist_relu': mlp_fmnist_relu.load,
