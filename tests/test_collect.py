@@ -132,7 +132,7 @@ def test_devices_reduce_once_at_the_end(params, rows):
   """No collective in the program that runs for every batch."""
   run = collect_lib._Run(
       model, params, ur.find_sites(model, params, rows), None,
-      jax.local_devices())
+      'error', jax.local_devices())
   batch = jax.device_put(rows[:96], run._split)
   state = run._zeros(batch)
   text = run._step.lower(state, run._params, batch).compile().as_text()
@@ -281,3 +281,19 @@ def test_unknown_paths_suggest_what_was_meant(params, rows):
     ur.measure(params, moments)['frst']
   with pytest.raises(ValueError, match="unknown method 'svd'"):
     ur.factorize(params, moments, {'first': 2}, method='svd')
+
+
+def test_opaque_computations_are_errors_or_named_holes(params, rows):
+  def fn(p, x):
+    hidden = jax.pure_callback(
+        lambda w: np.asarray(w) * 2,
+        jax.ShapeDtypeStruct((6, 10), np.float32), p['first'],
+        vmap_method='sequential')
+    return (x @ hidden) @ p['second']
+
+  two = {name: params[name] for name in ('first', 'second')}
+  with pytest.raises(ur.UnsupportedError, match="'first'.*pure_callback"):
+    collect(fn, two, [rows])
+  with pytest.warns(UserWarning, match=r"leave out \['first'\]"):
+    moments = collect(fn, two, [rows], on_opaque='report')
+  assert list(moments) == ['second']

@@ -36,5 +36,7 @@ from utilized_rank.report import measure
 from utilized_rank.search import SearchedRanks
 from utilized_rank.search import search_ranks
 from utilized_rank.sites import Sites
+from utilized_rank.stack import stack
+from utilized_rank.stack import unstack
 
 __version__ = '0.1.0'

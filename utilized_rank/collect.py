@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ def collect(
     *,
     loss: LossFn | None = None,
     select: paths.Rules | None = None,
+    on_opaque: str = 'error',
     mesh: Mesh | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
@@ -53,6 +55,8 @@ def collect(
       of its gradient at every kernel's output, which `method='loss'` needs.
       `sampled_cross_entropy()` needs no labels.
     select: ordered `(regex, bool)` rules over leaf paths; default all kernels.
+    on_opaque: 'error', or 'report' to pass over parameters that enter a
+      primitive which hides its computation, with a warning that names them.
     mesh: devices to use, all axes flattened; default every local device.
     checkpoint_dir: where to keep the running sums. If it holds some, the
       batches that they cover are skipped, and the result equals that of an
@@ -83,13 +87,19 @@ def collect(
   if first is None:
     raise ValueError('collect needs at least one batch, got none')
   check_batch(first, 0)
-  sites = find_sites(fn, params, first, select=select)
+  sites = find_sites(fn, params, first, select=select, on_opaque=on_opaque)
+  if sites.holes:
+    warnings.warn(
+        f'the moments leave out {sorted(sites.holes)}, which enter primitives '
+        'that hide what they compute',
+        stacklevel=2,
+    )
   if not sites:
     raise ValueError(
         'the function has no kernel: no parameter leaf meets a matrix product '
         f'or a convolution\n{sites}'
     )
-  run = _Run(fn, params, sites, select, devices, loss)
+  run = _Run(fn, params, sites, select, on_opaque, devices, loss)
   done = 0
   if checkpoint_dir is not None and os.path.isdir(checkpoint_dir):
     done = run.restore(checkpoint_dir, sites)
@@ -140,9 +150,11 @@ def check_batch(batch: Any, number: int) -> int:
 class _Run:
   """Running sums on the devices, and what overflowed them on the host."""
 
-  def __init__(self, fn, params, sites, select, devices, loss=None):
+  def __init__(
+      self, fn, params, sites, select, on_opaque, devices, loss=None
+  ):
     self._devices = devices
-    self._captured = capture(fn, select=select)
+    self._captured = capture(fn, select=select, on_opaque=on_opaque)
     self._gradients = None
     if loss is not None:
       layouts = {path: site.layout for path, site in sites.items()}

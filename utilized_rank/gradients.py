@@ -104,7 +104,9 @@ class _Tapped:
   tap: Factored
 
   def relayout(self, eqn: Any, view: View) -> _Tapped:
-    return _Tapped(self.dense.relayout(eqn, view), self.tap)
+    return _Tapped(
+        self.dense.relayout(eqn, view), self.tap.relayout(eqn, view)
+    )
 
   def squeeze(self, axis: int) -> _Tapped:
     return _Tapped(self.dense.squeeze(axis), self.tap)
