@@ -50,8 +50,11 @@ class ViT(nn.Module):
     x = x.reshape(len(x), -1, self.width)
     if self.scanned:
       blocks = nn.scan(
-          Block, variable_axes={'params': 0}, split_rngs={'params': True},
-          length=self.depth)
+        Block,
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        length=self.depth,
+      )
       x, _ = blocks(name='blocks')(x)
     else:
       for i in range(self.depth):
@@ -77,14 +80,14 @@ def measure(depth, scanned, repeats):
   captured = ur.capture(model.apply)
   compiling = lambda fn: lambda: jax.jit(fn).lower(params, images).compile()
   timed = {
-      'trace_plain': lambda: jax.make_jaxpr(model.apply)(params, images),
-      'trace_captured': lambda: jax.make_jaxpr(captured)(params, images),
-      'find_sites': lambda: ur.find_sites(model.apply, params, images),
+    'trace_plain': lambda: jax.make_jaxpr(model.apply)(params, images),
+    'trace_captured': lambda: jax.make_jaxpr(captured)(params, images),
+    'find_sites': lambda: ur.find_sites(model.apply, params, images),
   }
   row = {k: seconds(fn, repeats) for k, fn in timed.items()}
   row |= {
-      f'compile_{name}': seconds(compiling(fn), 1 if depth > 12 else repeats)
-      for name, fn in (('plain', model.apply), ('captured', captured))
+    f'compile_{name}': seconds(compiling(fn), 1 if depth > 12 else repeats)
+    for name, fn in (('plain', model.apply), ('captured', captured))
   }
   # `lower` traces too; what XLA does is the rest.
   for kind in ('trace', 'find_sites', 'compile'):
@@ -102,17 +105,19 @@ def main():
   parser.add_argument('--repeats', type=int, default=3)
   parser.add_argument('--quick', action='store_true', help='12 layers, once')
   args = parser.parse_args()
-  cases = [(12, False)] if args.quick else [
-      (12, False), (48, False), (6, True), (48, True)
-  ]
+  cases = (
+    [(12, False)]
+    if args.quick
+    else [(12, False), (48, False), (6, True), (48, True)]
+  )
   rows = [measure(*case, args.repeats) for case in cases]
   result = {
-      'date': datetime.date.today().isoformat(),
-      'command': 'python -m benchmarks.tracing ' + ' '.join(sys.argv[1:]),
-      'machine': f'{platform.machine()}, {os.cpu_count()} cores, CPU backend',
-      'versions': {'jax': jax.__version__, 'python': platform.python_version()},
-      'load': os.getloadavg(),
-      'rows': rows,
+    'date': datetime.date.today().isoformat(),
+    'command': 'python -m benchmarks.tracing ' + ' '.join(sys.argv[1:]),
+    'machine': f'{platform.machine()}, {os.cpu_count()} cores, CPU backend',
+    'versions': {'jax': jax.__version__, 'python': platform.python_version()},
+    'load': os.getloadavg(),
+    'rows': rows,
   }
   if args.out:
     with open(args.out, 'w') as f:

@@ -32,7 +32,7 @@ def evaluate(jaxpr, *args):
 
 def _evaluate_scan(p, values):
   nc, nk = compat.scan_split(p)
-  consts, carry, xs = values[:nc], values[nc:nc + nk], values[nc + nk:]
+  consts, carry, xs = values[:nc], values[nc : nc + nk], values[nc + nk :]
   ys = [None] * p['length']
   steps = range(p['length'])
   for i in reversed(steps) if p['reverse'] else steps:
@@ -43,18 +43,18 @@ def _evaluate_scan(p, values):
 
 def _evaluate_while(p, values):
   nt, nb = p['cond_nconsts'], p['body_nconsts']
-  test, body, state = values[:nt], values[nt:nt + nb], values[nt + nb:]
+  test, body, state = values[:nt], values[nt : nt + nb], values[nt + nb :]
   while evaluate(p['cond_jaxpr'], *test, *state)[0]:
     state = evaluate(p['body_jaxpr'], *body, *state)
   return state
 
 
 LOOPS = {
-    'scan': _evaluate_scan,
-    'while': _evaluate_while,
-    'cond': lambda p, v: evaluate(p['branches'][int(v[0])], *v[1:]),
-    'jit': lambda p, v: evaluate(p['jaxpr'], *v),
-    'remat2': lambda p, v: evaluate(p['jaxpr'], *v),
-    'custom_jvp_call': lambda p, v: evaluate(p['call_jaxpr'], *v),
-    'custom_vjp_call': lambda p, v: evaluate(p['call_jaxpr'], *v),
+  'scan': _evaluate_scan,
+  'while': _evaluate_while,
+  'cond': lambda p, v: evaluate(p['branches'][int(v[0])], *v[1:]),
+  'jit': lambda p, v: evaluate(p['jaxpr'], *v),
+  'remat2': lambda p, v: evaluate(p['jaxpr'], *v),
+  'custom_jvp_call': lambda p, v: evaluate(p['call_jaxpr'], *v),
+  'custom_vjp_call': lambda p, v: evaluate(p['call_jaxpr'], *v),
 }

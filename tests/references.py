@@ -28,7 +28,7 @@ def rank_at(matrix, energy):
 def projector(matrix, rank):
   """Orthogonal projector on the leading eigenvectors."""
   _, vectors = np.linalg.eigh(matrix)
-  lead = vectors[:, vectors.shape[1] - rank:]
+  lead = vectors[:, vectors.shape[1] - rank :]
   return lead @ lead.T
 
 

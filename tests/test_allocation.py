@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from utilized_rank.allocation import Choices, allocate
+from utilized_rank.allocation import Choices
+from utilized_rank.allocation import allocate
 
 
 def brute_force(layers, budget):
@@ -28,8 +29,11 @@ def random_layers(rng, count, ranks, convex):
     dense = int(costs[-1] * rng.uniform(0.6, 1.4))
     damages = tail if convex else rng.permutation(tail)
     order = np.argsort(np.r_[costs, dense], kind='stable')
-    layers.append(Choices(np.r_[costs, dense][order],
-                          np.r_[np.maximum(damages, 0), 0.0][order]))
+    layers.append(
+      Choices(
+        np.r_[costs, dense][order], np.r_[np.maximum(damages, 0), 0.0][order]
+      )
+    )
   return layers
 
 
@@ -45,18 +49,19 @@ def test_equals_brute_force(seed, convex):
   assert found.cost <= budget
   assert found.gap == 0
   np.testing.assert_allclose(
-      found.damage, brute_force(layers, budget), rtol=1e-9, atol=1e-12)
+    found.damage, brute_force(layers, budget), rtol=1e-9, atol=1e-12
+  )
   assert found.damage == pytest.approx(
-      sum(y.damages[i] for y, i in zip(layers, found.picks)), abs=1e-12)
+    sum(y.damages[i] for y, i in zip(layers, found.picks)), abs=1e-12
+  )
 
 
 def test_more_budget_never_hurts():
   layers = random_layers(np.random.default_rng(0), 12, 40, True)
   least = sum(int(y.costs.min()) for y in layers)
   most = sum(int(y.costs.max()) for y in layers)
-  damages = [
-      allocate(layers, b).damage for b in np.linspace(least, most, 25, dtype=int)
-  ]
+  budgets = np.linspace(least, most, 25, dtype=int)
+  damages = [allocate(layers, b).damage for b in budgets]
   assert damages == sorted(damages, reverse=True)
   assert damages[-1] == 0
 
@@ -67,7 +72,8 @@ def test_the_size_of_a_vision_transformer_is_solved_to_the_optimum():
   layers = []
   for d, m in [(768, 768)] * 48 + [(768, 3072)] * 24:
     values = np.exp(-np.arange(d) / rng.uniform(20, 200)) * rng.lognormal(
-        sigma=2)
+      sigma=2
+    )
     ranks = np.arange(1, d)
     tail = values.sum() - np.cumsum(values)
     costs = np.r_[ranks * (d + m), d * m]

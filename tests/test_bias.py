@@ -27,109 +27,177 @@ def dense(p, x):
 
 # name -> (function, shapes); `b` is the bias of `w`, wholly and only.
 FOLDS = {
-    'dense': (dense, dict(w=(4, 3), b=(3,))),
-    'added_first': (lambda p, x: p['b'] + x @ p['w'], dict(w=(4, 3), b=(3,))),
-    'left': (lambda p, x: p['w'] @ x.T + p['b'][:, None],
-             dict(w=(3, 4), b=(3,))),
-    'broadcast': (lambda p, x: x @ p['w'] + jnp.broadcast_to(p['b'], (5, 3)),
-                  dict(w=(4, 3), b=(3,))),
-    'heads': (lambda p, x: jnp.einsum('nd,dhk->nhk', x, p['w']) + p['b'],
-              dict(w=(4, 2, 3), b=(2, 3))),
-    'conv': (lambda p, x: lax.conv_general_dilated(
-        x[None, None], p['w'], (1, 1), 'SAME') + p['b'][:, None, None],
-        dict(w=(2, 1, 3, 3), b=(2,))),
-    'heads_flat': (lambda p, x: (
-        jnp.einsum('nd,dhk->nhk', x, p['w']).reshape(5, 6) + p['b']),
-        dict(w=(4, 2, 3), b=(6,))),
-    'heads_of_a_flat_kernel': (lambda p, x: (
-        (x @ p['w']).reshape(5, 2, 3) + p['b']).reshape(5, 6),
-        dict(w=(4, 6), b=(2, 3))),
-    'grouped_conv': (lambda p, x: lax.conv_general_dilated(
-        x[None], p['w'], (1,), 'SAME', feature_group_count=2,
-        dimension_numbers=('NWC', 'WIO', 'NWC')) + p['b'],
-        dict(w=(3, 2, 6), b=(6,))),
-    'ensemble': (lambda p, x: jax.vmap(dense)(p, jnp.stack([x, 2 * x])),
-                 dict(w=(2, 4, 3), b=(2, 3))),
-    'stacked': (lambda p, x: lax.scan(
-        lambda x, p: (jnp.tanh(dense(p, x)), None), x, p)[0],
-        dict(w=(3, 4, 4), b=(3, 4))),
-    'tied': (lambda p, x: lax.scan(
-        lambda x, _: (jnp.tanh(dense(p, x)), None), x, None, length=3)[0],
-        dict(w=(4, 4), b=(4,))),
-    'used_twice_alike': (lambda p, x: dense(p, jnp.tanh(dense(p, x))),
-                         dict(w=(4, 4), b=(4,))),
-    'low_precision': (lambda p, x: (
-        (x.astype(jnp.bfloat16) @ p['w'].astype(jnp.bfloat16))
-        .astype(jnp.float32) + p['b']), dict(w=(4, 3), b=(3,))),
-    'one_branch': (lambda p, x: lax.cond(
-        x[0, 0] > 9, lambda: x[:, :3], lambda: dense(p, x)),
-        dict(w=(4, 3), b=(3,))),
-    'remat': (jax.checkpoint(dense), dict(w=(4, 3), b=(3,))),
+  'dense': (dense, dict(w=(4, 3), b=(3,))),
+  'added_first': (lambda p, x: p['b'] + x @ p['w'], dict(w=(4, 3), b=(3,))),
+  'left': (lambda p, x: p['w'] @ x.T + p['b'][:, None], dict(w=(3, 4), b=(3,))),
+  'broadcast': (
+    lambda p, x: x @ p['w'] + jnp.broadcast_to(p['b'], (5, 3)),
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'heads': (
+    lambda p, x: jnp.einsum('nd,dhk->nhk', x, p['w']) + p['b'],
+    dict(w=(4, 2, 3), b=(2, 3)),
+  ),
+  'conv': (
+    lambda p, x: (
+      lax.conv_general_dilated(x[None, None], p['w'], (1, 1), 'SAME')
+      + p['b'][:, None, None]
+    ),
+    dict(w=(2, 1, 3, 3), b=(2,)),
+  ),
+  'heads_flat': (
+    lambda p, x: jnp.einsum('nd,dhk->nhk', x, p['w']).reshape(5, 6) + p['b'],
+    dict(w=(4, 2, 3), b=(6,)),
+  ),
+  'heads_of_a_flat_kernel': (
+    lambda p, x: ((x @ p['w']).reshape(5, 2, 3) + p['b']).reshape(5, 6),
+    dict(w=(4, 6), b=(2, 3)),
+  ),
+  'grouped_conv': (
+    lambda p, x: (
+      lax.conv_general_dilated(
+        x[None],
+        p['w'],
+        (1,),
+        'SAME',
+        feature_group_count=2,
+        dimension_numbers=('NWC', 'WIO', 'NWC'),
+      )
+      + p['b']
+    ),
+    dict(w=(3, 2, 6), b=(6,)),
+  ),
+  'ensemble': (
+    lambda p, x: jax.vmap(dense)(p, jnp.stack([x, 2 * x])),
+    dict(w=(2, 4, 3), b=(2, 3)),
+  ),
+  'stacked': (
+    lambda p, x: lax.scan(lambda x, p: (jnp.tanh(dense(p, x)), None), x, p)[0],
+    dict(w=(3, 4, 4), b=(3, 4)),
+  ),
+  'tied': (
+    lambda p, x: lax.scan(
+      lambda x, _: (jnp.tanh(dense(p, x)), None), x, None, length=3
+    )[0],
+    dict(w=(4, 4), b=(4,)),
+  ),
+  'used_twice_alike': (
+    lambda p, x: dense(p, jnp.tanh(dense(p, x))),
+    dict(w=(4, 4), b=(4,)),
+  ),
+  'low_precision': (
+    lambda p, x: (
+      (x.astype(jnp.bfloat16) @ p['w'].astype(jnp.bfloat16)).astype(jnp.float32)
+      + p['b']
+    ),
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'one_branch': (
+    lambda p, x: lax.cond(x[0, 0] > 9, lambda: x[:, :3], lambda: dense(p, x)),
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'remat': (jax.checkpoint(dense), dict(w=(4, 3), b=(3,))),
 }
 
 # name -> (function, shapes); `b` must not be taken for the bias of `w`.
 KEEPS = {
-    'shared_by_two': (lambda p, x: dense(p, x) + jnp.tanh(x @ p['v'] + p['b']),
-                      dict(w=(4, 3), v=(4, 3), b=(3,))),
-    'used_elsewhere': (lambda p, x: jnp.tanh(dense(p, x)) * p['b'],
-                       dict(w=(4, 3), b=(3,))),
-    'returned': (lambda p, x: (dense(p, x), p['b']), dict(w=(4, 3), b=(3,))),
-    'added_twice': (lambda p, x: dense(p, x) + p['b'], dict(w=(4, 3), b=(3,))),
-    'output_used_twice': (
-        lambda p, x: (lambda y: (y + p['b']) * jnp.tanh(y))(x @ p['w']),
-        dict(w=(4, 3), b=(3,))),
-    'output_returned': (
-        lambda p, x: (lambda y: (y + p['b'], y))(x @ p['w']),
-        dict(w=(4, 3), b=(3,))),
-    'one_use_without': (lambda p, x: jnp.tanh(dense(p, x)) @ p['w'],
-                        dict(w=(4, 4), b=(4,))),
-    'two_biases': (lambda p, x: jnp.tanh(dense(p, x)) @ p['w'] + p['c'],
-                   dict(w=(4, 4), b=(4,), c=(4,))),
-    'scaled_between': (lambda p, x: 2 * (x @ p['w']) + p['b'],
-                       dict(w=(4, 3), b=(3,))),
-    'rounded_between': (lambda p, x: (
-        (x @ p['w']).astype(jnp.int32).astype(jnp.float32) + p['b']),
-        dict(w=(4, 3), b=(3,))),
-    'per_row': (lambda p, x: x @ p['w'] + p['b'], dict(w=(4, 3), b=(5, 3))),
-    'scalar': (lambda p, x: x @ p['w'] + p['b'], dict(w=(4, 3), b=())),
-    'other_axis': (lambda p, x: x @ p['w'] + p['b'][:, None],
-                   dict(w=(4, 5), b=(5,))),
-    'transposed': (lambda p, x: (
-        jnp.einsum('nd,dhk->nhk', x, p['w']) + p['b'].T),
-        dict(w=(4, 3, 3), b=(3, 3))),
-    'crossed_atoms': (lambda p, x: (
-        jnp.einsum('nd,dhk->nkh', x, p['w']).reshape(5, 6) + p['b']),
-        dict(w=(4, 2, 3), b=(6,))),
-    'half_broadcast': (lambda p, x: (
-        jnp.einsum('nd,dhk->nhk', x, p['w']) + p['b'][:, None]),
-        dict(w=(4, 2, 3), b=(2,))),
-    'half_the_heads': (
-        lambda p, x: jnp.einsum('nd,dhk->nhk', x, p['w']) + p['b'],
-        dict(w=(4, 2, 3), b=(3,))),
-    'tied_over_layers': (lambda p, x: lax.scan(
-        lambda x, w: (jnp.tanh(x @ w + p['b']), None), x, p['w'])[0],
-        dict(w=(3, 4, 4), b=(4,))),
-    'stacked_over_tied': (lambda p, x: lax.scan(
-        lambda x, b: (jnp.tanh(x @ p['w'] + b), None), x, p['b'])[0],
-        dict(w=(4, 4), b=(3, 4))),
-    'shared_by_members': (lambda p, x: jax.vmap(
-        lambda w, x: x @ w + p['b'])(p['w'], jnp.stack([x, x])),
-        dict(w=(2, 4, 3), b=(3,))),
-    'one_layer_without': (
-        lambda p, x: jnp.tanh(x @ p['w'][0] + p['b'][0]) @ p['w'][1],
-        dict(w=(2, 4, 4), b=(2, 4))),
-    'crossed_layers': (
-        lambda p, x: jnp.tanh(x @ p['w'][0] + p['b'][1]) @ p['w'][1]
-        + p['b'][0], dict(w=(2, 4, 4), b=(2, 4))),
-    'while_condition': (lambda p, x: lax.while_loop(
-        lambda s: (s[0] < 2) & (s[1]['b'].sum() < 1e9),
-        lambda s: (s[0] + 1, s[1], jnp.tanh(dense(s[1], s[2]))),
-        (0, p, x))[2], dict(w=(4, 4), b=(4,))),
-    'only_in_a_branch': (lambda p, x: (lambda y: lax.cond(
-        x[0, 0] > 0, lambda: y + p['b'], lambda: y))(x @ p['w']),
-        dict(w=(4, 3), b=(3,))),
-    'a_kernel_too': (lambda p, x: dense(p, x) @ p['b'],
-                     dict(w=(4, 3), b=(3,))),
+  'shared_by_two': (
+    lambda p, x: dense(p, x) + jnp.tanh(x @ p['v'] + p['b']),
+    dict(w=(4, 3), v=(4, 3), b=(3,)),
+  ),
+  'used_elsewhere': (
+    lambda p, x: jnp.tanh(dense(p, x)) * p['b'],
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'returned': (lambda p, x: (dense(p, x), p['b']), dict(w=(4, 3), b=(3,))),
+  'added_twice': (lambda p, x: dense(p, x) + p['b'], dict(w=(4, 3), b=(3,))),
+  'output_used_twice': (
+    lambda p, x: (lambda y: (y + p['b']) * jnp.tanh(y))(x @ p['w']),
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'output_returned': (
+    lambda p, x: (lambda y: (y + p['b'], y))(x @ p['w']),
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'one_use_without': (
+    lambda p, x: jnp.tanh(dense(p, x)) @ p['w'],
+    dict(w=(4, 4), b=(4,)),
+  ),
+  'two_biases': (
+    lambda p, x: jnp.tanh(dense(p, x)) @ p['w'] + p['c'],
+    dict(w=(4, 4), b=(4,), c=(4,)),
+  ),
+  'scaled_between': (
+    lambda p, x: 2 * (x @ p['w']) + p['b'],
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'rounded_between': (
+    lambda p, x: (x @ p['w']).astype(jnp.int32).astype(jnp.float32) + p['b'],
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'per_row': (lambda p, x: x @ p['w'] + p['b'], dict(w=(4, 3), b=(5, 3))),
+  'scalar': (lambda p, x: x @ p['w'] + p['b'], dict(w=(4, 3), b=())),
+  'other_axis': (
+    lambda p, x: x @ p['w'] + p['b'][:, None],
+    dict(w=(4, 5), b=(5,)),
+  ),
+  'transposed': (
+    lambda p, x: jnp.einsum('nd,dhk->nhk', x, p['w']) + p['b'].T,
+    dict(w=(4, 3, 3), b=(3, 3)),
+  ),
+  'crossed_atoms': (
+    lambda p, x: jnp.einsum('nd,dhk->nkh', x, p['w']).reshape(5, 6) + p['b'],
+    dict(w=(4, 2, 3), b=(6,)),
+  ),
+  'half_broadcast': (
+    lambda p, x: jnp.einsum('nd,dhk->nhk', x, p['w']) + p['b'][:, None],
+    dict(w=(4, 2, 3), b=(2,)),
+  ),
+  'half_the_heads': (
+    lambda p, x: jnp.einsum('nd,dhk->nhk', x, p['w']) + p['b'],
+    dict(w=(4, 2, 3), b=(3,)),
+  ),
+  'tied_over_layers': (
+    lambda p, x: lax.scan(
+      lambda x, w: (jnp.tanh(x @ w + p['b']), None), x, p['w']
+    )[0],
+    dict(w=(3, 4, 4), b=(4,)),
+  ),
+  'stacked_over_tied': (
+    lambda p, x: lax.scan(
+      lambda x, b: (jnp.tanh(x @ p['w'] + b), None), x, p['b']
+    )[0],
+    dict(w=(4, 4), b=(3, 4)),
+  ),
+  'shared_by_members': (
+    lambda p, x: jax.vmap(lambda w, x: x @ w + p['b'])(
+      p['w'], jnp.stack([x, x])
+    ),
+    dict(w=(2, 4, 3), b=(3,)),
+  ),
+  'one_layer_without': (
+    lambda p, x: jnp.tanh(x @ p['w'][0] + p['b'][0]) @ p['w'][1],
+    dict(w=(2, 4, 4), b=(2, 4)),
+  ),
+  'crossed_layers': (
+    lambda p, x: jnp.tanh(x @ p['w'][0] + p['b'][1]) @ p['w'][1] + p['b'][0],
+    dict(w=(2, 4, 4), b=(2, 4)),
+  ),
+  'while_condition': (
+    lambda p, x: lax.while_loop(
+      lambda s: (s[0] < 2) & (s[1]['b'].sum() < 1e9),
+      lambda s: (s[0] + 1, s[1], jnp.tanh(dense(s[1], s[2]))),
+      (0, p, x),
+    )[2],
+    dict(w=(4, 4), b=(4,)),
+  ),
+  'only_in_a_branch': (
+    lambda p, x: (
+      lambda y: lax.cond(x[0, 0] > 0, lambda: y + p['b'], lambda: y)
+    )(x @ p['w']),
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'a_kernel_too': (lambda p, x: dense(p, x) @ p['b'], dict(w=(4, 3), b=(3,))),
 }
 
 
@@ -168,9 +236,11 @@ def check_compensation(fn, params, sites):
   c = rng.normal(size=(*g, *layout.output_shape)).astype(np.float32)
   at_output = {**params, 'w': ur.LowRank(a, b, c, layout)}
   in_bias = {
-      **params, 'w': ur.LowRank(a, b, None, layout),
-      'b': params['b'] + c.reshape(params['b'].shape),
+    **params,
+    'w': ur.LowRank(a, b, None, layout),
+    'b': params['b'] + c.reshape(params['b'].shape),
   }
   run = jax.jit(ur.low_rank(fn))
   np.testing.assert_allclose(
-      run(at_output, X), run(in_bias, X), rtol=2e-2, atol=2e-2)
+    run(at_output, X), run(in_bias, X), rtol=2e-2, atol=2e-2
+  )

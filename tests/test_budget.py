@@ -15,9 +15,9 @@ from utilized_rank import methods
 def problem():
   rng = np.random.default_rng(0)
   params = {
-      'a': jnp.asarray(rng.normal(size=(6, 8)), jnp.float32),
-      'b': jnp.asarray(rng.normal(size=(8, 5)), jnp.float32),
-      'c': jnp.asarray(rng.normal(size=(2, 5, 5)), jnp.float32),
+    'a': jnp.asarray(rng.normal(size=(6, 8)), jnp.float32),
+    'b': jnp.asarray(rng.normal(size=(8, 5)), jnp.float32),
+    'c': jnp.asarray(rng.normal(size=(2, 5, 5)), jnp.float32),
   }
 
   def fn(p, x):
@@ -31,7 +31,8 @@ def problem():
 
   x = jnp.asarray(rng.normal(size=(64, 6)) * 0.6 ** np.arange(6), jnp.float32)
   moments = ur.collect(
-      fn, params, [x], progress=False, loss=ur.sampled_cross_entropy())
+    fn, params, [x], progress=False, loss=ur.sampled_cross_entropy()
+  )
   return params, moments
 
 
@@ -42,39 +43,55 @@ def exhaustive(params, moments, fraction, method, metric, flops):
     d, m = layout.matrix_shape
     rows = int(np.sum(moments[path].count)) if flops else layout.num_groups
     damage = sum(
-        methods.damages(k, methods.family(k, method), metric) for k in members)
-    options = [(rows * r * (d + m), damage[r])
-               for r in range(1, layout.full_rank + 1)]
+      methods.damages(k, methods.family(k, method), metric) for k in members
+    )
+    options = [
+      (rows * r * (d + m), damage[r]) for r in range(1, layout.full_rank + 1)
+    ]
     offers.append([*options, (rows * d * m, 0.0)])
     total += rows * d * m
   return min(
-      sum(e for _, e in pick) for pick in itertools.product(*offers)
-      if sum(c for c, _ in pick) <= int(fraction * total))
+    sum(e for _, e in pick)
+    for pick in itertools.product(*offers)
+    if sum(c for c, _ in pick) <= int(fraction * total)
+  )
 
 
 @pytest.mark.parametrize('flops', [False, True])
-@pytest.mark.parametrize('method, metric', [
-    ('loss', 'loss'), ('output', 'relative'), ('weight', 'output'),
+@pytest.mark.parametrize(
+  'method, metric',
+  [
+    ('loss', 'loss'),
+    ('output', 'relative'),
+    ('weight', 'output'),
     ('output', 'loss'),
-])
+  ],
+)
 @pytest.mark.parametrize('fraction', [0.45, 0.6, 0.8])
 def test_no_allocation_within_the_budget_does_less_damage(
-    problem, fraction, method, metric, flops
+  problem, fraction, method, metric, flops
 ):
   params, moments = problem
   name = 'flops_fraction' if flops else 'params_fraction'
   ranks = ur.budget_ranks(
-      params, moments, method=method, metric=metric, compensate_mean=False,
-      **{name: fraction})
+    params,
+    moments,
+    method=method,
+    metric=metric,
+    compensate_mean=False,
+    **{name: fraction},
+  )
   damage = sum(
-      methods.damages(k, methods.family(k, method), metric)[ranks[path]]
-      for path, members in kernels.kernels(params, moments, only=ranks)
-      for k in members)
+    methods.damages(k, methods.family(k, method), metric)[ranks[path]]
+    for path, members in kernels.kernels(params, moments, only=ranks)
+    for k in members
+  )
   want = exhaustive(params, moments, fraction, method, metric, flops)
   np.testing.assert_allclose(damage, want, rtol=1e-9, atol=1e-12)
   if not flops:
-    small = ur.factorize(params, moments, ranks, method=method,
-                         compensate_mean=False)
+    small = ur.factorize(
+      params, moments, ranks, method=method, compensate_mean=False
+    )
     assert ur.count_params(small) <= fraction * ur.count_params(params)
 
 
@@ -89,12 +106,14 @@ def test_constants_of_compensated_means_are_paid_for(problem):
 
 def test_ranks_are_multiples_and_within_limits(problem):
   params, moments = problem
-  ranks = ur.budget_ranks(
-      params, moments, params_fraction=0.9, multiple_of=2)
+  ranks = ur.budget_ranks(params, moments, params_fraction=0.9, multiple_of=2)
   assert ranks and all(r % 2 == 0 for r in ranks.values())
   ranks = ur.budget_ranks(
-      params, moments, params_fraction=0.9, limits=[('a', (3, 3)),
-                                                    ('a|b', (1, 2))])
+    params,
+    moments,
+    params_fraction=0.9,
+    limits=[('a', (3, 3)), ('a|b', (1, 2))],
+  )
   assert ranks['a'] == 3
   assert ranks['b'] <= 2
 
@@ -106,17 +125,19 @@ def test_everything_stays_dense_within_the_whole_budget(problem):
 def test_impossible_requests_are_named(problem):
   params, moments = problem
   for kwargs, message in [
-      ({}, 'give one of them'),
-      ({'params_fraction': 0.5, 'flops_fraction': 0.5}, 'give one of them'),
-      ({'params_fraction': 1.5}, 'give one of them'),
-      ({'params_fraction': 0.01}, 'the cheapest choices cost'),
-      ({'params_fraction': 0.5, 'multiple_of': 0}, 'multiple_of=0'),
-      ({'params_fraction': 0.5, 'metric': 'nats'}, "unknown metric 'nats'"),
-      ({'params_fraction': 0.5, 'method': 'utilized'}, "unknown method"),
-      ({'params_fraction': 0.5, 'limits': [('z', (1, 2))]}, "'z' matches no"),
-      ({'params_fraction': 0.5, 'limits': [('a', (3, 2))]}, '1 <= low'),
-      ({'params_fraction': 0.5, 'multiple_of': 4,
-        'limits': [('a', (1, 3))]}, 'no rank that is a multiple of 4'),
+    ({}, 'give one of them'),
+    ({'params_fraction': 0.5, 'flops_fraction': 0.5}, 'give one of them'),
+    ({'params_fraction': 1.5}, 'give one of them'),
+    ({'params_fraction': 0.01}, 'the cheapest choices cost'),
+    ({'params_fraction': 0.5, 'multiple_of': 0}, 'multiple_of=0'),
+    ({'params_fraction': 0.5, 'metric': 'nats'}, "unknown metric 'nats'"),
+    ({'params_fraction': 0.5, 'method': 'utilized'}, 'unknown method'),
+    ({'params_fraction': 0.5, 'limits': [('z', (1, 2))]}, "'z' matches no"),
+    ({'params_fraction': 0.5, 'limits': [('a', (3, 2))]}, '1 <= low'),
+    (
+      {'params_fraction': 0.5, 'multiple_of': 4, 'limits': [('a', (1, 3))]},
+      'no rank that is a multiple of 4',
+    ),
   ]:
     with pytest.raises(ValueError, match=message):
       ur.budget_ranks(params, moments, **kwargs)
@@ -130,13 +151,15 @@ def test_compress_keeps_to_its_budget_and_beats_uniform_svd(problem):
   fn = lambda p, x: jnp.tanh(x @ p['a']) @ p['b']
   two = {name: params[name] for name in 'ab'}
   small, report = ur.compress(
-      fn, two, batches, params_fraction=0.75, progress=False)
+    fn, two, batches, params_fraction=0.75, progress=False
+  )
   assert ur.count_params(small) <= 0.75 * ur.count_params(two)
   assert set(report) == {'a', 'b'}
   moments = ur.collect(fn, two, batches, progress=False)
   ranks = ur.uniform_ranks(two, moments, params_fraction=0.75)
   blind = ur.factorize(two, moments, ranks, method='weight')
   y = fn(two, jnp.asarray(x, jnp.float32))
-  error = lambda tree: float(jnp.sum(
-      (ur.low_rank(fn)(tree, jnp.asarray(x, jnp.float32)) - y) ** 2))
+  error = lambda tree: float(
+    jnp.sum((ur.low_rank(fn)(tree, jnp.asarray(x, jnp.float32)) - y) ** 2)
+  )
   assert error(small) < error(blind)

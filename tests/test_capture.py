@@ -8,7 +8,8 @@ import jax
 from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
@@ -27,27 +28,29 @@ def check(moment, rows):
   assert int(moment.count) == len(rows)
   np.testing.assert_allclose(moment.mean, rows.mean(0), rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(
-      moment.second, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+    moment.second, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6
+  )
 
 
 # --- nothing changed ---
 
 
 class Net(nn.Module):
-
   @nn.compact
   def __call__(self, x, train=False):
     x = nn.gelu(nn.Dense(8)(x))
     x = nn.BatchNorm(use_running_average=not train)(x)
     x = nn.Dropout(0.5, deterministic=not train)(x)
     x, _ = nn.scan(
-        nn.remat(Layer), variable_axes={'params': 0},
-        split_rngs={'params': True}, length=3)()(x)
+      nn.remat(Layer),
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      length=3,
+    )()(x)
     return nn.Dense(3)(x)
 
 
 class Layer(nn.Module):
-
   @nn.compact
   def __call__(self, x):
     y = nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x)[:, None])
@@ -65,7 +68,8 @@ def test_outputs_are_within_one_unit_in_the_last_place():
   plain = jax.jit(model.apply)(variables, x)
   captured, _ = jax.jit(ur.capture(model.apply))(variables, x)
   np.testing.assert_array_max_ulp(
-      np.asarray(captured), np.asarray(plain), maxulp=1)
+    np.asarray(captured), np.asarray(plain), maxulp=1
+  )
 
 
 def test_batch_split_and_order_change_nothing():
@@ -76,7 +80,8 @@ def test_batch_split_and_order_change_nothing():
   for other in (halves, moments(x[::-1])):
     for path in whole:
       np.testing.assert_allclose(
-          other[path].second, whole[path].second, rtol=2e-5, atol=2e-6)
+        other[path].second, whole[path].second, rtol=2e-5, atol=2e-6
+      )
 
 
 def test_training_mode():
@@ -85,8 +90,8 @@ def test_training_mode():
 
   def fn(variables, x, key, train):
     return model.apply(
-        variables, x, train=train, mutable=['batch_stats'],
-        rngs={'dropout': key})
+      variables, x, train=train, mutable=['batch_stats'], rngs={'dropout': key}
+    )
 
   plain = jax.jit(fn, static_argnums=3)(variables, x, rngs['dropout'], True)
   captured = jax.jit(ur.capture(fn), static_argnums=3)
@@ -94,8 +99,12 @@ def test_training_mode():
   np.testing.assert_array_max_ulp(np.asarray(y), np.asarray(plain[0]), 1)
   assert jax.tree.structure(new) == jax.tree.structure(plain[1])
   jax.tree.map(
-      lambda a, b: np.testing.assert_array_max_ulp(
-          np.asarray(a), np.asarray(b), 1), new, plain[1])
+    lambda a, b: np.testing.assert_array_max_ulp(
+      np.asarray(a), np.asarray(b), 1
+    ),
+    new,
+    plain[1],
+  )
   assert 'params/Dense_0/kernel' in moments
   sites = ur.find_sites(fn, variables, x, rngs['dropout'], True)
   # The statistics of a batch come between Dense_0 and what reads it.
@@ -111,10 +120,10 @@ def test_scalars_and_functions_stay_static():
 
   seed = jax.random.key_data(jax.random.key(0))
   _, moments = ur.capture(fn)(
-      {'w': W, 'name': None}, X, 2, jnp.tanh, train=True, seed=seed)
+    {'w': W, 'name': None}, X, 2, jnp.tanh, train=True, seed=seed
+  )
   check(moments['w'], X)
-  _, moments = ur.capture(fn)(
-      {'w': W}, X, 2, jnp.tanh, train=False, seed=seed)
+  _, moments = ur.capture(fn)({'w': W}, X, 2, jnp.tanh, train=False, seed=seed)
   assert not moments
 
 
@@ -125,8 +134,9 @@ def test_derivatives_of_captured_outputs():
   fn = jax.checkpoint(lambda p, x: jnp.tanh(x @ p['w']) @ p['w'].T)
   want = jax.grad(loss(fn))({'w': W})
   got, moments = jax.grad(
-      lambda p: (lambda y, m: (jnp.sum(jnp.tanh(y)), m))(
-          *ur.capture(fn)(p, X)), has_aux=True)({'w': W})
+    lambda p: (lambda y, m: (jnp.sum(jnp.tanh(y)), m))(*ur.capture(fn)(p, X)),
+    has_aux=True,
+  )({'w': W})
   np.testing.assert_allclose(got['w'], want['w'], rtol=1e-6, atol=1e-6)
   assert not moments  # w is read over both of its axes
 
@@ -135,11 +145,13 @@ def test_custom_rules_survive_around_other_parameters():
   @jax.custom_vjp
   def scaled(x, s):
     return x * s
+
   scaled.defvjp(lambda x, s: (x * s, None), lambda _, t: (t * 0 + 7, t.sum()))
 
   @jax.custom_vjp
   def multiplied(x, w):
     return x @ w
+
   multiplied.defvjp(lambda x, w: (x @ w, w), lambda w, t: (t * 0 + 7, w))
 
   def slope(fn, params, **kwargs):
@@ -159,9 +171,11 @@ def test_custom_rules_survive_around_other_parameters():
 def test_a_scanned_model_does_not_grow_with_depth():
   def lines(depth):
     params = {'w': np.zeros((depth, 4, 4), np.float32)}
-    fn = lambda p, x: lax.scan(
-        lambda x, w: (jnp.tanh(x @ w), None), x, p['w'])[0]
+    fn = lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p['w'])[
+      0
+    ]
     return len(jax.jit(ur.capture(fn)).lower(params, X).as_text().splitlines())
+
   assert lines(2) == lines(48)
 
 
@@ -172,12 +186,14 @@ def test_dead_uses_do_not_count():
   def fn(params, x):
     dead = jnp.ones((30, 4)) @ params['w']
     return x @ params['w'] + 0 * dead.shape[0]
+
   check(ur.capture(fn)({'w': W}, X)[1]['w'], X)
 
 
 def test_branches_count_where_they_are_taken():
   fn = lambda p, x, i: lax.switch(
-      i, [lambda: x @ p['a'], lambda: x @ p['b'] @ p['a'], lambda: x])
+    i, [lambda: x @ p['a'], lambda: x @ p['b'] @ p['a'], lambda: x]
+  )
   captured = jax.jit(ur.capture(fn))
   params = {'a': W, 'b': W.T}
   for i, counts in enumerate([(6, 0), (6, 6), (0, 0)]):
@@ -185,7 +201,8 @@ def test_branches_count_where_they_are_taken():
     assert (int(moments['a'].count), int(moments['b'].count)) == counts
     assert np.isfinite(moments['b'].second).all()
   _, moments = jax.jit(jax.vmap(ur.capture(fn), (None, None, 0)))(
-      params, X, jnp.arange(3))
+    params, X, jnp.arange(3)
+  )
   assert moments['a'].count.tolist() == [6, 6, 0]
 
 
@@ -194,6 +211,7 @@ def test_shared_inputs_share_moments():
     x = x.astype(jnp.bfloat16)
     q, k = (x @ p[n].astype(x.dtype) for n in 'qk')
     return q * k + jnp.cos(x) @ p['v'].astype(x.dtype)
+
   sites = ur.find_sites(fn, {'q': W, 'k': W, 'v': W}, X)
   assert sites['q'].index == sites['k'].index != sites['v'].index
 
@@ -216,46 +234,54 @@ def test_sharded_batches(kind):
   with jax.set_mesh(mesh):
     put = lambda v, spec: jax.device_put(v, NamedSharding(mesh, spec))
     _, got = jax.jit(ur.capture(fn))(
-        jax.tree.map(lambda v: put(v, P()), params), put(x, P('d')))
+      jax.tree.map(lambda v: put(v, P()), params), put(x, P('d'))
+    )
   for path in want:
     np.testing.assert_allclose(
-        got[path].second, want[path].second, rtol=1e-5, atol=1e-6)
+      got[path].second, want[path].second, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_tensor_parallel_kernels_are_groups():
-  mesh = jax.make_mesh(
-      (2, 2), ('d', 'm'), axis_types=(AxisType.Auto,) * 2)
+  mesh = jax.make_mesh((2, 2), ('d', 'm'), axis_types=(AxisType.Auto,) * 2)
 
   @functools.partial(
-      jax.shard_map, mesh=mesh, in_specs=((P(None, 'm'), P('m')), P('d')),
-      out_specs=P('d'))
+    jax.shard_map,
+    mesh=mesh,
+    in_specs=((P(None, 'm'), P('m')), P('d')),
+    out_specs=P('d'),
+  )
   def fn(params, x):
     up, down = params
     scan = lambda c, _: (c, jnp.tanh(x @ up) @ down)
-    y, = lax.scan(scan, 0, None, length=1)[1]
+    (y,) = lax.scan(scan, 0, None, length=1)[1]
     return lax.psum(y, 'm')
 
   params = (W, W.T)
   y, moments = jax.jit(ur.capture(fn))(params, X)
-  np.testing.assert_allclose(
-      y, np.tanh(X @ W) @ W.T, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(y, np.tanh(X @ W) @ W.T, rtol=1e-5, atol=1e-5)
   hidden = np.tanh(np.float64(X) @ W)
   for group in (0, 1):
     one = jax.tree.map(operator.itemgetter(group), moments)
     check(one['0'], X)
-    check(one['1'], hidden[:, 2 * group:2 * group + 2])
+    check(one['1'], hidden[:, 2 * group : 2 * group + 2])
   factors = tuple(
-      ur.LowRank(*_pair(w, e.layout), None, e.layout)
-      for w, e in zip(params, moments.table))
+    ur.LowRank(*_pair(w, e.layout), None, e.layout)
+    for w, e in zip(params, moments.table)
+  )
   np.testing.assert_allclose(
-      jax.jit(ur.low_rank(fn))(factors, X), y, rtol=1e-5, atol=1e-5)
+    jax.jit(ur.low_rank(fn))(factors, X), y, rtol=1e-5, atol=1e-5
+  )
 
 
 def test_a_spread_that_cuts_a_kernel_unevenly():
   mesh = jax.make_mesh((2,), ('d',), axis_types=(AxisType.Auto,))
   local = jax.shard_map(
-      lambda w, x: lax.psum(x @ w, 'd'), mesh=mesh,
-      in_specs=(P('d'), P(None, 'd')), out_specs=P())
+    lambda w, x: lax.psum(x @ w, 'd'),
+    mesh=mesh,
+    in_specs=(P('d'), P(None, 'd')),
+    out_specs=P(),
+  )
   fn = lambda p, x: local(p['w'].transpose(1, 0, 2).reshape(6, 4), x)
   params = {'w': RNG.normal(size=(2, 3, 4)).astype(np.float32)}
   sites = ur.find_sites(fn, params, RNG.normal(size=(5, 6)).astype(np.float32))
@@ -272,8 +298,10 @@ def _pair(w, layout):
   matrices = layout.to_matrices(w)
   u, s, vt = np.linalg.svd(matrices, full_matrices=False)
   g = layout.group_shape
-  return ((u * s[..., None, :]).reshape(*g, *layout.input_shape, -1),
-          vt.reshape(*g, vt.shape[-2], *layout.output_shape))
+  return (
+    (u * s[..., None, :]).reshape(*g, *layout.input_shape, -1),
+    vt.reshape(*g, vt.shape[-2], *layout.output_shape),
+  )
 
 
 # --- nothing guessed: what is refused, and in which words ---
@@ -282,6 +310,7 @@ def _pair(w, layout):
 def pallas(x, w):
   def kernel(x_ref, w_ref, out_ref):
     out_ref[...] = x_ref[...] @ w_ref[...]
+
   shape = jax.ShapeDtypeStruct((len(x), w.shape[1]), x.dtype)
   return pl.pallas_call(kernel, out_shape=shape, interpret=True)(x, w)
 
@@ -289,17 +318,19 @@ def pallas(x, w):
 def callback(x, w):
   shape = jax.ShapeDtypeStruct((len(x), w.shape[1]), x.dtype)
   return jax.pure_callback(
-      lambda x, w: np.asarray(x) @ np.asarray(w), shape, x, w)
+    lambda x, w: np.asarray(x) @ np.asarray(w), shape, x, w
+  )
 
 
 OPAQUE = {'pallas_call': pallas, 'pure_callback': callback}
 WRAPS = {
-    'plain': lambda f: f,
-    'jit': jax.jit,
-    'scan': lambda f: lambda p, x: lax.scan(
-        lambda x, _: (f(p, x), None), x, None, length=2)[0],
-    'custom_vjp': lambda f: _with_rule(f),
-    'cond': lambda f: lambda p, x: lax.cond(x[0, 0] > 0, f, f, p, x),
+  'plain': lambda f: f,
+  'jit': jax.jit,
+  'scan': lambda f: (
+    lambda p, x: lax.scan(lambda x, _: (f(p, x), None), x, None, length=2)[0]
+  ),
+  'custom_vjp': lambda f: _with_rule(f),
+  'cond': lambda f: lambda p, x: lax.cond(x[0, 0] > 0, f, f, p, x),
 }
 
 
@@ -337,45 +368,85 @@ def test_debug_prints_are_no_holes(capfd):
   def fn(p, x):
     jax.debug.print('w {}', p['w'])
     return x @ p['w']
+
   _, moments = ur.capture(fn)({'w': W}, X)
   check(moments['w'], X)
 
 
 def depthwise(p, x):
   return lax.conv_general_dilated(
-      x[None], p['w'], (1,), 'SAME', feature_group_count=4,
-      dimension_numbers=('NWC', 'WIO', 'NWC'))
+    x[None],
+    p['w'],
+    (1,),
+    'SAME',
+    feature_group_count=4,
+    dimension_numbers=('NWC', 'WIO', 'NWC'),
+  )
 
 
 REFUSED = {
-    'mul': (lambda p, x: x @ (p['w'] * 2), {'w': W}, 'used by mul'),
-    'concatenate': (lambda p, x: x @ jnp.concatenate([p['w'], p['w']], 1),
-                    {'w': W}, 'used by concatenate'),
-    'gather': (lambda p, x: p['w'][jnp.arange(3)], {'w': W},
-               'used by a lookup'),
-    'two_parameters': (lambda p, x: x @ (p['w'] @ p['v']), {'w': W, 'v': W},
-                       'dot_general with v'),
-    'two_ways': (lambda p, x: jnp.tanh(x @ p['w']) @ p['w'].T, {'w': W},
-                 'contracted in different ways'),
-    'uneven_slices': (lambda p, x: x @ p['w'][:, :1] + (x @ p['w'][:, 1:]).sum(
-        1, keepdims=True), {'w': W}, 'a slice that is not one of equal parts'),
-    'uneven_and_even': (lambda p, x: (x @ p['w'][:, :2]).sum() + (
-        x[:, :1] @ p['w'][:1, 1:]).sum(), {'w': W},
-        'a slice that is not one of equal parts'),
-    'depthwise': (depthwise, {'w': RNG.normal(size=(3, 1, 4))},
-                  'depthwise convolution'),
-    'image': (lambda p, x: lax.conv_general_dilated(
-        p['w'][None], x[:3, :, None], (1,), 'SAME',
-        dimension_numbers=('NWC', 'WIO', 'NWC')), {'w': W},
-        'the image of a convolution'),
-    'batch_groups': (lambda p, x: lax.conv_general_dilated(
-        x[..., None], p['w'], (1,), 'SAME', batch_group_count=2,
-        dimension_numbers=('NWC', 'WIO', 'NWC')),
-        {'w': RNG.normal(size=(3, 1, 4))}, 'batch groups'),
-    'broadcast': (lambda p, x: x @ jnp.broadcast_to(p['w'][:1], (4, 4)),
-                  {'w': W}, 'broadcast, then contracted'),
-    'unused': (lambda p, x: x, {'w': W}, 'not used by the outputs'),
-    'bias': (lambda p, x: x @ p['v'] + p['w'], {'w': B, 'v': W}, 'bias of v'),
+  'mul': (lambda p, x: x @ (p['w'] * 2), {'w': W}, 'used by mul'),
+  'concatenate': (
+    lambda p, x: x @ jnp.concatenate([p['w'], p['w']], 1),
+    {'w': W},
+    'used by concatenate',
+  ),
+  'gather': (lambda p, x: p['w'][jnp.arange(3)], {'w': W}, 'used by a lookup'),
+  'two_parameters': (
+    lambda p, x: x @ (p['w'] @ p['v']),
+    {'w': W, 'v': W},
+    'dot_general with v',
+  ),
+  'two_ways': (
+    lambda p, x: jnp.tanh(x @ p['w']) @ p['w'].T,
+    {'w': W},
+    'contracted in different ways',
+  ),
+  'uneven_slices': (
+    lambda p, x: x @ p['w'][:, :1] + (x @ p['w'][:, 1:]).sum(1, keepdims=True),
+    {'w': W},
+    'a slice that is not one of equal parts',
+  ),
+  'uneven_and_even': (
+    lambda p, x: (x @ p['w'][:, :2]).sum() + (x[:, :1] @ p['w'][:1, 1:]).sum(),
+    {'w': W},
+    'a slice that is not one of equal parts',
+  ),
+  'depthwise': (
+    depthwise,
+    {'w': RNG.normal(size=(3, 1, 4))},
+    'depthwise convolution',
+  ),
+  'image': (
+    lambda p, x: lax.conv_general_dilated(
+      p['w'][None],
+      x[:3, :, None],
+      (1,),
+      'SAME',
+      dimension_numbers=('NWC', 'WIO', 'NWC'),
+    ),
+    {'w': W},
+    'the image of a convolution',
+  ),
+  'batch_groups': (
+    lambda p, x: lax.conv_general_dilated(
+      x[..., None],
+      p['w'],
+      (1,),
+      'SAME',
+      batch_group_count=2,
+      dimension_numbers=('NWC', 'WIO', 'NWC'),
+    ),
+    {'w': RNG.normal(size=(3, 1, 4))},
+    'batch groups',
+  ),
+  'broadcast': (
+    lambda p, x: x @ jnp.broadcast_to(p['w'][:1], (4, 4)),
+    {'w': W},
+    'broadcast, then contracted',
+  ),
+  'unused': (lambda p, x: x, {'w': W}, 'not used by the outputs'),
+  'bias': (lambda p, x: x @ p['v'] + p['w'], {'w': B, 'v': W}, 'bias of v'),
 }
 
 
@@ -402,10 +473,13 @@ def test_selection_says_which_of_two_parameters_is_the_kernel():
   check(moments['w'], np.tile(probe, (3, 1)))
 
 
-@pytest.mark.parametrize('params, x', [
+@pytest.mark.parametrize(
+  'params, x',
+  [
     ({'w': np.ones((4, 4), np.int32)}, np.ones((2, 4), np.int32)),
     ({'w': W}, np.ones((2, 4), np.complex64)),
-])
+  ],
+)
 def test_numbers_that_are_not_real(params, x):
   with pytest.raises(TypeError, match='real floating'):
     ur.capture(lambda p, x: x @ p['w'])(params, x)
@@ -414,8 +488,12 @@ def test_numbers_that_are_not_real(params, x):
 def test_shard_map_without_checks_is_refused():
   mesh = jax.make_mesh((2,), ('d',), axis_types=(AxisType.Auto,))
   fn = jax.shard_map(
-      lambda p, x: x @ p['w'], mesh=mesh, in_specs=(P(), P('d')),
-      out_specs=P('d'), check_vma=False)
+    lambda p, x: x @ p['w'],
+    mesh=mesh,
+    in_specs=(P(), P('d')),
+    out_specs=P('d'),
+    check_vma=False,
+  )
   with pytest.raises(ur.UnsupportedError, match="'w'.*check_vma=False"):
     ur.find_sites(fn, {'w': W}, X)
 
@@ -444,8 +522,17 @@ def test_sites_explain_every_leaf():
   # Stacked over three layers, two heads of four features.
   assert line.split()[1:5] == ['3×8×2×4', '3', '8×8', '#1']
   assert 'bias bias' in line
-  assert len({v.split()[4] for v in lines for n in ('query', 'key', 'value')
-              if f'{n}/kernel' in v}) == 1
+  assert (
+    len(
+      {
+        v.split()[4]
+        for v in lines
+        for n in ('query', 'key', 'value')
+        if f'{n}/kernel' in v
+      }
+    )
+    == 1
+  )
 
 
 def test_unknown_paths_get_help():

@@ -22,8 +22,9 @@ def equal(a, b):
 @pytest.fixture(scope='module')
 def small():
   params = {
-      'a': jnp.arange(12.0).reshape(3, 4), 'b': jnp.ones((2, 4, 3, 5)),
-      'bias': jnp.zeros(4),
+    'a': jnp.arange(12.0).reshape(3, 4),
+    'b': jnp.ones((2, 4, 3, 5)),
+    'bias': jnp.zeros(4),
   }
 
   def fn(p, x):
@@ -37,17 +38,21 @@ def small():
 def test_trees_of_every_kind_come_back(tmp_path):
   layout = ur.Layout.of((2, 4, 3, 5), groups=(0,), inputs=(1,), outputs=(2, 3))
   tree = {
-      'params': {
-          'kernel': ur.LowRank(
-              jnp.ones((2, 4, 2)), jnp.ones((2, 2, 3, 5)), None, layout),
-          'with constant': ur.LowRank(
-              jnp.ones((2, 4, 2)), jnp.ones((2, 2, 3, 5)),
-              jnp.zeros((2, 3, 5)), layout),
-          'a/b.c': jnp.arange(3, dtype=jnp.int32),
-      },
-      'list': [jnp.ones(2, jnp.bfloat16), (jnp.ones(1), None), {}],
-      'scalar': jnp.float32(3),
-      'numbers': {0: jnp.ones(1), 10: jnp.zeros(1)},
+    'params': {
+      'kernel': ur.LowRank(
+        jnp.ones((2, 4, 2)), jnp.ones((2, 2, 3, 5)), None, layout
+      ),
+      'with constant': ur.LowRank(
+        jnp.ones((2, 4, 2)),
+        jnp.ones((2, 2, 3, 5)),
+        jnp.zeros((2, 3, 5)),
+        layout,
+      ),
+      'a/b.c': jnp.arange(3, dtype=jnp.int32),
+    },
+    'list': [jnp.ones(2, jnp.bfloat16), (jnp.ones(1), None), {}],
+    'scalar': jnp.float32(3),
+    'numbers': {0: jnp.ones(1), 10: jnp.zeros(1)},
   }
   ur.save(tmp_path / 'tree', tree)
   equal(ur.load(tmp_path / 'tree'), tree)
@@ -149,8 +154,14 @@ def test_other_tools_can_read_the_arrays(tmp_path):
   layout = ur.Layout.of((4, 3), inputs=(0,), outputs=(1,))
   leaf = ur.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), None, layout)
   ur.save(tmp_path / 't', {'params': {'Dense_0': {'kernel': leaf}}})
-  target = {'params': {'Dense_0': {'kernel': {
-      'a': np.zeros((4, 1), 'f'), 'b': np.zeros((1, 3), 'f')}}}}
+  target = {
+    'params': {
+      'Dense_0': {
+        'kernel': {'a': np.zeros((4, 1), 'f'), 'b': np.zeros((1, 3), 'f')}
+      }
+    }
+  }
   plain = ocp.load(str(tmp_path / 't'), target)
   np.testing.assert_array_equal(
-      plain['params']['Dense_0']['kernel']['a'], np.ones((4, 1)))
+    plain['params']['Dense_0']['kernel']['a'], np.ones((4, 1))
+  )

@@ -26,8 +26,8 @@ def params():
   keys = jax.random.split(jax.random.key(0), 3)
   shapes = {'first': (6, 10), 'second': (10, 4), 'third': (10, 3)}
   return {
-      name: jax.random.normal(k, shape)
-      for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+    name: jax.random.normal(k, shape)
+    for k, (name, shape) in zip(keys, shapes.items(), strict=True)
   }
 
 
@@ -47,7 +47,8 @@ def assert_equal_moments(a, b, rtol):
     for name in ('mean', 'second'):
       want = np.asarray(getattr(b[path], name))
       np.testing.assert_allclose(
-          getattr(a[path], name), want, atol=rtol * np.abs(want).max())
+        getattr(a[path], name), want, atol=rtol * np.abs(want).max()
+      )
 
 
 collect = functools.partial(ur.collect, progress=False)
@@ -62,10 +63,13 @@ def test_moments_equal_the_reference(params, rows):
     want = references.second_moment(x)
     # float32 sums: 1e-7 relative per addition, 97 rows.
     np.testing.assert_allclose(
-        moments[path].second, want, atol=1e-5 * np.abs(want).max())
+      moments[path].second, want, atol=1e-5 * np.abs(want).max()
+    )
     np.testing.assert_allclose(
-        moments[path].covariance, np.cov(np.asarray(x, 'd').T, bias=True),
-        atol=1e-5 * np.abs(want).max())
+      moments[path].covariance,
+      np.cov(np.asarray(x, 'd').T, bias=True),
+      atol=1e-5 * np.abs(want).max(),
+    )
   assert moments['second'].sums is moments['third'].sums
 
 
@@ -79,7 +83,8 @@ def test_any_split_gives_the_same_moments(params, rows, sizes):
 def test_any_order_gives_the_same_moments(params, rows):
   shuffled = np.random.default_rng(1).permutation(rows)
   assert_equal_moments(
-      collect(model, params, [shuffled]), collect(model, params, [rows]), 1e-6)
+    collect(model, params, [shuffled]), collect(model, params, [rows]), 1e-6
+  )
 
 
 def test_merging_is_collecting_both(params, rows):
@@ -102,8 +107,11 @@ def test_moments_of_different_functions_do_not_merge(params, rows):
 def test_devices_share_the_work(params, rows, devices):
   """Uneven last batches, and a batch smaller than the number of devices."""
   mesh = jax.make_mesh(
-      (devices,), ('x',), devices=jax.local_devices()[:devices],
-      axis_types=(jax.sharding.AxisType.Auto,))
+    (devices,),
+    ('x',),
+    devices=jax.local_devices()[:devices],
+    axis_types=(jax.sharding.AxisType.Auto,),
+  )
   batches = split(rows, [40, 37, 18, 2])
   moments = collect(model, params, batches, mesh=mesh)
   assert_equal_moments(moments, collect(model, params, [rows]), 1e-6)
@@ -120,19 +128,30 @@ def test_capture_inside_pmap_and_shard_map(params, rows):
 
   pmapped = jax.pmap(reduced, axis_name='data', in_axes=(None, 0))(params, x)
   assert_equal_moments(jax.tree.map(lambda a: a[0], pmapped), want, 1e-6)
-  mesh = jax.make_mesh((n,), ('data',),
-                       axis_types=(jax.sharding.AxisType.Auto,))
-  sharded = jax.jit(jax.shard_map(
-      reduced, mesh=mesh, in_specs=(P(), P('data')), out_specs=P(),
-  ))(params, rows[:96])
+  mesh = jax.make_mesh(
+    (n,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  sharded = jax.jit(
+    jax.shard_map(
+      reduced,
+      mesh=mesh,
+      in_specs=(P(), P('data')),
+      out_specs=P(),
+    )
+  )(params, rows[:96])
   assert_equal_moments(sharded, want, 1e-6)
 
 
 def test_devices_reduce_once_at_the_end(params, rows):
   """No collective in the program that runs for every batch."""
   run = collect_lib._Run(
-      model, params, ur.find_sites(model, params, rows), None,
-      'error', jax.local_devices())
+    model,
+    params,
+    ur.find_sites(model, params, rows),
+    None,
+    'error',
+    jax.local_devices(),
+  )
   batch = jax.device_put(rows[:96], run._split)
   state = run._zeros(batch)
   text = run._step.lower(state, run._params, batch).compile().as_text()
@@ -140,8 +159,10 @@ def test_devices_reduce_once_at_the_end(params, rows):
   assert sums or 'f32[1,10,10]' in text
   matrices = ('f32[10,10]', 'f32[1,10,10]', 'f32[6,6]', 'f32[1,6,6]')
   reduced = [
-      line for line in text.splitlines() if 'all-reduce' in line
-      and any(m in line.split('all-reduce')[0] for m in matrices)
+    line
+    for line in text.splitlines()
+    if 'all-reduce' in line
+    and any(m in line.split('all-reduce')[0] for m in matrices)
   ]
   assert not reduced
 
@@ -178,14 +199,15 @@ def stop_after(batches, n):
 @pytest.mark.parametrize('overflow', [False, True])
 @pytest.mark.parametrize('stop', [1, 3, 6])
 def test_an_interrupted_collection_gives_the_same_numbers(
-    params, rows, tmp_path, stop, overflow, monkeypatch
+  params, rows, tmp_path, stop, overflow, monkeypatch
 ):
   if overflow:
     monkeypatch.setattr(collect_lib, '_MOST_ROWS', 30)
   batches = split(rows, [14] * 6 + [13])
   folder = tmp_path / 'sums'
   again = functools.partial(
-      collect, model, params, checkpoint_dir=folder, checkpoint_every=2)
+    collect, model, params, checkpoint_dir=folder, checkpoint_every=2
+  )
   with pytest.raises(Interrupted):
     again(stop_after(batches, stop))
   assert folder.is_dir() == (stop >= 2)
@@ -200,11 +222,17 @@ def test_an_interrupted_collection_gives_the_same_numbers(
 def test_sums_of_another_collection_are_refused(params, rows, tmp_path):
   folder = tmp_path / 'sums'
   with pytest.raises(Interrupted):
-    collect(model, params, stop_after([rows] * 3, 2), checkpoint_dir=folder,
-            checkpoint_every=1)
+    collect(
+      model,
+      params,
+      stop_after([rows] * 3, 2),
+      checkpoint_dir=folder,
+      checkpoint_every=1,
+    )
   with pytest.raises(ValueError, match='sums of another collection'):
-    collect(model, params, [rows], checkpoint_dir=folder,
-            select=[('first', True)])
+    collect(
+      model, params, [rows], checkpoint_dir=folder, select=[('first', True)]
+    )
   ur.save(folder, params, overwrite=True)
   with pytest.raises(ValueError, match='no running sums'):
     collect(model, params, [rows], checkpoint_dir=folder)
@@ -224,10 +252,10 @@ def test_non_finite_activations_name_kernel_and_batch(params, rows, bad, where):
 def test_bad_batches_are_named(params, rows):
   fn = lambda p, b: model(p, b['x'])
   for batch, message in [
-      ({'x': rows, 'y': rows[:5]}, 'disagree in their leading axis'),
-      ({'x': rows[:0]}, 'batch 1 is empty'),
-      ({'x': rows, 'key': np.float32(1)}, 'lead with the batch axis'),
-      ({}, 'lead with the batch axis'),
+    ({'x': rows, 'y': rows[:5]}, 'disagree in their leading axis'),
+    ({'x': rows[:0]}, 'batch 1 is empty'),
+    ({'x': rows, 'key': np.float32(1)}, 'lead with the batch axis'),
+    ({}, 'lead with the batch axis'),
   ]:
     with pytest.raises(ValueError, match=message):
       collect(fn, params, [{'x': rows}, batch])
@@ -239,7 +267,7 @@ def test_parameters_of_another_function_are_named(params, rows):
   with pytest.raises(ValueError) as error:
     collect(model, {**params, 'second': jnp.ones((9, 4))}, [rows])
   assert 'does not accept these parameters' in str(error.value)
-  assert "(10,)" in str(error.value) or '10' in str(error.value)
+  assert '(10,)' in str(error.value) or '10' in str(error.value)
 
 
 def test_a_function_without_kernels_is_refused(rows):
@@ -249,7 +277,9 @@ def test_a_function_without_kernels_is_refused(rows):
 
 def test_few_rows_warn_with_the_number_needed(params, rows):
   moments = collect(model, params, [rows[:4]])
-  with pytest.warns(UserWarning, match=r"4 rows for 10.*at least 10, better 40"):
+  with pytest.warns(
+    UserWarning, match=r'4 rows for 10.*at least 10, better 40'
+  ):
     report = ur.measure(params, moments)
   assert all(layer.rank <= 4 for layer in report.layers)
   with pytest.warns(UserWarning, match='fewer rows'):
@@ -275,9 +305,9 @@ def test_moments_for_other_shapes_are_refused(params, rows):
 
 def test_unknown_paths_suggest_what_was_meant(params, rows):
   moments = collect(model, params, [rows])
-  with pytest.raises(KeyError, match="did you mean"):
+  with pytest.raises(KeyError, match='did you mean'):
     moments['secnd']
-  with pytest.raises(KeyError, match="did you mean"):
+  with pytest.raises(KeyError, match='did you mean'):
     ur.measure(params, moments)['frst']
   with pytest.raises(ValueError, match="unknown method 'svd'"):
     ur.factorize(params, moments, {'first': 2}, method='svd')
@@ -286,9 +316,11 @@ def test_unknown_paths_suggest_what_was_meant(params, rows):
 def test_opaque_computations_are_errors_or_named_holes(params, rows):
   def fn(p, x):
     hidden = jax.pure_callback(
-        lambda w: np.asarray(w) * 2,
-        jax.ShapeDtypeStruct((6, 10), np.float32), p['first'],
-        vmap_method='sequential')
+      lambda w: np.asarray(w) * 2,
+      jax.ShapeDtypeStruct((6, 10), np.float32),
+      p['first'],
+      vmap_method='sequential',
+    )
     return (x @ hidden) @ p['second']
 
   two = {name: params[name] for name in ('first', 'second')}

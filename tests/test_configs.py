@@ -6,8 +6,11 @@ import re
 import ml_collections
 import pytest
 
-from configs import digits_vit, tfds_vit
-from utilized_rank import data, options, train
+from configs import digits_vit
+from configs import tfds_vit
+from utilized_rank import data
+from utilized_rank import options
+from utilized_rank import train
 from utilized_rank.models import vit
 
 CONFIGS = {

@@ -15,7 +15,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from utilized_rank import augment, data, digits, tfrecord
+from utilized_rank import augment
+from utilized_rank import data
+from utilized_rank import digits
+from utilized_rank import tfrecord
 
 # TFDS's own modules warn about packages that are none of ours.
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')

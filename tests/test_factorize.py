@@ -17,8 +17,9 @@ class Grouped(nn.Module):
   def __call__(self, x):
     per_expert = jnp.stack([x, jnp.tanh(x)])
     w = self.param('kernel', nn.initializers.lecun_normal(), (2, 8, 6))
-    return jax.lax.dot_general(
-        per_expert, w, (((3,), (1,)), ((0,), (0,)))).sum(0)
+    return jax.lax.dot_general(per_expert, w, (((3,), (1,)), ((0,), (0,)))).sum(
+      0
+    )
 
 
 class Block(nn.Module):
@@ -38,8 +39,11 @@ class Model(nn.Module):
     x = nn.Conv(8, (3, 3), strides=2, feature_group_count=2, name='grouped')(x)
     x = nn.gelu(x).reshape(len(x), -1, 8)
     stack = nn.scan(
-        nn.remat(Block), variable_axes={'params': 0},
-        split_rngs={'params': True}, length=2)
+      nn.remat(Block),
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      length=2,
+    )
     x, _ = stack(name='blocks')(x, None)
     x = x + jnp.pad(Grouped(name='experts')(x), ((0, 0), (0, 0), (0, 2)))
     out = self.param('out', nn.initializers.lecun_normal(), (5, 8))
@@ -57,12 +61,23 @@ def problem():
   params = model.init(jax.random.key(0), images)
   # Biases that are not zero, so that folding a constant into them shows.
   params = jax.tree.map(
-      lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), params)
+    lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), params
+  )
   moments = ur.collect(
-      model.apply, params, [images], loss=ur.sampled_cross_entropy(),
-      select=SELECT, progress=False)
-  return jax.jit(model.apply), params, moments, images, jax.jit(
-      ur.low_rank(model.apply))
+    model.apply,
+    params,
+    [images],
+    loss=ur.sampled_cross_entropy(),
+    select=SELECT,
+    progress=False,
+  )
+  return (
+    jax.jit(model.apply),
+    params,
+    moments,
+    images,
+    jax.jit(ur.low_rank(model.apply)),
+  )
 
 
 def relative(a, b):
@@ -77,7 +92,8 @@ def test_full_rank_gives_the_function_back(problem, method, compensate):
   ranks = {path: moments[path].layout.full_rank for path in moments}
   assert len(ranks) == 9
   full = ur.factorize(
-      params, moments, ranks, method=method, compensate_mean=compensate)
+    params, moments, ranks, method=method, compensate_mean=compensate
+  )
   # Other images than those measured: exact off the data as well.
   other = jnp.flip(images, 1) * 1.7
   for x in (images, other):
@@ -125,7 +141,8 @@ def test_the_mean_output_of_a_compensated_kernel_is_kept(problem, method):
   path = 'params/conv/kernel'
   conv = nn.Conv(8, (3, 3))
   mean = lambda tree: conv.apply(
-      {'params': tree['params']['conv']}, images).mean((0, 1, 2))
+    {'params': tree['params']['conv']}, images
+  ).mean((0, 1, 2))
   small = ur.factorize(params, moments, {path: 2}, method=method)
   np.testing.assert_allclose(mean(ur.merge(small)), mean(params), atol=1e-5)
 
@@ -146,8 +163,13 @@ def test_bfloat16_parameters_get_bfloat16_factors(problem):
   small = ur.factorize(half, moments, {path: 3 for path in moments})
   leaves = jax.tree.leaves(small)
   assert all(leaf.dtype == jnp.bfloat16 for leaf in leaves)
-  assert np.all(np.isfinite(ur.low_rank(Model().apply)(
-      small, images.astype(jnp.bfloat16)).astype(jnp.float32)))
+  assert np.all(
+    np.isfinite(
+      ur.low_rank(Model().apply)(small, images.astype(jnp.bfloat16)).astype(
+        jnp.float32
+      )
+    )
+  )
 
 
 def test_parameters_without_the_bias_that_was_seen_are_refused(problem):
@@ -180,11 +202,11 @@ def test_a_stack_may_have_a_rank_for_each_member(problem):
   for rank, member in ((2, 0), (5, 1)):
     alone = ur.factorize(params, moments, {path: rank})
     np.testing.assert_allclose(
-        leaf.dense()[member],
-        alone['params']['blocks']['dense']['kernel'].dense()[member],
-        atol=1e-5)
-  assert relative(
-      small_fn(small, images), fn(ur.merge(small), images)) < 1e-5
+      leaf.dense()[member],
+      alone['params']['blocks']['dense']['kernel'].dense()[member],
+      atol=1e-5,
+    )
+  assert relative(small_fn(small, images), fn(ur.merge(small), images)) < 1e-5
   with pytest.raises(ValueError, match='3 ranks for .* holds 2 kernels'):
     ur.factorize(params, moments, {path: (2, 5, 1)})
   with pytest.raises(ValueError, match='rank 9 for'):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 import utilized_rank as ur
 
 MODELS = {
@@ -101,9 +102,7 @@ def trained(name):
     logits = jax.tree.leaves(outputs)[0]
     return jnp.mean(jnp.square(logits - 1.0)), outputs
 
-  return jitted(
-    value_and_float_grad(loss_and_outputs), factorized(name, 0.5)
-  )
+  return jitted(value_and_float_grad(loss_and_outputs), factorized(name, 0.5))
 
 
 def value_and_float_grad(fn):
@@ -230,8 +229,12 @@ def test_a_head_that_is_called_again_for_nothing_counts_once():
 @pytest.mark.parametrize(
   'name',
   [
-    'nnx module', 'haiku transformer', 'equinox mlp', 'equinox attention',
-    'equinox cnn', 'dictionary',
+    'nnx module',
+    'haiku transformer',
+    'equinox mlp',
+    'equinox attention',
+    'equinox cnn',
+    'dictionary',
   ],  # fmt: skip
 )
 def test_collect_streams_what_capture_sees(name):

@@ -12,7 +12,8 @@ from utilized_rank.gradients import gradient_sums
 
 def loss(outputs, batch):
   return -jnp.take_along_axis(
-      jax.nn.log_softmax(outputs), batch['y'][:, None], 1)[:, 0]
+    jax.nn.log_softmax(outputs), batch['y'][:, None], 1
+  )[:, 0]
 
 
 class Block(nn.Module):
@@ -30,8 +31,11 @@ class Model(nn.Module):
     x = nn.Conv(6, (3,), name='conv')(x)
     if self.scan:
       stack = nn.scan(
-          nn.remat(Block), variable_axes={'params': 0},
-          split_rngs={'params': True}, length=2)
+        nn.remat(Block),
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        length=2,
+      )
       x, _ = stack(name='blocks')(x, None)
     else:
       for i in range(2):
@@ -43,8 +47,8 @@ class Model(nn.Module):
 def batch():
   rng = np.random.default_rng(0)
   return {
-      'x': jnp.asarray(rng.normal(size=(7, 5, 4)), jnp.float32),
-      'y': jnp.asarray(rng.integers(0, 3, 7)),
+    'x': jnp.asarray(rng.normal(size=(7, 5, 4)), jnp.float32),
+    'y': jnp.asarray(rng.integers(0, 3, 7)),
   }
 
 
@@ -67,13 +71,19 @@ def perturbed_moment(fn, params, batch, path, shape):
   return g.T @ g
 
 
-@pytest.mark.parametrize('name, module, shape', [
+@pytest.mark.parametrize(
+  'name, module, shape',
+  [
     ('conv', ('conv',), (7, 5, 6)),
-    ('block_0/attention/query', ('block_0', 'attention', 'query'),
-     (7, 5, 2, 3)),
+    (
+      'block_0/attention/query',
+      ('block_0', 'attention', 'query'),
+      (7, 5, 2, 3),
+    ),
     ('block_1/attention/out', ('block_1', 'attention', 'out'), (7, 5, 6)),
     ('block_1/dense', ('block_1', 'dense'), (7, 5, 6)),
-])
+  ],
+)
 def test_gradient_moments_equal_perturbation(batch, name, module, shape):
   model = Model(scan=False)
   params = model.init(jax.random.key(0), batch['x'])
@@ -83,7 +93,8 @@ def test_gradient_moments_equal_perturbation(batch, name, module, shape):
   want = perturbed_moment(fn, params, batch, module, shape)
   rows = int(moments[path].count)
   np.testing.assert_allclose(
-      moments[path].grad_second * rows, want, atol=1e-5 * np.abs(want).max())
+    moments[path].grad_second * rows, want, atol=1e-5 * np.abs(want).max()
+  )
   assert int(moments[path].examples) == 7
   assert float(moments[path].rows_per_example) == rows / 7
 
@@ -91,26 +102,40 @@ def test_gradient_moments_equal_perturbation(batch, name, module, shape):
 def test_scan_with_remat_gives_the_loop_s_moments(batch):
   model = Model(scan=True)
   params = model.init(jax.random.key(0), batch['x'])
-  loop = {'params': {k: v for k, v in params['params'].items()
-                     if k != 'blocks'}}
+  loop = {
+    'params': {k: v for k, v in params['params'].items() if k != 'blocks'}
+  }
   for i in range(2):
     loop['params'][f'block_{i}'] = jax.tree.map(
-        lambda a, i=i: a[i], params['params']['blocks'])
+      lambda a, i=i: a[i], params['params']['blocks']
+    )
   stacked = ur.collect(
-      lambda p, b: model.apply(p, b['x']), params, [batch], loss=loss,
-      progress=False)
+    lambda p, b: model.apply(p, b['x']),
+    params,
+    [batch],
+    loss=loss,
+    progress=False,
+  )
   plain = ur.collect(
-      lambda p, b: Model(scan=False).apply(p, b['x']), loop, [batch],
-      loss=loss, progress=False)
+    lambda p, b: Model(scan=False).apply(p, b['x']),
+    loop,
+    [batch],
+    loss=loss,
+    progress=False,
+  )
   for path in stacked:
     if 'blocks' in path:
-      want = np.stack([
+      want = np.stack(
+        [
           plain[path.replace('blocks', f'block_{i}')].grad_second
-          for i in range(2)])
+          for i in range(2)
+        ]
+      )
     else:
       want = plain[path].grad_second
     np.testing.assert_allclose(
-        stacked[path].grad_second, want, atol=1e-5 * np.abs(want).max())
+      stacked[path].grad_second, want, atol=1e-5 * np.abs(want).max()
+    )
 
 
 def test_batches_add_up(batch):
@@ -118,16 +143,20 @@ def test_batches_add_up(batch):
   params = model.init(jax.random.key(0), batch['x'])
   fn = lambda p, b: model.apply(p, b['x'])
   whole = ur.collect(fn, params, [batch], loss=loss, progress=False)
-  parts = [jax.tree.map(lambda a: a[:4], batch),
-           jax.tree.map(lambda a: a[4:], batch)]
+  parts = [
+    jax.tree.map(lambda a: a[:4], batch),
+    jax.tree.map(lambda a: a[4:], batch),
+  ]
   split = ur.collect(fn, params, parts, loss=loss, progress=False)
-  both = ur.merge_moments(*(
-      ur.collect(fn, params, [p], loss=loss, progress=False) for p in parts))
+  both = ur.merge_moments(
+    *(ur.collect(fn, params, [p], loss=loss, progress=False) for p in parts)
+  )
   for path in whole:
     want = whole[path].grad_second
     for other in (split, both):
       np.testing.assert_allclose(
-          other[path].grad_second, want, atol=2e-6 * np.abs(want).max())
+        other[path].grad_second, want, atol=2e-6 * np.abs(want).max()
+      )
   without = ur.collect(fn, params, [batch], progress=False)
   assert without[path].grad_second is None
   with pytest.raises(ValueError, match='gradient moments'):
@@ -137,16 +166,20 @@ def test_batches_add_up(batch):
 def test_a_loss_that_is_no_number_per_example_is_refused(batch):
   fn = lambda p, b: b['x'].reshape(len(b['x']), -1) @ p
   with pytest.raises(ValueError, match=r'one number per example.*, got \(\)'):
-    ur.collect(fn, jnp.ones((20, 3)), [batch], progress=False,
-               loss=lambda o, b: loss(o, b).mean())
+    ur.collect(
+      fn,
+      jnp.ones((20, 3)),
+      [batch],
+      progress=False,
+      loss=lambda o, b: loss(o, b).mean(),
+    )
 
 
 def test_a_gradient_that_is_not_finite_names_the_kernel(batch):
   fn = lambda p, b: b['x'].reshape(len(b['x']), -1) @ p['w']
   bad = lambda o, b: jnp.sqrt(o[:, 0] * 0)
   with pytest.raises(FloatingPointError, match="gradient at.*'w'.*batch 0"):
-    ur.collect(fn, {'w': jnp.ones((20, 3))}, [batch], loss=bad,
-               progress=False)
+    ur.collect(fn, {'w': jnp.ones((20, 3))}, [batch], loss=bad, progress=False)
 
 
 def test_sampled_labels_give_the_true_fisher():
@@ -155,14 +188,20 @@ def test_sampled_labels_give_the_true_fisher():
   x = jnp.asarray(rng.normal(size=(4000, 3)), jnp.float32)
   w = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
   moments = ur.collect(
-      lambda p, b: b @ p['w'], {'w': w}, np.split(x, 8),
-      loss=ur.sampled_cross_entropy(), progress=False)
+    lambda p, b: b @ p['w'],
+    {'w': w},
+    np.split(x, 8),
+    loss=ur.sampled_cross_entropy(),
+    progress=False,
+  )
   p = np.asarray(jax.nn.softmax(x @ w), np.float64)
   want = np.diag(p.mean(0)) - p.T @ p / len(p)
   # 4,000 draws: a standard error of about 0.5 / sqrt(4000).
   np.testing.assert_allclose(moments['w'].grad_second, want, atol=0.03)
   again = gradient_sums(
-      lambda p, b: b @ p['w'], ur.sampled_cross_entropy(seed=1),
-      {'w': moments['w'].layout})({'w': w}, x)[0]['w']
+    lambda p, b: b @ p['w'],
+    ur.sampled_cross_entropy(seed=1),
+    {'w': moments['w'].layout},
+  )({'w': w}, x)[0]['w']
   first = np.asarray(moments['w'].grad_second) * 4000
   assert not np.array_equal(first, again)

@@ -39,7 +39,7 @@ def _heads(w, x):
 
 def _conv_rows(x):
   padded = np.pad(x, ((1, 1), (0, 0)))
-  return np.stack([padded[i:i + 3].ravel() for i in range(len(x))])
+  return np.stack([padded[i : i + 3].ravel() for i in range(len(x))])
 
 
 def _experts(w, x):
@@ -52,26 +52,47 @@ def _sliced(w, x):
 
 
 STEPS = {
-    'dot': Step((4, 4), lambda w, x: x @ w, lambda w, x: (x @ w, x)),
-    'transposed': Step((4, 4), lambda w, x: (w @ x.T).T,
-                       lambda w, x: (x @ w.T, x)),
-    'cast': Step((2, 2, 4), lambda w, x: (
-        x @ w.astype(jnp.bfloat16).astype(x.dtype).reshape(4, 4)),
-        lambda w, x: (x @ _bf16(w).reshape(4, 4), x)),
-    'heads': Step((2, 2, 4), lambda w, x: jnp.einsum(
-        'ndh,hde->ne', x.reshape(-1, 2, 2), w), _heads),
-    'heads_left': Step((2, 2, 4), lambda w, x: jnp.einsum(
-        'hde,ndh->ne', w, x.reshape(-1, 2, 2)), _heads),
-    'conv': Step((3, 4, 4), lambda w, x: lax.conv_general_dilated(
-        x[None], w, (1,), 'SAME', dimension_numbers=('NWC', 'WIO', 'NWC'))[0],
-        lambda w, x: (_conv_rows(x) @ w.reshape(12, 4), _conv_rows(x))),
-    'experts': Step((2, 2, 2), lambda w, x: jnp.einsum(
-        'neb,ebm->nem', x.reshape(-1, 2, 2), w).reshape(-1, 4), _experts),
-    'sliced': Step((2, 4, 4), lambda w, x: x @ w[0] + jnp.cos(x) @ w[1],
-                   _sliced),
-    'split': Step((4, 8), lambda w, x: sum(
-        f(x) @ v for f, v in zip((lambda v: v, jnp.cos), jnp.split(w, 2, 1))),
-        lambda w, x: _sliced(np.stack(np.split(w, 2, 1)), x)),
+  'dot': Step((4, 4), lambda w, x: x @ w, lambda w, x: (x @ w, x)),
+  'transposed': Step(
+    (4, 4), lambda w, x: (w @ x.T).T, lambda w, x: (x @ w.T, x)
+  ),
+  'cast': Step(
+    (2, 2, 4),
+    lambda w, x: x @ w.astype(jnp.bfloat16).astype(x.dtype).reshape(4, 4),
+    lambda w, x: (x @ _bf16(w).reshape(4, 4), x),
+  ),
+  'heads': Step(
+    (2, 2, 4),
+    lambda w, x: jnp.einsum('ndh,hde->ne', x.reshape(-1, 2, 2), w),
+    _heads,
+  ),
+  'heads_left': Step(
+    (2, 2, 4),
+    lambda w, x: jnp.einsum('hde,ndh->ne', w, x.reshape(-1, 2, 2)),
+    _heads,
+  ),
+  'conv': Step(
+    (3, 4, 4),
+    lambda w, x: lax.conv_general_dilated(
+      x[None], w, (1,), 'SAME', dimension_numbers=('NWC', 'WIO', 'NWC')
+    )[0],
+    lambda w, x: (_conv_rows(x) @ w.reshape(12, 4), _conv_rows(x)),
+  ),
+  'experts': Step(
+    (2, 2, 2),
+    lambda w, x: jnp.einsum('neb,ebm->nem', x.reshape(-1, 2, 2), w).reshape(
+      -1, 4
+    ),
+    _experts,
+  ),
+  'sliced': Step((2, 4, 4), lambda w, x: x @ w[0] + jnp.cos(x) @ w[1], _sliced),
+  'split': Step(
+    (4, 8),
+    lambda w, x: sum(
+      f(x) @ v for f, v in zip((lambda v: v, jnp.cos), jnp.split(w, 2, 1))
+    ),
+    lambda w, x: _sliced(np.stack(np.split(w, 2, 1)), x),
+  ),
 }
 
 
@@ -86,17 +107,24 @@ def _chain(f):
 
 
 def _scan(reverse, unroll, inner=lambda f: f):
-  return lambda f: lambda w, x: lax.scan(
-      lambda x, w: (inner(_chain(f))(w, x), None), x, w, reverse=reverse,
-      unroll=unroll)[0]
+  return lambda f: (
+    lambda w, x: lax.scan(
+      lambda x, w: (inner(_chain(f))(w, x), None),
+      x,
+      w,
+      reverse=reverse,
+      unroll=unroll,
+    )[0]
+  )
 
 
 def _while(f):
   def run(w, x):
     stop = jnp.argmax(jnp.zeros(2)) + 2
     return lax.while_loop(
-        lambda s: s[0] < stop, lambda s: (s[0] + 1, _chain(f)(w, s[1])),
-        (0, x))[1]
+      lambda s: s[0] < stop, lambda s: (s[0] + 1, _chain(f)(w, s[1])), (0, x)
+    )[1]
+
   return run
 
 
@@ -107,8 +135,7 @@ def _rule(f):
 
 
 def _indexed(f):
-  return lambda w, x: lax.fori_loop(
-      0, 2, lambda i, x: _chain(f)(w[i], x), x)
+  return lambda w, x: lax.fori_loop(0, 2, lambda i, x: _chain(f)(w[i], x), x)
 
 
 def _nested(f):
@@ -118,28 +145,42 @@ def _nested(f):
 
 
 WRAPS = {
-    'plain': (False, _chain, [0]),
-    'jit': (False, lambda f: jax.jit(_chain(f)), [0]),
-    'remat': (False, lambda f: jax.checkpoint(_chain(f)), [0]),
-    'custom_vjp': (False, _rule, [0]),
-    'cond': (False, lambda f: lambda w, x: lax.cond(
-        x[0, 0] < 99, _chain(f), lambda w, x: f(w, x + 1), w, x), [0]),
-    'switch': (False, lambda f: lambda w, x: lax.switch(
-        1, [f, _chain(f)], w, x), [0]),
-    'tied': (False, lambda f: lambda w, x: lax.fori_loop(
-        0, 2, lambda _, x: _chain(f)(w, x), x), [0, 0]),
-    'while': (False, _while, [0, 0]),
-    'scan': (True, _scan(False, 1), [0, 1]),
-    'reversed': (True, _scan(True, 1), [1, 0]),
-    'unrolled': (True, _scan(False, 2), [0, 1]),
-    'scan_remat': (True, _scan(False, 1, jax.checkpoint), [0, 1]),
-    'nested': (True, _nested, [0, 0, 1, 1]),
-    'indexed': (True, _indexed, [0, 1]),
+  'plain': (False, _chain, [0]),
+  'jit': (False, lambda f: jax.jit(_chain(f)), [0]),
+  'remat': (False, lambda f: jax.checkpoint(_chain(f)), [0]),
+  'custom_vjp': (False, _rule, [0]),
+  'cond': (
+    False,
+    lambda f: (
+      lambda w, x: lax.cond(
+        x[0, 0] < 99, _chain(f), lambda w, x: f(w, x + 1), w, x
+      )
+    ),
+    [0],
+  ),
+  'switch': (
+    False,
+    lambda f: lambda w, x: lax.switch(1, [f, _chain(f)], w, x),
+    [0],
+  ),
+  'tied': (
+    False,
+    lambda f: lambda w, x: lax.fori_loop(0, 2, lambda _, x: _chain(f)(w, x), x),
+    [0, 0],
+  ),
+  'while': (False, _while, [0, 0]),
+  'scan': (True, _scan(False, 1), [0, 1]),
+  'reversed': (True, _scan(True, 1), [1, 0]),
+  'unrolled': (True, _scan(False, 2), [0, 1]),
+  'scan_remat': (True, _scan(False, 1, jax.checkpoint), [0, 1]),
+  'nested': (True, _nested, [0, 0, 1, 1]),
+  'indexed': (True, _indexed, [0, 1]),
 }
 
 PIECES = st.tuples(
-    st.sampled_from(sorted(STEPS)), st.sampled_from(sorted(WRAPS)),
-    st.integers(0, 3),  # which of the kernels of that kind: they are shared
+  st.sampled_from(sorted(STEPS)),
+  st.sampled_from(sorted(WRAPS)),
+  st.integers(0, 3),  # which of the kernels of that kind: they are shared
 )
 
 
@@ -181,10 +222,10 @@ def reference(program, params, x):
       rows.setdefault(name, {}).setdefault(layer, []).append(read)
       x = np.sin(y)
   return x, {
-      name: np.stack([
-          np.concatenate(by_layer[i], -2) for i in sorted(by_layer)
-      ]) if '_stack_' in name else np.concatenate(by_layer[0], -2)
-      for name, by_layer in rows.items()
+    name: np.stack([np.concatenate(by_layer[i], -2) for i in sorted(by_layer)])
+    if '_stack_' in name
+    else np.concatenate(by_layer[0], -2)
+    for name, by_layer in rows.items()
   }
 
 
@@ -192,8 +233,12 @@ EXAMPLES = int(os.environ.get('UTILIZED_RANK_EXAMPLES', '500'))
 
 
 @settings(
-    max_examples=EXAMPLES, deadline=None, database=None, derandomize=True,
-    suppress_health_check=list(HealthCheck))
+  max_examples=EXAMPLES,
+  deadline=None,
+  database=None,
+  derandomize=True,
+  suppress_health_check=list(HealthCheck),
+)
 @given(st.lists(PIECES, min_size=1, max_size=4), st.integers(0, 2**16))
 def test_moments_of_random_programs(program, seed):
   params, x = draw(program, seed)
@@ -210,5 +255,5 @@ def test_moments_of_random_programs(program, seed):
     sums = moments[name].sums
     np.testing.assert_allclose(sums.total, r.sum(-2), rtol=1e-7, atol=1e-8)
     np.testing.assert_allclose(
-        sums.second, np.einsum('...nd,...ne->...de', r, r), rtol=1e-7,
-        atol=1e-8)
+      sums.second, np.einsum('...nd,...ne->...de', r, r), rtol=1e-7, atol=1e-8
+    )

@@ -13,32 +13,46 @@ ROOT = pathlib.Path(utilized_rank.__file__).parent
 
 # Lower rows may be imported by higher ones, not the other way round.
 LAYERS = [
-    'compat progress layout paths depth look svg',
-    'tracing numerics tables',
-    'values sharded interpret control products',
-    'moments subspace',
-    'sites lowrank stack',
-    'capture kernels allocation',
-    'checkpoint methods plots gradients',
-    'ranks',
-    'collect factorize search',
-    'page report',
-    'compress',
+  'compat progress layout paths depth look svg',
+  'tracing numerics tables factors',
+  'product',
+  'contraction convolution',
+  'values sharded interpret control products',
+  'moments subspace',
+  'sites lowrank layers dense',
+  'collector',
+  'capture kernels allocation',
+  'checkpoint methods plots gradients',
+  'ranks',
+  'collect factorize search',
+  'page report',
+  'compress',
 ]
 # They need flax, optax, TFDS or absl, and are imported by name.
-OUTER = set(
-    'augment data digits evaluate losses models options pipeline resume '
-    'tfrecord train workdir'.split()
-)
+OUTER = {
+  'augment',
+  'data',
+  'digits',
+  'evaluate',
+  'losses',
+  'models',
+  'options',
+  'pipeline',
+  'resume',
+  'tfrecord',
+  'train',
+  'workdir',
+}
 
 
 def imports_of(path):
   """(module, whether it is imported when the file is)."""
   tree = ast.parse(path.read_text())
   lazy = {
-      id(node) for f in ast.walk(tree)
-      if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
-      for node in ast.walk(f)
+    id(node)
+    for f in ast.walk(tree)
+    if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
+    for node in ast.walk(f)
   }
   for guard in ast.walk(tree):
     if isinstance(guard, ast.If) and 'TYPE_CHECKING' in ast.dump(guard.test):
@@ -100,26 +114,28 @@ def test_jax_internals_are_touched_in_one_file():
 @pytest.mark.parametrize('module', ['utilized_rank', 'utilized_rank.pipeline'])
 def test_importing_loads_no_tensorflow(module):
   code = (
-      f'import sys, {module}; '
-      "print([m for m in ('tensorflow', 'torch') if m in sys.modules])"
+    f'import sys, {module}; '
+    "print([m for m in ('tensorflow', 'torch') if m in sys.modules])"
   )
   out = subprocess.run(
-      [sys.executable, '-W', 'ignore', '-c', code], capture_output=True,
-      text=True, check=True,
+    [sys.executable, '-W', 'ignore', '-c', code],
+    capture_output=True,
+    text=True,
+    check=True,
   )
   assert out.stdout.strip() == '[]'
 
 
 def test_importing_loads_no_more_than_jax_and_numpy():
   code = (
-      'import jax, jax.numpy, jax.sharding, jax.extend.core, sys\n'
-      'import jax.extend.source_info_util\n'
-      'before = set(sys.modules)\n'
-      'import utilized_rank\n'
-      "tops = {m.split('.')[0] for m in set(sys.modules) - before}\n"
-      'print(sorted(tops - set(sys.stdlib_module_names)))'
+    'import jax, jax.numpy, jax.sharding, jax.extend.core, sys\n'
+    'import jax.extend.source_info_util\n'
+    'before = set(sys.modules)\n'
+    'import utilized_rank\n'
+    "tops = {m.split('.')[0] for m in set(sys.modules) - before}\n"
+    'print(sorted(tops - set(sys.stdlib_module_names)))'
   )
   out = subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
   )
   assert out.stdout.strip() == "['utilized_rank']"

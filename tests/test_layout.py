@@ -1,11 +1,15 @@
 """Views and layouts against numpy arrays of labels."""
 
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from utilized_rank.layout import Layout, View, common_atoms, pieces_of
+from utilized_rank.layout import Layout
+from utilized_rank.layout import View
+from utilized_rank.layout import common_atoms
+from utilized_rank.layout import pieces_of
 
 
 def atom_of_each_axis(view, array):
@@ -85,20 +89,26 @@ def test_matrices_round_trip(data):
   matrices = layout.to_matrices(leaf)
   assert matrices.shape == layout.group_shape + layout.matrix_shape
   np.testing.assert_array_equal(layout.from_matrices(matrices), leaf)
-  fine = layout.refine([f for s in shape for f in ((2, s // 2) if s % 2 == 0
-                                                    else (s,))])
+  fine = layout.refine(
+    [f for s in shape for f in ((2, s // 2) if s % 2 == 0 else (s,))]
+  )
   np.testing.assert_array_equal(
-      fine.to_matrices(leaf).reshape(matrices.shape), matrices)
+    fine.to_matrices(leaf).reshape(matrices.shape), matrices
+  )
   np.testing.assert_array_equal(
-      fine.coarsen().to_matrices(leaf).reshape(matrices.shape), matrices)
+    fine.coarsen().to_matrices(leaf).reshape(matrices.shape), matrices
+  )
 
 
-@pytest.mark.parametrize('shape, sizes', [
+@pytest.mark.parametrize(
+  'shape, sizes',
+  [
     ((4, 6), (8, 3)),  # 8 holds part of the 6
     ((6,), (4, 2)),
     ((2, 3), (7,)),
     ((2, 3), (2, 3, 2)),
-])
+  ],
+)
 def test_reshapes_that_cut_an_axis_unevenly(shape, sizes):
   moved = View.of_leaf('w', shape, np.float32).reshape(sizes)
   assert moved is None or sizes == (8, 3)  # 4 x 6 is cut into 4 x (2 x 3)

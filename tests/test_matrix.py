@@ -50,8 +50,10 @@ WRAPPERS: dict[str, Wrapper] = {}
 def wrapper(copies=1, stacks=False, lead=None):
   def register(fn):
     WRAPPERS[fn.__name__] = Wrapper(
-        fn, copies, stacks, lead or (() if copies == 1 else (copies,)))
+      fn, copies, stacks, lead or (() if copies == 1 else (copies,))
+    )
     return fn
+
   return register
 
 
@@ -73,32 +75,35 @@ def remat(f):
 @wrapper()
 def remat_policy(f):
   return jax.checkpoint(
-      f, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
+    f, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False
+  )
 
 
 @wrapper(3, stacks=True)
 def scan_stacked(f):
-  return lambda p, x: lax.scan(
-      lambda c, px: (c + 1, f(*px)), 0, (p, x))[1]
+  return lambda p, x: lax.scan(lambda c, px: (c + 1, f(*px)), 0, (p, x))[1]
 
 
 @wrapper(3, stacks=True)
 def scan_reversed_unrolled(f):
   return lambda p, x: lax.scan(
-      lambda c, px: (c + 1, f(*px)), 0, (p, x), reverse=True, unroll=2)[1]
+    lambda c, px: (c + 1, f(*px)), 0, (p, x), reverse=True, unroll=2
+  )[1]
 
 
 @wrapper(2, stacks=True)
 def scan_remat(f):
   return lambda p, x: lax.scan(
-      lambda c, px: (c + 1, jax.checkpoint(f)(*px)), 0, (p, x))[1]
+    lambda c, px: (c + 1, jax.checkpoint(f)(*px)), 0, (p, x)
+  )[1]
 
 
 @wrapper(4, stacks=True, lead=(2, 2))
 def scan_nested(f):
   inner = lambda c, px: (c + 1, f(*px))
-  return lambda p, x: lax.scan(
-      lambda c, px: lax.scan(inner, c, px), 0, (p, x))[1]
+  return lambda p, x: lax.scan(lambda c, px: lax.scan(inner, c, px), 0, (p, x))[
+    1
+  ]
 
 
 @wrapper(2)
@@ -113,8 +118,8 @@ def scan_carried(f):
 
 def room(copies, f, *args):
   return jax.tree.map(
-      lambda s: jnp.zeros((copies, *s.shape), s.dtype),
-      jax.eval_shape(f, *args))
+    lambda s: jnp.zeros((copies, *s.shape), s.dtype), jax.eval_shape(f, *args)
+  )
 
 
 def put(tree, i, new):
@@ -130,6 +135,7 @@ def fori_loop(f):
   def run(p, x):
     body = lambda i, y: put(y, i, f(p, at(x, i)))
     return lax.fori_loop(0, 2, body, room(2, f, p, at(x, 0)))
+
   return run
 
 
@@ -139,6 +145,7 @@ def fori_loop_indexed(f):
     p, x = jax.tree.map(jnp.asarray, (p, x))
     body = lambda i, y: put(y, i, f(at(p, i), at(x, i)))
     return lax.fori_loop(0, 2, body, room(2, f, at(p, 0), at(x, 0)))
+
   return run
 
 
@@ -148,9 +155,12 @@ def while_loop(f):
     def body(state):
       i, y = state
       return i + 1, put(y, i, f(p, at(x, i)))
+
     stop = jnp.argmax(jnp.ones(3)) + 2  # not known when tracing
     return lax.while_loop(
-        lambda s: s[0] < stop, body, (0, room(2, f, p, at(x, 0))))[1]
+      lambda s: s[0] < stop, body, (0, room(2, f, p, at(x, 0)))
+    )[1]
+
   return run
 
 
@@ -159,9 +169,11 @@ def cond(f):
   def run(p, x):
     score = jnp.max(x['matmul'])
     zero = lambda p, x: jax.tree.map(
-        jnp.zeros_like, f(p, jax.tree.map(lambda v: v - v, x)))
+      jnp.zeros_like, f(p, jax.tree.map(lambda v: v - v, x))
+    )
     taken = lax.cond(score > -9, f, zero, p, x)
     return lax.cond(score < -9, f, lambda p, x: taken, p, x)
+
   return run
 
 
@@ -171,6 +183,7 @@ def switch(f):
     index = jnp.argmax(x['matmul']) * 0 + 1
     twice = lambda p, x: jax.tree.map(lambda y: y * 2, f(p, x))
     return lax.switch(index, [twice, f, twice], p, x)
+
   return run
 
 
@@ -210,21 +223,21 @@ def mesh():
 def shard_map(f):
   local = lambda p, x: more(f(p, at(x, 0)))
   return jax.shard_map(
-      local, mesh=mesh(), in_specs=(P(), P('d')), out_specs=P('d'))
+    local, mesh=mesh(), in_specs=(P(), P('d')), out_specs=P('d')
+  )
 
 
 @wrapper(2, stacks=True)
 def shard_map_spread(f):
   local = lambda p, x: more(f(at(p, 0), at(x, 0)))
   return jax.shard_map(
-      local, mesh=mesh(), in_specs=(P('d'), P('d')), out_specs=P('d'))
+    local, mesh=mesh(), in_specs=(P('d'), P('d')), out_specs=P('d')
+  )
 
 
 def together(params, x):
   """Every form, so that a wrapper compiles once for all its cells."""
-  return {
-      name: form.fn(params[name], x[name]) for name, form in FORMS.items()
-  }
+  return {name: form.fn(params[name], x[name]) for name, form in FORMS.items()}
 
 
 def cell(form, wrap, seed):
@@ -233,19 +246,21 @@ def cell(form, wrap, seed):
   xs = [form.inputs(s) for s in copies]
   ps = [form.params(s) for s in (copies if wrap.stacks else [seed])]
   stack = lambda vs: jax.tree.map(
-      lambda *v: np.stack(v).reshape(*wrap.lead, *v[0].shape), *vs)
+    lambda *v: np.stack(v).reshape(*wrap.lead, *v[0].shape), *vs
+  )
   params = stack(ps) if wrap.stacks else ps[0]
   x = stack(xs) if wrap.copies > 1 else xs[0]
   rows = [
-      form.rows(p, x) for p, x in zip(
-          ps if wrap.stacks else ps * wrap.copies, xs, strict=True)
+    form.rows(p, x)
+    for p, x in zip(ps if wrap.stacks else ps * wrap.copies, xs, strict=True)
   ]
   expected = {}
   for path in rows[0]:
     each = [r[path] for r in rows]
     joined = (
-        np.stack(each).reshape(*wrap.lead, *each[0].shape)
-        if wrap.stacks else np.concatenate(each, -2)
+      np.stack(each).reshape(*wrap.lead, *each[0].shape)
+      if wrap.stacks
+      else np.concatenate(each, -2)
     )
     expected[path] = forms.moments_of(joined)
   return params, x, expected
@@ -264,10 +279,13 @@ def full_rank(params, table):
       u, s, b = np.linalg.svd(matrices, full_matrices=False)
       a = u * s[..., None, :]
     named[entry.path] = ur.LowRank(
-        np.float32(a).reshape(*layout.group_shape, *layout.input_shape, -1),
-        np.float32(b).reshape(
-            *layout.group_shape, b.shape[-2], *layout.output_shape),
-        None, layout)
+      np.float32(a).reshape(*layout.group_shape, *layout.input_shape, -1),
+      np.float32(b).reshape(
+        *layout.group_shape, b.shape[-2], *layout.output_shape
+      ),
+      None,
+      layout,
+    )
   return paths.unflatten(treedef, named)
 
 
@@ -283,8 +301,16 @@ def close(got, want, what):
 
 
 # What XLA makes of the others adds minutes and no walker's code.
-COMPILED = ('jit', 'scan_stacked', 'while_loop', 'cond', 'shard_map',
-            'shard_map_spread', 'vmap_ensemble', 'vmap_batch')
+COMPILED = (
+  'jit',
+  'scan_stacked',
+  'while_loop',
+  'cond',
+  'shard_map',
+  'shard_map_spread',
+  'vmap_ensemble',
+  'vmap_batch',
+)
 if os.environ.get('UTILIZED_RANK_COMPILE'):
   COMPILED = tuple(WRAPPERS)
 
@@ -294,25 +320,35 @@ def results(wrapper_name: str) -> dict[str, Any]:
   """What the cells of a wrapper compare, by form."""
   wrap = WRAPPERS[wrapper_name]
   cells = {
-      name: cell(form, wrap, forms.seed_of(name + wrapper_name))
-      for name, form in FORMS.items()
+    name: cell(form, wrap, forms.seed_of(name + wrapper_name))
+    for name, form in FORMS.items()
   }
   fn = wrap.wrap(together)
   params = {name: c[0] for name, c in cells.items()}
   xs = {name: c[1] for name, c in cells.items()}
-  run = jax.jit if wrapper_name in COMPILED else (
-      lambda fn: functools.partial(evaluate.call, fn))
+  run = (
+    jax.jit
+    if wrapper_name in COMPILED
+    else (lambda fn: functools.partial(evaluate.call, fn))
+  )
   want = run(fn)(params, xs)
   outputs, moments = run(ur.capture(fn))(params, xs)
   with warnings.catch_warnings():
-    warnings.filterwarnings('ignore', ".*gather")
+    warnings.filterwarnings('ignore', '.*gather')
     got = run(ur.low_rank(fn))(full_rank(params, moments.table), xs)
   return {
-      name: (c[2], want[name], outputs[name], {
-          path.removeprefix(name + '/'): moment
-          for path, moment in moments.items() if path.startswith(name + '/')
-      }, got[name])
-      for name, c in cells.items()
+    name: (
+      c[2],
+      want[name],
+      outputs[name],
+      {
+        path.removeprefix(name + '/'): moment
+        for path, moment in moments.items()
+        if path.startswith(name + '/')
+      },
+      got[name],
+    )
+    for name, c in cells.items()
   }
 
 

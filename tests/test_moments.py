@@ -24,7 +24,8 @@ def test_moments_are_a_pytree_of_sums():
   assert int(twice['w'].count) == 14
   np.testing.assert_allclose(twice['w'].second, m['w'].second, rtol=1e-6)
   np.testing.assert_allclose(
-      m['w'].covariance, np.cov(X.T, bias=True), rtol=1e-4, atol=1e-6)
+    m['w'].covariance, np.cov(X.T, bias=True), rtol=1e-4, atol=1e-6
+  )
 
 
 def test_no_rows_are_no_nan():
@@ -51,7 +52,8 @@ def test_merging_what_does_not_belong_together():
     ur.merge_moments(moments(), turned)
   merged = ur.merge_moments(moments(), moments(x=2 * X))
   np.testing.assert_allclose(
-      merged['w'].sums.second, 5 * X.T @ X, rtol=1e-5, atol=1e-5)
+    merged['w'].sums.second, 5 * X.T @ X, rtol=1e-5, atol=1e-5
+  )
 
 
 def test_gram_accumulates_in_float32():
@@ -69,7 +71,8 @@ def test_eigh():
   values, vectors = numerics.eigh(X.T @ X)
   assert (np.diff(values) <= 0).all()
   np.testing.assert_allclose(
-      vectors * values @ vectors.T, X.T @ X, rtol=1e-5, atol=1e-5)
+    vectors * values @ vectors.T, X.T @ X, rtol=1e-5, atol=1e-5
+  )
   one = np.ones((1, 4))
   assert (numerics.eigh(one.T @ one)[0][1:] == 0).all()
   with pytest.raises(FloatingPointError, match='NaN or infinite'):

@@ -21,18 +21,20 @@ def test_two_leaves_of_one_name():
 def test_the_first_rule_that_matches_wins():
   names = ['a/kernel', 'a/bias', 'head/kernel']
   rules = [('head/.*', False), ('.*/kernel', True)]
-  assert paths.select(names, rules) == dict(
-      zip(names, (True, False, False)))
+  assert paths.select(names, rules) == dict(zip(names, (True, False, False)))
 
 
-@pytest.mark.parametrize('rules, message', [
+@pytest.mark.parametrize(
+  'rules, message',
+  [
     ([('kernel', True)], "'kernel' matched no leaf"),
     ([('.*', True), ('a/.*', False)], "'a/.*' matched no leaf"),
     ([('(', True)], 'not a \\(regex, bool\\) pair'),
     ([('a',)], 'not a \\(regex, bool\\) pair'),
     ([None], 'not a \\(regex, bool\\) pair'),
     ([(np.ones(2), True)], 'not a \\(regex, bool\\) pair'),
-])
+  ],
+)
 def test_rules_that_mean_nothing(rules, message):
   with pytest.raises(ValueError, match=message):
     paths.select(['a/kernel', 'b/kernel'], rules)

@@ -17,7 +17,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def get_config(**overrides):
   spec = importlib.util.spec_from_file_location(
-      'digits_vit', ROOT / 'configs' / 'digits_vit.py')
+    'digits_vit', ROOT / 'configs' / 'digits_vit.py'
+  )
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   config = module.get_config('testing')
@@ -75,13 +76,18 @@ def test_the_report_has_what_it_promises(finished, config):
   report = json.loads((folder / 'report.json').read_text())
   assert report == json.loads(json.dumps(result))
   assert set(report['mean_layer_utilization']) == {
-      '0.9', '0.95', '0.99', '0.999'}
+    '0.9',
+    '0.95',
+    '0.99',
+    '0.999',
+  }
   assert all(0 < u <= 1 for u in report['mean_layer_utilization'].values())
   assert len(report['layers']) == 6 * config.model.depth
   for layer in report['layers']:
     assert layer['rank'] == min(layer['k_in'], layer['k_out'])
     assert layer['utilization'] == layer['rank'] / min(
-        layer['d_in'], layer['d_out'])
+      layer['d_in'], layer['d_out']
+    )
     assert layer['error_bound'] <= layer['error_projected'] + 1e-6
   assert report['dense']['params_fraction'] == 1.0
   fractions = [run['params_fraction'] for run in report['compressed']]
@@ -91,7 +97,8 @@ def test_the_report_has_what_it_promises(finished, config):
     kept = run['kernel_params'] / dense['kernel_params']
     assert kept <= run['params_fraction']
     assert run['params'] - run['kernel_params'] == (
-        dense['params'] - dense['kernel_params'])
+      dense['params'] - dense['kernel_params']
+    )
     assert run['flops'] < dense['flops']
     assert run['latency_ms'] > 0
     for name in ('test_accuracy', 'test_accuracy_before_finetune'):
@@ -111,7 +118,8 @@ def test_the_page_names_every_layer(finished):
 def test_only_the_evaluation_sees_the_test_split(finished):
   _, _, seen = finished
   assert {stage for stage, splits in seen.items() if 'test' in splits} == {
-      'evaluate'}
+    'evaluate'
+  }
   assert seen['collect'] == {'calibration'}
   assert 'calibration' not in seen['train'] | seen['finetune']
 
@@ -120,12 +128,13 @@ def test_a_second_start_does_nothing_again(finished, config, monkeypatch):
   folder, result, _ = finished
   for name in pipeline.STAGES:
     monkeypatch.setattr(
-        pipeline.Job, name, lambda self: pytest.fail('ran again'))
+      pipeline.Job, name, lambda self: pytest.fail('ran again')
+    )
   assert pipeline.run(config, folder) == json.loads(json.dumps(result))
 
 
 def test_a_run_goes_on_after_its_last_finished_stage(
-    finished, config, tmp_path
+  finished, config, tmp_path
 ):
   folder, result, _ = finished
   copy = tmp_path / 'copy'
@@ -135,8 +144,10 @@ def test_a_run_goes_on_after_its_last_finished_stage(
   shutil.rmtree(copy / 'train')  # not needed any more
   again = pipeline.run(config, copy)
   assert again['layers'] == result['layers']
-  assert (again['compressed'][0]['test_accuracy']
-          == result['compressed'][0]['test_accuracy'])
+  assert (
+    again['compressed'][0]['test_accuracy']
+    == result['compressed'][0]['test_accuracy']
+  )
 
 
 def test_a_workdir_of_another_config_is_refused(finished, digits):
@@ -146,16 +157,19 @@ def test_a_workdir_of_another_config_is_refused(finished, digits):
     pipeline.run(other, folder)
 
 
-@pytest.mark.parametrize('key, message', [
+@pytest.mark.parametrize(
+  'key, message',
+  [
     ('modle', "config has the unknown key 'modle'"),
     ('model.widht', "config.model has the unknown key 'widht'"),
     ('train.lr', "config.train has the unknown key 'lr'"),
     ('finetune.lr', "config.finetune has the unknown key 'lr'"),
     ('data.nmae', "config.data has the unknown key 'nmae'"),
     ('compress.energys', "config.compress has the unknown key 'energys'"),
-])
+  ],
+)
 def test_unknown_config_keys_are_named_and_nothing_is_written(
-    tmp_path, key, message
+  tmp_path, key, message
 ):
   config = get_config().to_dict()
   section = config
@@ -175,8 +189,8 @@ def test_missing_sections_and_bad_values_are_named(tmp_path):
   with pytest.raises(ValueError, match="lacks the key 'finetune'"):
     pipeline.run(config, tmp_path / 'run')
   for key, value, message in [
-      ('compress.fractions', (0.5, 1.5), r'shares in \(0, 1\)'),
-      ('compress.allocation', 'best', "allocation='best'"),
+    ('compress.fractions', (0.5, 1.5), r'shares in \(0, 1\)'),
+    ('compress.allocation', 'best', "allocation='best'"),
   ]:
     config = get_config()
     config.update_from_flattened_dict({key: value})
@@ -185,20 +199,34 @@ def test_missing_sections_and_bad_values_are_named(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('argument, message', [
-    ('--config.train.stepz=3',
-     "the config has no key 'stepz', given as ['--config.train.stepz=3']"),
+@pytest.mark.parametrize(
+  'argument, message',
+  [
+    (
+      '--config.train.stepz=3',
+      "the config has no key 'stepz', given as ['--config.train.stepz=3']",
+    ),
     ('--config.compress.fractions=(2.0,)', 'error: config.compress.fractions'),
     ('--config.data.name=no_such_set', 'error: '),
-])
+  ],
+)
 def test_the_launcher_says_what_is_wrong_in_one_line(
-    tmp_path, argument, message
+  tmp_path, argument, message
 ):
   done = subprocess.run(
-      [sys.executable, '-W', 'ignore', '-m', 'launch.main',
-       '--config=configs/digits_vit.py:testing',
-       f'--workdir={tmp_path / "run"}', argument],
-      cwd=ROOT, capture_output=True, text=True,
+    [
+      sys.executable,
+      '-W',
+      'ignore',
+      '-m',
+      'launch.main',
+      '--config=configs/digits_vit.py:testing',
+      f'--workdir={tmp_path / "run"}',
+      argument,
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
   )
   assert done.returncode
   assert message in done.stderr

@@ -11,9 +11,9 @@ import utilized_rank as ur
 def measured():
   rng = np.random.default_rng(0)
   params = {
-      'wide': jnp.asarray(rng.normal(size=(10, 40)), jnp.float32),
-      'tall': jnp.asarray(rng.normal(size=(40, 10)), jnp.float32),
-      'stack': jnp.asarray(rng.normal(size=(3, 10, 10)), jnp.float32),
+    'wide': jnp.asarray(rng.normal(size=(10, 40)), jnp.float32),
+    'tall': jnp.asarray(rng.normal(size=(40, 10)), jnp.float32),
+    'stack': jnp.asarray(rng.normal(size=(3, 10, 10)), jnp.float32),
   }
 
   def fn(p, x):
@@ -73,10 +73,10 @@ def test_energies_outside_their_range_are_refused(measured, energy):
 def test_ranks_that_no_kernel_can_have_are_refused(measured):
   params, moments = measured
   for ranks, message in [
-      ({'wide': 11}, 'from 1 to 10'),
-      ({'wide': 0}, 'from 1 to 10'),
-      ({'wide': 2.5}, 'from 1 to 10'),
-      ({'wyde': 2}, "'wyde'; did you mean ['wide']"),
+    ({'wide': 11}, 'from 1 to 10'),
+    ({'wide': 0}, 'from 1 to 10'),
+    ({'wide': 2.5}, 'from 1 to 10'),
+    ({'wyde': 2}, "'wyde'; did you mean ['wide']"),
   ]:
     with pytest.raises(ValueError) as error:
       ur.factorize(params, moments, ranks)

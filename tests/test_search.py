@@ -19,8 +19,8 @@ def model(params, x):
 def problem():
   rng = np.random.default_rng(0)
   params = {
-      name: jnp.asarray(rng.normal(size=(24, 24)) / 4, jnp.float32)
-      for name in 'abc'
+    name: jnp.asarray(rng.normal(size=(24, 24)) / 4, jnp.float32)
+    for name in 'abc'
   }
   scale = 0.7 ** np.arange(24)
   x = jnp.asarray(rng.normal(size=(300, 24)) * scale, jnp.float32)
@@ -59,7 +59,9 @@ def test_each_kernel_gets_the_lowest_energy_within_the_tolerance(problem):
     lower = energies[0] - 3e-3
     fewer = ur.measure(params, moments, energy=lower)[path]
     if energies[0] > 0.8 and (fewer.k_in, fewer.k_out) != (
-        layer.k_in, layer.k_out):
+      layer.k_in,
+      layer.k_out,
+    ):
       less = ur.project(params, moments, energy={path: lower})
       assert float(evaluate(less)) < 1 - tolerance
 
@@ -112,11 +114,13 @@ def test_an_interrupted_search_gives_the_same_result(problem, tmp_path):
     return evaluate(p)
 
   with pytest.raises(KeyboardInterrupt):
-    ur.search_ranks(stops, params, moments, tolerance=1e-2, checkpoint=file,
-                    progress=False)
+    ur.search_ranks(
+      stops, params, moments, tolerance=1e-2, checkpoint=file, progress=False
+    )
   done = len(calls) - 1
-  again = ur.search_ranks(stops, params, moments, tolerance=1e-2,
-                          checkpoint=file, progress=False)
+  again = ur.search_ranks(
+    stops, params, moments, tolerance=1e-2, checkpoint=file, progress=False
+  )
   want = search(problem, tolerance=1e-2)
   assert again == want
   assert again.trials == want.trials
@@ -131,8 +135,12 @@ def test_an_interrupted_search_gives_the_same_result(problem, tmp_path):
 
 
 def test_bad_arguments_are_named(problem):
-  for kwargs in ({'energy_range': (0.9, 0.8)}, {'steps': 1},
-                 {'tolerance': -1.0}, {'energy_range': (0.5, 1.5)}):
+  for kwargs in (
+    {'energy_range': (0.9, 0.8)},
+    {'steps': 1},
+    {'tolerance': -1.0},
+    {'energy_range': (0.5, 1.5)},
+  ):
     with pytest.raises(ValueError, match='energy'):
       search(problem, **kwargs)
   params, moments, _, _ = problem

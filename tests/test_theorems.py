@@ -32,12 +32,18 @@ def test_spectra_and_ranks_equal_the_reference(shape):
     layer = ur.measure(params, moments, energy=energy)['kernel']
     # Sums are float32: each eigenvalue is off by up to 1e-7 of the trace.
     np.testing.assert_allclose(
-        layer.spectrum_in, np.linalg.eigvalsh(s)[::-1], rtol=1e-4,
-        atol=2e-7 * np.trace(s))
+      layer.spectrum_in,
+      np.linalg.eigvalsh(s)[::-1],
+      rtol=1e-4,
+      atol=2e-7 * np.trace(s),
+    )
     lead = min(shape)
     np.testing.assert_allclose(
-        layer.spectrum_out[:lead], np.linalg.eigvalsh(t)[::-1][:lead],
-        rtol=1e-4, atol=2e-7 * np.trace(t))
+      layer.spectrum_out[:lead],
+      np.linalg.eigvalsh(t)[::-1][:lead],
+      rtol=1e-4,
+      atol=2e-7 * np.trace(t),
+    )
     assert layer.k_in == references.rank_at(s, energy)
     assert layer.k_out == references.rank_at(t, energy)
     assert layer.rank == min(layer.k_in, layer.k_out)
@@ -50,9 +56,12 @@ def test_centered_spectra_equal_the_covariance(shape):
   covariance = np.cov(x.T, bias=True)
   layer = ur.measure(params, moments, energy=0.9, centered=True)['kernel']
   np.testing.assert_allclose(
-      layer.spectrum_in, np.linalg.eigvalsh(covariance)[::-1],
-      # S - mu mu^T cancels: float32 sums of S leave 1e-7 of its trace.
-      rtol=1e-4, atol=3e-7 * np.sum(x**2) / len(x))
+    layer.spectrum_in,
+    np.linalg.eigvalsh(covariance)[::-1],
+    # S - mu mu^T cancels: float32 sums of S leave 1e-7 of its trace.
+    rtol=1e-4,
+    atol=3e-7 * np.sum(x**2) / len(x),
+  )
   assert layer.k_in == references.rank_at(covariance, 0.9)
   assert layer.k_out == references.rank_at(w.T @ covariance @ w, 0.9)
 
@@ -67,14 +76,18 @@ def test_discarded_eigenvalues_are_the_measured_error(shape, compensate):
   y = x @ w
   for rank in range(1, min(shape) + 1):
     small = ur.factorize(
-        params, moments, {'kernel': rank}, compensate_mean=compensate)
-    a, b = (np.asarray(f, np.float64)
-            for f in (small['kernel'].a, small['kernel'].b))
+      params, moments, {'kernel': rank}, compensate_mean=compensate
+    )
+    a, b = (
+      np.asarray(f, np.float64) for f in (small['kernel'].a, small['kernel'].b)
+    )
     error = references.squared_error(
-        x, w, a @ b, np.asarray(small['bias'], np.float64))
+      x, w, a @ b, np.asarray(small['bias'], np.float64)
+    )
     # Factors are float32: their rounding alone is 1e-14 of the output energy.
     np.testing.assert_allclose(
-        error, spectrum[rank:].sum(), rtol=1e-3, atol=1e-12 * np.sum(y**2))
+      error, spectrum[rank:].sum(), rtol=1e-3, atol=1e-12 * np.sum(y**2)
+    )
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -88,14 +101,14 @@ def test_no_factorization_beats_the_bound_at_its_rank(shape):
     bound = max(spectrum[rank:].sum(), 0) * (1 - 1e-6)
     for method in ('weight', 'utilized'):
       small = ur.factorize(
-          params, moments, {'kernel': rank}, method=method,
-          compensate_mean=False)
+        params, moments, {'kernel': rank}, method=method, compensate_mean=False
+      )
       error = references.squared_error(
-          x, w, np.asarray(small['kernel'].dense(), np.float64))
+        x, w, np.asarray(small['kernel'].dense(), np.float64)
+      )
       assert error >= bound, (method, rank)
     random = rng.normal(size=(shape[1], rank))
-    best = np.linalg.lstsq(
-        x @ w @ random, x @ w, rcond=None)[0]
+    best = np.linalg.lstsq(x @ w @ random, x @ w, rcond=None)[0]
     assert references.squared_error(x, w, w @ random @ best) >= bound
 
 
@@ -109,17 +122,21 @@ def test_projection_is_the_paper_s_and_its_errors_are_reported(shape):
     layer = ur.measure(params, moments, energy=share)['kernel']
     projected = ur.project(params, moments, energy=share)['kernel']
     expected = (
-        references.projector(s, layer.k_in) @ w
-        @ references.projector(t, layer.k_out))
+      references.projector(s, layer.k_in)
+      @ w
+      @ references.projector(t, layer.k_out)
+    )
     np.testing.assert_allclose(projected, expected, atol=1e-5)
     error = references.squared_error(x, w, np.asarray(projected, np.float64))
-    np.testing.assert_allclose(layer.error_projected, error / energy,
-                               rtol=1e-3)
+    np.testing.assert_allclose(layer.error_projected, error / energy, rtol=1e-3)
     assert layer.error_bound <= layer.error_projected * (1 + 1e-6)
     rank = layer.rank
     np.testing.assert_allclose(
-        layer.error_bound, np.linalg.eigvalsh(t)[::-1][rank:].sum() / energy,
-        rtol=1e-3, atol=1e-9)
+      layer.error_bound,
+      np.linalg.eigvalsh(t)[::-1][rank:].sum() / energy,
+      rtol=1e-3,
+      atol=1e-9,
+    )
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -127,14 +144,18 @@ def test_utilized_factors_are_the_projection_at_the_utilized_rank(shape):
   _, params, moments, _, _ = problem(shape)
   layer = ur.measure(params, moments, energy=0.97)['kernel']
   small = ur.factorize(
-      params, moments, {'kernel': layer.rank}, method='utilized',
-      compensate_mean=False)
+    params,
+    moments,
+    {'kernel': layer.rank},
+    method='utilized',
+    compensate_mean=False,
+  )
   # At the highest shared energy whose utilized rank is the rank asked for.
   highest = max(
-      subspace.energy(layer.spectrum_in)[layer.rank - 1],
-      subspace.energy(layer.spectrum_out)[layer.rank - 1])
-  projected = ur.project(
-      params, moments, energy=highest * (1 - 1e-9))['kernel']
+    subspace.energy(layer.spectrum_in)[layer.rank - 1],
+    subspace.energy(layer.spectrum_out)[layer.rank - 1],
+  )
+  projected = ur.project(params, moments, energy=highest * (1 - 1e-9))['kernel']
   np.testing.assert_allclose(small['kernel'].dense(), projected, atol=1e-5)
 
 
@@ -157,11 +178,20 @@ def test_mean_compensation_never_raises_the_error(shape, method):
     errors = []
     for compensate in (False, True):
       small = ur.factorize(
-          params, moments, {'kernel': rank}, method=method,
-          compensate_mean=compensate)
-      errors.append(references.squared_error(
-          x, w, np.asarray(small['kernel'].dense(), np.float64),
-          np.asarray(small['bias'], np.float64)))
+        params,
+        moments,
+        {'kernel': rank},
+        method=method,
+        compensate_mean=compensate,
+      )
+      errors.append(
+        references.squared_error(
+          x,
+          w,
+          np.asarray(small['kernel'].dense(), np.float64),
+          np.asarray(small['bias'], np.float64),
+        )
+      )
     assert errors[1] <= errors[0] * (1 + 1e-6) + 1e-10, (rank, errors)
 
 
@@ -171,8 +201,10 @@ def test_shared_energy_projection_per_path_and_per_side():
   t = w.T @ s @ w
   pair = ur.project(params, moments, energy={'kernel': (0.9, 0.99)})
   expected = (
-      references.projector(s, references.rank_at(s, 0.9)) @ w
-      @ references.projector(t, references.rank_at(t, 0.99)))
+    references.projector(s, references.rank_at(s, 0.9))
+    @ w
+    @ references.projector(t, references.rank_at(t, 0.99))
+  )
   np.testing.assert_allclose(pair['kernel'], expected, atol=1e-5)
   same = ur.project(params, moments, energy={})
   np.testing.assert_array_equal(same['kernel'], params['kernel'])
@@ -182,11 +214,14 @@ def test_data_aware_beats_blind_on_outputs_and_loses_on_weights():
   _, params, moments, x, w = problem((16, 16), decay=0.6)
   errors = {}
   for method in ('weight', 'output'):
-    small = ur.factorize(params, moments, {'kernel': 4}, method=method,
-                         compensate_mean=False)
+    small = ur.factorize(
+      params, moments, {'kernel': 4}, method=method, compensate_mean=False
+    )
     dense = np.asarray(small['kernel'].dense(), np.float64)
     errors[method] = (
-        references.squared_error(x, w, dense), np.linalg.norm(w - dense))
+      references.squared_error(x, w, dense),
+      np.linalg.norm(w - dense),
+    )
   assert errors['output'][0] < 0.5 * errors['weight'][0]
   assert errors['weight'][1] < errors['output'][1]
 
@@ -208,7 +243,8 @@ def test_rank_deficient_data_fall_back_on_the_weights():
     part = ur.factorize(params, moments, {'w': 5})
     assert np.all(np.isfinite(part['w'].dense()))
     np.testing.assert_allclose(
-        x @ np.asarray(part['w'].dense()), x @ w, atol=1e-4)
+      x @ np.asarray(part['w'].dense()), x @ w, atol=1e-4
+    )
 
 
 def test_a_layer_without_data_is_unused_and_still_factorizes():
@@ -230,8 +266,7 @@ def test_factors_have_equal_scale(method):
   small = ur.factorize(params, moments, {'kernel': 5}, method=method)
   a, b = np.asarray(small['kernel'].a), np.asarray(small['kernel'].b)
   np.testing.assert_allclose(a.T @ a, b @ b.T, atol=1e-5)
-  np.testing.assert_allclose(
-      a.T @ a, np.diag(np.diagonal(a.T @ a)), atol=1e-5)
+  np.testing.assert_allclose(a.T @ a, np.diag(np.diagonal(a.T @ a)), atol=1e-5)
 
 
 def with_gradients(shape, seed=0, n=600):
@@ -241,8 +276,12 @@ def with_gradients(shape, seed=0, n=600):
   batch = {'x': jnp.asarray(x, jnp.float32), 'g': jnp.asarray(g)}
   # A loss that is linear in the outputs has the gradient g, given.
   moments = ur.collect(
-      lambda p, b: fn(p, b['x']), params, [batch], progress=False,
-      loss=lambda out, b: jnp.sum(out * b['g'], axis=1))
+    lambda p, b: fn(p, b['x']),
+    params,
+    [batch],
+    progress=False,
+    loss=lambda out, b: jnp.sum(out * b['g'], axis=1),
+  )
   return fn, params, moments, x, w, g.astype(np.float64)
 
 
@@ -265,10 +304,19 @@ def test_the_loss_method_is_the_weighted_optimum(shape):
     best = np.linalg.solve(left, (u[:, :rank] * sigma[:rank]) @ v[:rank])
     best = best @ np.linalg.inv(right)
     found = {
-        method: damage(np.asarray(
-            ur.factorize(params, moments, {'kernel': rank}, method=method,
-                         compensate_mean=False)['kernel'].dense(), np.float64))
-        for method in ('loss', 'output', 'weight')
+      method: damage(
+        np.asarray(
+          ur.factorize(
+            params,
+            moments,
+            {'kernel': rank},
+            method=method,
+            compensate_mean=False,
+          )['kernel'].dense(),
+          np.float64,
+        )
+      )
+      for method in ('loss', 'output', 'weight')
     }
     want = np.sum(sigma[rank:] ** 2)
     np.testing.assert_allclose(damage(best), want, rtol=1e-6)
@@ -282,13 +330,14 @@ def test_predicted_loss_is_the_quadratic_form_of_any_method(method):
   _, params, moments, x, w, g = with_gradients((12, 20))
   s, fisher = references.second_moment(x), references.second_moment(g)
   for rank in (2, 7, 12):
-    small = ur.factorize(params, moments, {'kernel': rank}, method=method,
-                         compensate_mean=False)
+    small = ur.factorize(
+      params, moments, {'kernel': rank}, method=method, compensate_mean=False
+    )
     d = w - np.asarray(small['kernel'].dense(), np.float64)
     want = 0.5 * np.trace(d.T @ s @ d @ fisher)  # one row per example
     found = ur.predict_loss(
-        params, moments, {'kernel': rank}, method=method,
-        compensate_mean=False)
+      params, moments, {'kernel': rank}, method=method, compensate_mean=False
+    )
     np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-9)
 
 
@@ -297,18 +346,20 @@ def test_scaled_is_the_svd_of_scaled_weights():
   scale = np.sqrt(np.mean(x**2, axis=0))
   u, sigma, v = np.linalg.svd(scale[:, None] * w, full_matrices=False)
   want = (u[:, :4] * sigma[:4]) @ v[:4] / scale[:, None]
-  small = ur.factorize(params, moments, {'kernel': 4}, method='scaled',
-                       compensate_mean=False)
+  small = ur.factorize(
+    params, moments, {'kernel': 4}, method='scaled', compensate_mean=False
+  )
   np.testing.assert_allclose(small['kernel'].dense(), want, atol=1e-4)
 
 
 def test_gradients_are_asked_for_by_name():
   _, params, moments, _, _ = problem((12, 12))
   for call in (
-      lambda: ur.factorize(params, moments, {'kernel': 3}, method='loss'),
-      lambda: ur.predict_loss(params, moments, {'kernel': 3}),
-      lambda: ur.budget_ranks(params, moments, params_fraction=0.5,
-                              method='loss'),
+    lambda: ur.factorize(params, moments, {'kernel': 3}, method='loss'),
+    lambda: ur.predict_loss(params, moments, {'kernel': 3}),
+    lambda: ur.budget_ranks(
+      params, moments, params_fraction=0.5, method='loss'
+    ),
   ):
     with pytest.raises(ValueError, match="'kernel' have no gradients.*loss="):
       call()

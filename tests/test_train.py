@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from utilized_rank import losses, resume, train
+from utilized_rank import losses
+from utilized_rank import resume
+from utilized_rank import train
 
 # When one of orbax's parallel reads of a damaged file fails, the others may
 # report to an event loop that is closed already.

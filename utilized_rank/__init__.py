@@ -19,6 +19,8 @@ from utilized_rank.factorize import factorize
 from utilized_rank.factorize import project
 from utilized_rank.gradients import sampled_cross_entropy
 from utilized_rank.interpret import UnsupportedError
+from utilized_rank.layers import stack
+from utilized_rank.layers import unstack
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
 from utilized_rank.lowrank import count_params
@@ -36,7 +38,5 @@ from utilized_rank.report import measure
 from utilized_rank.search import SearchedRanks
 from utilized_rank.search import search_ranks
 from utilized_rank.sites import Sites
-from utilized_rank.stack import stack
-from utilized_rank.stack import unstack
 
 __version__ = '0.1.0'

@@ -64,7 +64,7 @@ def allocate(layers: Sequence[Choices], budget: int) -> Solution:
   least = sum(int(c.costs.min()) for c in layers)
   if least > budget:
     raise ValueError(
-        f'the budget is {budget}, but the cheapest choices cost {least}'
+      f'the budget is {budget}, but the cheapest choices cost {least}'
     )
   # Damages may differ by orders of magnitude; the scale keeps prices near 1.
   price = _price(layers, budget)
@@ -114,9 +114,7 @@ def _price(layers: Sequence[Choices], budget: int) -> float:
   return high
 
 
-def _fill(
-    layers: Sequence[Choices], picks: list[int], budget: int
-) -> Solution:
+def _fill(layers: Sequence[Choices], picks: list[int], budget: int) -> Solution:
   """Spends what is left on the upgrade that saves most, until none fits."""
   picks = list(picks)
   left = budget - _cost(layers, picks)
@@ -139,15 +137,18 @@ def _fill(
 
 
 def _close(
-    layers: Sequence[Choices], budget: int, price: float, bound: float,
-    best: Solution,
+  layers: Sequence[Choices],
+  budget: int,
+  price: float,
+  bound: float,
+  best: Solution,
 ) -> Solution:
   """Searches all that could beat `best`, layer by layer."""
   # reduced[i][j]: how much worse than the bound anything with choice j is.
   reduced = [_value(y, price) - _value(y, price).min() for y in layers]
   gap = best.damage - bound
   order = sorted(
-      range(len(layers)), key=lambda i: int(np.sum(reduced[i] <= gap))
+    range(len(layers)), key=lambda i: int(np.sum(reduced[i] <= gap))
   )
   # A partial solution: (cost, damage, reduced so far, choice, parent).
   costs = np.zeros(1, np.int64)
@@ -185,5 +186,5 @@ def _close(
     picks[i] = int(choice[at])
     at = int(parent[at])
   return Solution(
-      tuple(picks), _cost(layers, picks), float(damages[winner]), 0.0
+    tuple(picks), _cost(layers, picks), float(damages[winner]), 0.0
   )

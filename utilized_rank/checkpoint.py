@@ -20,18 +20,20 @@ import numpy as np
 
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
-from utilized_rank.moments import Entry, Moments, Sums
+from utilized_rank.moments import Entry
+from utilized_rank.moments import Moments
+from utilized_rank.moments import Sums
 
 _FORMAT = 1
 _KEY = 'utilized_rank'
 
 
 def save(
-    path: str | os.PathLike[str],
-    tree: Any,
-    *,
-    metadata: dict[str, Any] | None = None,
-    overwrite: bool = False,
+  path: str | os.PathLike[str],
+  tree: Any,
+  *,
+  metadata: dict[str, Any] | None = None,
+  overwrite: bool = False,
 ) -> None:
   """Writes a tree: all of it, or nothing.
 
@@ -60,13 +62,13 @@ def save(
     arrays, structure = {'leaf': arrays}, {'leaf': structure}
   arrays = jax.tree.map(np.asarray, arrays)
   record = {
-      'format': _FORMAT,
-      'structure': structure,
-      'checksums': {name: _checksum(a) for name, a in _leaves(arrays)},
-      'metadata': metadata,
+    'format': _FORMAT,
+    'structure': structure,
+    'checksums': {name: _checksum(a) for name, a in _leaves(arrays)},
+    'metadata': metadata,
   }
   _orbax().save(
-      where, arrays, custom_metadata={_KEY: record}, overwrite=overwrite
+    where, arrays, custom_metadata={_KEY: record}, overwrite=overwrite
   )
 
 
@@ -84,19 +86,19 @@ def load(path: str | os.PathLike[str]) -> Any:
     arrays = _orbax().load(where, target)
   except Exception as error:
     raise ValueError(
-        f'checkpoint {where!r} is damaged: {str(error).splitlines()[0]}'
+      f'checkpoint {where!r} is damaged: {str(error).splitlines()[0]}'
     ) from error
   found = dict(_leaves(arrays))
   if sorted(found) != sorted(record['checksums']):
     raise ValueError(
-        f'checkpoint {where!r} is damaged: it should hold '
-        f'{len(record["checksums"])} arrays and holds {len(found)}'
+      f'checkpoint {where!r} is damaged: it should hold '
+      f'{len(record["checksums"])} arrays and holds {len(found)}'
     )
   for name, array in found.items():
     if _checksum(array) != record['checksums'][name]:
       raise ValueError(
-          f'checkpoint {where!r} is damaged: the array {name!r} is not the '
-          'one that was saved'
+        f'checkpoint {where!r} is damaged: the array {name!r} is not the '
+        'one that was saved'
       )
   return _decode(arrays, record['structure'])
 
@@ -116,13 +118,13 @@ def _open(where: str) -> tuple[dict[str, Any], Any]:
     shapes = found.metadata
   except Exception as error:
     raise ValueError(
-        f'checkpoint {where!r} is damaged or is none: '
-        f'{type(error).__name__}: {str(error).splitlines()[0]}'
+      f'checkpoint {where!r} is damaged or is none: '
+      f'{type(error).__name__}: {str(error).splitlines()[0]}'
     ) from error
   if record is None or record['format'] != _FORMAT:
     raise ValueError(
-        f'{where!r} was not written by utilized_rank.save (format {_FORMAT}); '
-        'read it with orbax'
+      f'{where!r} was not written by utilized_rank.save (format {_FORMAT}); '
+      'read it with orbax'
     )
   return record, shapes
 
@@ -159,8 +161,8 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
     return arrays, {'kind': 'low_rank', **dataclasses.asdict(tree.layout)}
   if isinstance(tree, Moments):
     arrays = {
-        str(i): {'count': s.count, 'total': s.total, 'second': s.second}
-        for i, s in enumerate(tree.sums)
+      str(i): {'count': s.count, 'total': s.total, 'second': s.second}
+      for i, s in enumerate(tree.sums)
     }
     if tree.grads is not None:
       arrays['grads'] = {str(i): g for i, g in enumerate(tree.grads)}
@@ -171,11 +173,11 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
     items = {str(key): value for key, value in tree.items()}
     numbers = [str(key) for key in tree if isinstance(key, int)]
     if len(items) < len(tree) or any(
-        not isinstance(key, (str, int)) for key in tree
+      not isinstance(key, (str, int)) for key in tree
     ):
       raise TypeError(
-          f'the keys {list(tree)} at {where!r} cannot be saved: strings and '
-          'integers can, if no two look alike'
+        f'the keys {list(tree)} at {where!r} cannot be saved: strings and '
+        'integers can, if no two look alike'
       )
     kind: dict[str, Any] = {'kind': 'dict', 'numbers': numbers}
   elif isinstance(tree, (list, tuple)) and not hasattr(tree, '_fields'):
@@ -187,14 +189,17 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
     return tree, 'array'
   else:
     raise TypeError(
-        f'cannot save a {type(tree).__name__} at {where!r}: trees of '
-        'dictionaries, lists, tuples, non-empty arrays, LowRank and Moments '
-        'are written; convert other containers first (nnx.to_pure_dict, '
-        'flax.serialization.to_state_dict)'
+      f'cannot save a {type(tree).__name__} at {where!r}: trees of '
+      'dictionaries, lists, tuples, non-empty arrays, LowRank and Moments '
+      'are written; convert other containers first (nnx.to_pure_dict, '
+      'flax.serialization.to_state_dict)'
     )
   parts = {k: _encode(v, f'{where}/{k}') for k, v in items.items()}
   arrays = {k: a for k, (a, _) in parts.items() if a is not None}
-  return arrays or None, {**kind, 'items': {k: s for k, (_, s) in parts.items()}}
+  return arrays or None, {
+    **kind,
+    'items': {k: s for k, (_, s) in parts.items()},
+  }
 
 
 def _decode(arrays: Any, structure: Any) -> Any:
@@ -207,14 +212,15 @@ def _decode(arrays: Any, structure: Any) -> Any:
     return None
   if kind == 'low_rank':
     return LowRank(
-        jnp.asarray(arrays['a']), jnp.asarray(arrays['b']),
-        jnp.asarray(arrays['c']) if 'c' in arrays else None,
-        _layout(structure),
+      jnp.asarray(arrays['a']),
+      jnp.asarray(arrays['b']),
+      jnp.asarray(arrays['c']) if 'c' in arrays else None,
+      _layout(structure),
     )
   if kind == 'moments':
     table = tuple(
-        Entry(**{**entry, 'layout': _layout(entry['layout'])})
-        for entry in structure['table']
+      Entry(**{**entry, 'layout': _layout(entry['layout'])})
+      for entry in structure['table']
     )
     count = len({entry.index for entry in table})
     sums = tuple(Sums(**arrays[str(i)]) for i in range(count))
@@ -223,8 +229,7 @@ def _decode(arrays: Any, structure: Any) -> Any:
     grads = tuple(arrays['grads'][str(i)] for i in range(len(table)))
     return Moments(table, sums, grads, arrays['examples'])
   items = {
-      k: _decode((arrays or {}).get(k), s)
-      for k, s in structure['items'].items()
+    k: _decode((arrays or {}).get(k), s) for k, s in structure['items'].items()
   }
   if kind == 'dict':
     numbers = set(structure['numbers'])

@@ -11,14 +11,18 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from utilized_rank import checkpoint
 from utilized_rank import paths
 from utilized_rank import tracing
-from utilized_rank.capture import capture, find_sites
-from utilized_rank.gradients import LossFn, gradient_sums
+from utilized_rank.capture import capture
+from utilized_rank.capture import find_sites
+from utilized_rank.gradients import LossFn
+from utilized_rank.gradients import gradient_sums
 from utilized_rank.moments import Moments
 from utilized_rank.progress import track
 
@@ -28,17 +32,17 @@ _MOST_ROWS = 2**30
 
 
 def collect(
-    fn: Callable[[Any, Any], Any],
-    params: Any,
-    batches: Iterable[Any],
-    *,
-    loss: LossFn | None = None,
-    select: paths.Rules | None = None,
-    on_opaque: str = 'error',
-    mesh: Mesh | None = None,
-    checkpoint_dir: str | os.PathLike[str] | None = None,
-    checkpoint_every: int = 100,
-    progress: bool = True,
+  fn: Callable[[Any, Any], Any],
+  params: Any,
+  batches: Iterable[Any],
+  *,
+  loss: LossFn | None = None,
+  select: paths.Rules | None = None,
+  on_opaque: str = 'error',
+  mesh: Mesh | None = None,
+  checkpoint_dir: str | os.PathLike[str] | None = None,
+  checkpoint_every: int = 100,
+  progress: bool = True,
 ) -> Moments:
   """Collects the moments of every kernel's input over a stream of batches.
 
@@ -90,14 +94,14 @@ def collect(
   sites = find_sites(fn, params, first, select=select, on_opaque=on_opaque)
   if sites.holes:
     warnings.warn(
-        f'the moments leave out {sorted(sites.holes)}, which enter primitives '
-        'that hide what they compute',
-        stacklevel=2,
+      f'the moments leave out {sorted(sites.holes)}, which enter primitives '
+      'that hide what they compute',
+      stacklevel=2,
     )
   if not sites:
     raise ValueError(
-        'the function has no kernel: no parameter leaf meets a matrix product '
-        f'or a convolution\n{sites}'
+      'the function has no kernel: no parameter leaf meets a matrix product '
+      f'or a convolution\n{sites}'
     )
   run = _Run(fn, params, sites, select, on_opaque, devices, loss)
   done = 0
@@ -108,9 +112,7 @@ def collect(
     pass
   bar: Iterable[Any] = stream
   if progress:
-    bar = track(
-        stream, total=total, desc='collect', unit='batch', initial=done
-    )
+    bar = track(stream, total=total, desc='collect', unit='batch', initial=done)
   for i, batch in enumerate(bar, done):
     if i:
       check_batch(batch, i)
@@ -133,13 +135,13 @@ def check_batch(batch: Any, number: int) -> int:
   sizes = {p: np.shape(v)[:1] for p, v in named.items()}
   if not sizes or any(s == () for s in sizes.values()):
     raise ValueError(
-        f'batch {number} must be a pytree of arrays that lead with the batch '
-        f'axis, got {sizes or batch!r}'
+      f'batch {number} must be a pytree of arrays that lead with the batch '
+      f'axis, got {sizes or batch!r}'
     )
   if len(set(sizes.values())) > 1:
     raise ValueError(
-        f'the arrays of batch {number} disagree in their leading axis: '
-        f'{ {p: s[0] for p, s in sizes.items()} }'
+      f'the arrays of batch {number} disagree in their leading axis: '
+      f'{ {p: s[0] for p, s in sizes.items()} }'
     )
   size = next(iter(sizes.values()))[0]
   if not size:
@@ -150,9 +152,7 @@ def check_batch(batch: Any, number: int) -> int:
 class _Run:
   """Running sums on the devices, and what overflowed them on the host."""
 
-  def __init__(
-      self, fn, params, sites, select, on_opaque, devices, loss=None
-  ):
+  def __init__(self, fn, params, sites, select, on_opaque, devices, loss=None):
     self._devices = devices
     self._captured = capture(fn, select=select, on_opaque=on_opaque)
     self._gradients = None
@@ -164,10 +164,10 @@ class _Run:
     # Flags and functions among the leaves stay what they are.
     leaves, self._treedef = jax.tree.flatten(params)
     self._static = {
-        i: v for i, v in enumerate(leaves) if not tracing.is_array(v)
+      i: v for i, v in enumerate(leaves) if not tracing.is_array(v)
     }
     self._params = jax.device_put(
-        [v for v in leaves if tracing.is_array(v)], replicated
+      [v for v in leaves if tracing.is_array(v)], replicated
     )
     self._split = NamedSharding(self._mesh, PartitionSpec('examples'))
     self._state: Moments | None = None
@@ -178,10 +178,13 @@ class _Run:
 
   def _moments_of(self, arrays, batch):
     arrays = iter(arrays)
-    params = jax.tree.unflatten(self._treedef, [
+    params = jax.tree.unflatten(
+      self._treedef,
+      [
         self._static[i] if i in self._static else next(arrays)
         for i in range(self._treedef.num_leaves)
-    ])
+      ],
+    )
     moments = self._captured(params, batch)[1]
     if self._gradients is None:
       return moments
@@ -196,16 +199,20 @@ class _Run:
 
     spec = PartitionSpec('examples')
     new = jax.shard_map(
-        local, mesh=self._mesh, in_specs=(PartitionSpec(), spec),
-        out_specs=spec, check_vma=False,
+      local,
+      mesh=self._mesh,
+      in_specs=(PartitionSpec(), spec),
+      out_specs=spec,
+      check_vma=False,
     )(params, batch)
     return _accumulate(state, new)
 
   def _add_rest(self, state, params, batch):
     """Adds a batch that all devices see to the first device's sums."""
     moments = self._moments_of(params, batch)
-    pad = lambda a: jnp.zeros((len(self._devices), *a.shape), a.dtype).at[
-        0].set(a)
+    pad = lambda a: (
+      jnp.zeros((len(self._devices), *a.shape), a.dtype).at[0].set(a)
+    )
     return _accumulate(state, jax.tree.map(pad, moments))
 
   def add(self, batch: Any, number: int) -> None:
@@ -228,13 +235,12 @@ class _Run:
 
   def _zeros(self, batch: Any) -> Moments:
     shapes = jax.eval_shape(
-        lambda p, b: self._moments_of(p, b), self._params, batch
+      lambda p, b: self._moments_of(p, b), self._params, batch
     )
     n = len(self._devices)
     return jax.tree.map(
-        lambda s: jax.device_put(jnp.zeros((n, *s.shape), s.dtype),
-                                 self._split),
-        shapes,
+      lambda s: jax.device_put(jnp.zeros((n, *s.shape), s.dtype), self._split),
+      shapes,
     )
 
   def _look(self) -> None:
@@ -252,7 +258,7 @@ class _Run:
         what = "loss's gradient at the output"
         users = [table[bad - inputs].path]
       raise FloatingPointError(
-          f'the {what} of {users} is NaN or infinite in batch {number}'
+        f'the {what} of {users} is NaN or infinite in batch {number}'
       )
     if int(most) > _MOST_ROWS:
       self._flush()
@@ -261,11 +267,12 @@ class _Run:
     """Moves the sums to the host, in float64 and int64."""
     assert self._state is not None
     wide = lambda a: np.asarray(a).sum(
-        0, dtype=np.int64 if np.issubdtype(a.dtype, np.integer) else np.float64
+      0, dtype=np.int64 if np.issubdtype(a.dtype, np.integer) else np.float64
     )
     new = jax.tree.map(wide, self._state)
-    self._host = new if self._host is None else jax.tree.map(
-        np.add, self._host, new)
+    self._host = (
+      new if self._host is None else jax.tree.map(np.add, self._host, new)
+    )
     self._state = jax.tree.map(jnp.zeros_like, self._state)
 
   def result(self) -> Moments:
@@ -274,7 +281,7 @@ class _Run:
       self._flush()
       return self._host
     reduced = jax.jit(
-        lambda state: jax.tree.map(lambda a: a.sum(0, dtype=a.dtype), state)
+      lambda state: jax.tree.map(lambda a: a.sum(0, dtype=a.dtype), state)
     )(self._state)
     return jax.tree.map(np.asarray, reduced)
 
@@ -296,13 +303,14 @@ class _Run:
     want = {s.path: s.layout for s in sites.values()}
     same_loss = (state.grads is None) == (self._gradients is None)
     if (
-        have != want or not same_loss
-        or state.sums[0].count.shape[0] != len(self._devices)
+      have != want
+      or not same_loss
+      or state.sums[0].count.shape[0] != len(self._devices)
     ):
       raise ValueError(
-          f'{folder!r} holds the sums of another collection ({len(have)} '
-          f'kernels, {state.sums[0].count.shape[0]} devices); this one has '
-          f'{len(want)} kernels on {len(self._devices)} devices'
+        f'{folder!r} holds the sums of another collection ({len(have)} '
+        f'kernels, {state.sums[0].count.shape[0]} devices); this one has '
+        f'{len(want)} kernels on {len(self._devices)} devices'
       )
     self._state = jax.device_put(state, self._split)
     self._host = tree.get('host')
@@ -314,8 +322,8 @@ def _accumulate(state: Moments, new: Moments):
   and the most rows."""
   trace = lambda a: jnp.sum(jnp.diagonal(a, axis1=-2, axis2=-1))
   finite = jnp.stack(
-      [jnp.isfinite(jnp.sum(s.total) + trace(s.second)) for s in new.sums]
-      + [jnp.isfinite(trace(g)) for g in new.grads or ()]
+    [jnp.isfinite(jnp.sum(s.total) + trace(s.second)) for s in new.sums]
+    + [jnp.isfinite(trace(g)) for g in new.grads or ()]
   )
   state = jax.tree.map(jnp.add, state, new)
   most = jnp.stack([jnp.max(s.count) for s in state.sums]).max()

@@ -36,20 +36,27 @@ Literal = jex_core.Literal
 
 # Primitives that run a sub-computation once, in place.
 CALLS = {
-    'jit': 'jaxpr',
-    'closed_call': 'call_jaxpr',
-    'core_call': 'call_jaxpr',
-    'custom_jvp_call': 'call_jaxpr',
-    'custom_vjp_call': 'call_jaxpr',
+  'jit': 'jaxpr',
+  'closed_call': 'call_jaxpr',
+  'core_call': 'call_jaxpr',
+  'custom_jvp_call': 'call_jaxpr',
+  'custom_vjp_call': 'call_jaxpr',
 }
 # Primitives that change what a type says of mesh axes, not the value.
 VARY = ('pvary', 'pcast')
 REMAT = ('remat2', 'checkpoint')
 # Primitives that hide what they compute and own no sub-computation to enter.
 OPAQUE = (
-    'pallas_call', 'ffi_call', 'custom_call', 'pure_callback', 'io_callback',
-    'call_hi_primitive', 'custom_partitioning', 'mosaic_gpu',
-    'tpu_custom_call', 'triton_kernel_call',
+  'pallas_call',
+  'ffi_call',
+  'custom_call',
+  'pure_callback',
+  'io_callback',
+  'call_hi_primitive',
+  'custom_partitioning',
+  'mosaic_gpu',
+  'tpu_custom_call',
+  'triton_kernel_call',
 )
 
 
@@ -59,7 +66,7 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
 
 
 def trace(
-    fn: Callable[..., Any], args: Sequence[Any]
+  fn: Callable[..., Any], args: Sequence[Any]
 ) -> tuple[Any, list[Any], Any]:
   """Traces `fn(*args)` and drops what its outputs do not need.
 
@@ -74,7 +81,7 @@ def trace(
   closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
   jaxpr, consts = open_jaxpr(closed)
   jaxpr, _ = partial_eval.dce_jaxpr(
-      jaxpr, [True] * len(jaxpr.outvars), instantiate=True
+    jaxpr, [True] * len(jaxpr.outvars), instantiate=True
   )
   return jaxpr, consts, out_shape
 
@@ -97,8 +104,8 @@ def context_of(eqn: Any):
   info = eqn.source_info
   stack = source_info_util.current_name_stack() + info.name_stack
   with (
-      source_info_util.user_context(info.traceback, name_stack=stack),
-      eqn.ctx.manager,
+    source_info_util.user_context(info.traceback, name_stack=stack),
+    eqn.ctx.manager,
   ):
     yield
 
@@ -178,8 +185,8 @@ def vary(array: Any, axes: Sequence[str]) -> Any:
 def zeros(types: Any) -> Any:
   """Zeros of a pytree of types, differing along the same mesh axes."""
   return jax.tree.map(
-      lambda t: vary(jnp.zeros(t.shape, t.dtype), sorted(varying_axes(t))),
-      types,
+    lambda t: vary(jnp.zeros(t.shape, t.dtype), sorted(varying_axes(t))),
+    types,
   )
 
 

@@ -10,21 +10,22 @@ from utilized_rank.collect import collect
 from utilized_rank.factorize import factorize
 from utilized_rank.gradients import LossFn
 from utilized_rank.ranks import budget_ranks
-from utilized_rank.report import Report, measure
+from utilized_rank.report import Report
+from utilized_rank.report import measure
 
 
 def compress(
-    fn: Callable[[Any, Any], Any],
-    params: Any,
-    batches: Iterable[Any],
-    *,
-    params_fraction: float | None = None,
-    flops_fraction: float | None = None,
-    loss: LossFn | None = None,
-    select: paths.Rules | None = None,
-    multiple_of: int = 1,
-    energy: float = 0.99,
-    progress: bool = True,
+  fn: Callable[[Any, Any], Any],
+  params: Any,
+  batches: Iterable[Any],
+  *,
+  params_fraction: float | None = None,
+  flops_fraction: float | None = None,
+  loss: LossFn | None = None,
+  select: paths.Rules | None = None,
+  multiple_of: int = 1,
+  energy: float = 0.99,
+  progress: bool = True,
 ) -> tuple[Any, Report]:
   """Collects, measures, chooses ranks and factorizes.
 
@@ -60,12 +61,16 @@ def compress(
   (1, 2)
   """
   moments = collect(
-      fn, params, batches, loss=loss, select=select, progress=progress
+    fn, params, batches, loss=loss, select=select, progress=progress
   )
   method = 'output' if loss is None else 'loss'
   ranks = budget_ranks(
-      params, moments, params_fraction=params_fraction,
-      flops_fraction=flops_fraction, method=method, multiple_of=multiple_of,
+    params,
+    moments,
+    params_fraction=params_fraction,
+    flops_fraction=flops_fraction,
+    method=method,
+    multiple_of=multiple_of,
   )
   report = measure(params, moments, energy=energy)
   return factorize(params, moments, ranks, method=method), report

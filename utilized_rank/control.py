@@ -14,9 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from utilized_rank import compat, sharded
+from utilized_rank import compat
+from utilized_rank import sharded
 from utilized_rank.layout import View
-from utilized_rank.values import Emission, Loop, Output, Param, split
+from utilized_rank.values import Emission
+from utilized_rank.values import Loop
+from utilized_rank.values import Output
+from utilized_rank.values import Param
+from utilized_rank.values import split
 
 
 def _call(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -94,15 +99,15 @@ def _remat(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
     return outs, [e.value for e in emitted]
 
   outs, values = jax.checkpoint(
-      body,
-      prevent_cse=eqn.params['prevent_cse'],
-      policy=eqn.params['policy'],
+    body,
+    prevent_cse=eqn.params['prevent_cse'],
+    policy=eqn.params['policy'],
   )(arrays)
   token = Loop('remat')
   for emission, value in zip(emitted, values, strict=True):
     for use in emission.uses:
       walk.tape.emit(
-          (token, emission.key), lambda v=value: v, use, emission.loops
+        (token, emission.key), lambda v=value: v, use, emission.loops
       )
   return outs
 
@@ -113,12 +118,12 @@ class _Carry:
   def __init__(self, walk, values, before, after, name):
     # A parameter that is carried unchanged is as good as a constant.
     self.fixed = [
-        isinstance(v, Param) and a is b
-        for v, b, a in zip(values, before, after, strict=True)
+      isinstance(v, Param) and a is b
+      for v, b, a in zip(values, before, after, strict=True)
     ]
     self.values = [
-        v if fixed else walk.materialise(v, name)
-        for v, fixed in zip(values, self.fixed, strict=True)
+      v if fixed else walk.materialise(v, name)
+      for v, fixed in zip(values, self.fixed, strict=True)
     ]
     self._name = name
 
@@ -136,8 +141,9 @@ class _Carry:
 
   def moved(self, scope: Any, values: Sequence[Any]) -> list[Any]:
     return [
-        scope.materialise(v, self._name)
-        for v, fixed in zip(values, self.fixed, strict=True) if not fixed
+      scope.materialise(v, self._name)
+      for v, fixed in zip(values, self.fixed, strict=True)
+      if not fixed
     ]
 
 
@@ -145,15 +151,18 @@ def _scan(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
   p = eqn.params
   if not p['length']:
     return compat.bind(
-        eqn, [walk.materialise(v, 'a scan of no steps') for v in operands]
+      eqn, [walk.materialise(v, 'a scan of no steps') for v in operands]
     )
   jaxpr, closed = compat.open_jaxpr(p['jaxpr'])
   n_consts, n_carry = compat.scan_split(p)
   n_state = n_consts + n_carry
   token = Loop('scan')
   carry = _Carry(
-      walk, operands[n_consts:n_state], jaxpr.invars[n_consts:n_state],
-      jaxpr.outvars[:n_carry], 'scan carry',
+    walk,
+    operands[n_consts:n_state],
+    jaxpr.invars[n_consts:n_state],
+    jaxpr.outvars[:n_carry],
+    'scan carry',
   )
   const_arrays, rebuild = split(operands[:n_consts] + carry.params)
   slices, read = _slice_over(walk, operands[n_state:], token)
@@ -164,7 +173,7 @@ def _scan(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
     consts, params = inner[:n_consts], inner[n_consts:]
     scope = walk.scope()
     outs = scope.run(
-        jaxpr, closed, consts + carry.join(params, loose) + read(x)
+      jaxpr, closed, consts + carry.join(params, loose) + read(x)
     )
     ys = [scope.materialise(v, 'scan output') for v in outs[n_carry:]]
     emitted[:] = scope.tape.emissions.values()
@@ -183,8 +192,12 @@ def _scan(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
     return (loose, jax.tree.map(jnp.add, totals, sums)), ys
 
   (loose, totals), (ys, stacked) = jax.lax.scan(
-      body, (carry.loose, compat.zeros(sums)), slices, length=p['length'],
-      reverse=p['reverse'], unroll=p['unroll'],
+    body,
+    (carry.loose, compat.zeros(sums)),
+    slices,
+    length=p['length'],
+    reverse=p['reverse'],
+    unroll=p['unroll'],
   )
   _leave(walk, token, p['length'], emitted, stacked, totals)
   return carry.join(carry.params, loose) + ys
@@ -218,34 +231,36 @@ def _while(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
   test, test_closed = compat.open_jaxpr(p['cond_jaxpr'])
   jaxpr, closed = compat.open_jaxpr(p['body_jaxpr'])
   nt, nb = p['cond_nconsts'], p['body_nconsts']
-  test_consts = [
-      walk.materialise(v, 'while condition') for v in operands[:nt]
-  ]
+  test_consts = [walk.materialise(v, 'while condition') for v in operands[:nt]]
   carry = _Carry(
-      walk, operands[nt + nb:], jaxpr.invars[nb:], jaxpr.outvars,
-      'while carry',
+    walk,
+    operands[nt + nb :],
+    jaxpr.invars[nb:],
+    jaxpr.outvars,
+    'while carry',
   )
   looked_at = compat.count_uses(test)
   seen = [
-      walk.materialise(v, 'while condition') if var in looked_at
-      else v.payload.materialise(v.view)
-      for v, var, fixed in zip(
-          carry.values, test.invars[nt:], carry.fixed, strict=True) if fixed
+    walk.materialise(v, 'while condition')
+    if var in looked_at
+    else v.payload.materialise(v.view)
+    for v, var, fixed in zip(
+      carry.values, test.invars[nt:], carry.fixed, strict=True
+    )
+    if fixed
   ]
-  arrays, rebuild = split(operands[nt:nt + nb] + carry.params)
+  arrays, rebuild = split(operands[nt : nt + nb] + carry.params)
   emitted: list[Emission] = []
 
   def go_on(state):
     now = carry.join(seen, state[0])
-    out, = jax.core.eval_jaxpr(test, test_closed, *test_consts, *now)
+    (out,) = jax.core.eval_jaxpr(test, test_closed, *test_consts, *now)
     return out
 
   def step(loose):
     inner = rebuild(arrays)
     scope = walk.scope()
-    outs = scope.run(
-        jaxpr, closed, inner[:nb] + carry.join(inner[nb:], loose)
-    )
+    outs = scope.run(jaxpr, closed, inner[:nb] + carry.join(inner[nb:], loose))
     emitted[:] = scope.tape.emissions.values()
     return carry.moved(scope, outs), [e.value for e in emitted]
 
@@ -257,7 +272,7 @@ def _while(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
     return loose, jax.tree.map(jnp.add, totals, sums)
 
   loose, totals = jax.lax.while_loop(
-      go_on, body, (carry.loose, compat.zeros(sums))
+    go_on, body, (carry.loose, compat.zeros(sums))
   )
   _leave(walk, Loop('while'), 1, emitted, [], totals)
   return carry.join(carry.params, loose)
@@ -288,13 +303,14 @@ def _cond(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
       # What the other branches would have emitted is zero.
       outs, values = branches[k](arrays)
       return outs, [
-          values if j == k else compat.zeros(shapes[j])
-          for j in range(len(branches))
+        values if j == k else compat.zeros(shapes[j])
+        for j in range(len(branches))
       ]
+
     return branch
 
   outs, values = jax.lax.switch(
-      index, [run(k) for k in range(len(branches))], arrays
+    index, [run(k) for k in range(len(branches))], arrays
   )
   for emitted, totals in zip(found, values, strict=True):
     _leave(walk, Loop('branch'), 1, emitted, [], totals)
@@ -302,8 +318,12 @@ def _cond(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
 
 
 def _leave(
-    walk: Any, token: Loop, size: int, emitted: Sequence[Emission],
-    stacked: Sequence[Any], totals: Sequence[Any],
+  walk: Any,
+  token: Loop,
+  size: int,
+  emitted: Sequence[Emission],
+  stacked: Sequence[Any],
+  totals: Sequence[Any],
 ) -> None:
   """Takes what a loop's body emitted into the scope around the loop."""
   stacks, sums = iter(stacked), iter(totals)
@@ -312,20 +332,21 @@ def _leave(
     value = next(stacks if is_stacked else sums)
     for use in emission.uses:
       walk.tape.emit(
-          (token, emission.key), lambda v=value: v,
-          walk.visitor.stacked(use, token, size, is_stacked),
-          emission.loops - {token},
+        (token, emission.key),
+        lambda v=value: v,
+        walk.visitor.stacked(use, token, size, is_stacked),
+        emission.loops - {token},
       )
 
 
 RULES: dict[str, Callable[[Any, Any, list[Any]], list[Any]]] = {
-    **{
-        name: _custom if name.startswith('custom_') else _call
-        for name in compat.CALLS
-    },
-    **dict.fromkeys(compat.REMAT, _remat),
-    'scan': _scan,
-    'while': _while,
-    'cond': _cond,
-    'shard_map': sharded.shard_map,
+  **{
+    name: _custom if name.startswith('custom_') else _call
+    for name in compat.CALLS
+  },
+  **dict.fromkeys(compat.REMAT, _remat),
+  'scan': _scan,
+  'while': _while,
+  'cond': _cond,
+  'shard_map': sharded.shard_map,
 }

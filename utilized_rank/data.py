@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from utilized_rank import augment as augment_lib
-from utilized_rank import options, tfrecord
+from utilized_rank import options
+from utilized_rank import tfrecord
 
 Batch = dict[str, np.ndarray]
 

@@ -21,6 +21,7 @@ MAX_KINDS = 8
 _MAX_SIBLINGS = 4
 _DIGITS = re.compile(r'(\d+)')
 
+
 @dataclasses.dataclass(frozen=True)
 class Place:
   """Where a layer goes in the figures.

@@ -12,25 +12,28 @@ from utilized_rank import lowrank
 from utilized_rank import methods
 from utilized_rank import paths
 from utilized_rank import subspace
-from utilized_rank.kernels import Kernel, kernels, to_leaf
+from utilized_rank.kernels import Kernel
+from utilized_rank.kernels import kernels
+from utilized_rank.kernels import to_leaf
+from utilized_rank.layers import pad_factors
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
 from utilized_rank.moments import Moments
-from utilized_rank.ranks import (
-    Ranks, check_energy, check_ranks, per_member,
-)
-from utilized_rank.stack import pad_factors
+from utilized_rank.ranks import Ranks
+from utilized_rank.ranks import check_energy
+from utilized_rank.ranks import check_ranks
+from utilized_rank.ranks import per_member
 from utilized_rank.subspace import Factors
 
 Energies = float | Mapping[str, float | tuple[float, float]]
 
 
 def project(
-    params: Any,
-    moments: Moments,
-    *,
-    energy: Energies = 0.99,
-    centered: bool = False,
+  params: Any,
+  moments: Moments,
+  *,
+  energy: Energies = 0.99,
+  centered: bool = False,
 ) -> Any:
   """The paper's transformation W' = P_S W P_T: same tree, same shapes.
 
@@ -52,29 +55,29 @@ def project(
   Source: arXiv 2407.04797, W' = P_S W P_T (rows of X act from the left).
   """
   per_path = (
-      energy if isinstance(energy, Mapping) else dict.fromkeys(moments, energy)
+    energy if isinstance(energy, Mapping) else dict.fromkeys(moments, energy)
   )
   named, treedef = paths.flatten(params, lowrank.is_low_rank)
   for path, members in kernels(
-      params, moments, centered=centered, only=per_path
+    params, moments, centered=centered, only=per_path
   ):
     share = per_path[path]
     e_s, e_t = share if isinstance(share, tuple) else (share, share)
     projected = [
-        k.projected(check_energy(e_s), check_energy(e_t)) for k in members
+      k.projected(check_energy(e_s), check_energy(e_t)) for k in members
     ]
     named[path] = to_leaf(projected, moments[path].layout, named[path])
   return paths.unflatten(treedef, named)
 
 
 def factorize(
-    params: Any,
-    moments: Moments,
-    ranks: Ranks,
-    *,
-    method: str = 'output',
-    compensate_mean: bool = True,
-    damping: float = methods.DAMPING,
+  params: Any,
+  moments: Moments,
+  ranks: Ranks,
+  *,
+  method: str = 'output',
+  compensate_mean: bool = True,
+  damping: float = methods.DAMPING,
 ) -> Any:
   """Puts `LowRank` pairs in place of kernels.
 
@@ -119,21 +122,21 @@ def factorize(
   check_ranks(ranks, moments)
   named, treedef = paths.flatten(params, lowrank.is_low_rank)
   centered = compensate_mean and method in methods.CENTERED
-  for path, members in kernels(
-      params, moments, centered=centered, only=ranks
-  ):
+  for path, members in kernels(params, moments, centered=centered, only=ranks):
     moment, leaf = moments[path], named[path]
     each = per_member(path, ranks[path], moment.layout)
     pairs = [
-        _pair(k, method, int(rank), damping)
-        for k, rank in zip(members, each, strict=True)
+      _pair(k, method, int(rank), damping)
+      for k, rank in zip(members, each, strict=True)
     ]
     constant = None
     if compensate_mean:
-      constant = np.stack([
+      constant = np.stack(
+        [
           k.mean @ (k.w - f.a @ f.b)
           for k, f in zip(members, pairs, strict=True)
-      ])
+        ]
+      )
     bias = moment.entry.bias
     if constant is not None and bias is not None:
       named[bias] = _add_constant(named, path, bias, constant)
@@ -150,8 +153,10 @@ def _pair(kernel: Kernel, method: str, rank: int, damping: float) -> Factors:
 
 
 def _to_low_rank(
-    pairs: list[Factors], constant: np.ndarray | None, layout: Layout,
-    leaf: Any,
+  pairs: list[Factors],
+  constant: np.ndarray | None,
+  layout: Layout,
+  leaf: Any,
 ) -> LowRank:
   groups, dtype = layout.group_shape, leaf.dtype
   a, b = pad_factors(pairs)
@@ -160,21 +165,22 @@ def _to_low_rank(
   if constant is not None:
     c = jnp.asarray(constant.reshape(groups + layout.output_shape), dtype)
   return LowRank(
-      jnp.asarray(a.reshape(groups + layout.input_shape + (rank,)), dtype),
-      jnp.asarray(b.reshape(groups + (rank,) + layout.output_shape), dtype),
-      c, layout,
+    jnp.asarray(a.reshape(groups + layout.input_shape + (rank,)), dtype),
+    jnp.asarray(b.reshape(groups + (rank,) + layout.output_shape), dtype),
+    c,
+    layout,
   )
 
 
 def _add_constant(
-    named: dict[str, Any], path: str, bias: str, constant: np.ndarray
+  named: dict[str, Any], path: str, bias: str, constant: np.ndarray
 ) -> Any:
   if bias not in named or named[bias].size != constant.size:
     raise ValueError(
-        f'{path!r} had the bias {bias!r} of {constant.size} numbers when its '
-        'moments were collected; these parameters do not'
+      f'{path!r} had the bias {bias!r} of {constant.size} numbers when its '
+      'moments were collected; these parameters do not'
     )
   old = named[bias]
   return jnp.asarray(
-      np.asarray(old, np.float64) + constant.reshape(old.shape), old.dtype
+    np.asarray(old, np.float64) + constant.reshape(old.shape), old.dtype
   )

@@ -15,25 +15,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from utilized_rank import compat
 from utilized_rank import numerics
 from utilized_rank import products
 from utilized_rank import tracing
-from utilized_rank.capture import Dense
+from utilized_rank.dense import Dense
+from utilized_rank.factors import Factors
 from utilized_rank.interpret import Walk
-from utilized_rank.layout import Layout, View
+from utilized_rank.layout import Layout
+from utilized_rank.layout import View
 from utilized_rank.lowrank import Factored
-from utilized_rank.values import Output, Param
+from utilized_rank.values import Output
+from utilized_rank.values import Param
 
 LossFn = Callable[[Any, Any], jax.Array]
 
 
 def gradient_sums(
-    fn: Callable[[Any, Any], Any],
-    loss: LossFn,
-    layouts: dict[str, Layout],
+  fn: Callable[[Any, Any], Any],
+  loss: LossFn,
+  layouts: dict[str, Layout],
 ) -> Callable[[Any, Any], tuple[dict[str, jax.Array], jax.Array]]:
   """Makes a function that sums g g^T at every kernel's output.
 
@@ -54,16 +56,16 @@ def gradient_sums(
   def sums(params, batch):
     examples = _examples(batch)
     taps = {
-        path: jnp.zeros(y.group_shape + (y.matrix_shape[1],) * 2, jnp.float32)
-        for path, y in layouts.items()
+      path: jnp.zeros(y.group_shape + (y.matrix_shape[1],) * 2, jnp.float32)
+      for path, y in layouts.items()
     }
 
     def total(taps):
       losses = loss(_tapped(fn, layouts, params, batch, taps), batch)
       if losses.shape != (examples,):
         raise ValueError(
-            f'loss(outputs, batch) must return one number per example, shape '
-            f'({examples},), got {losses.shape}'
+          f'loss(outputs, batch) must return one number per example, shape '
+          f'({examples},), got {losses.shape}'
         )
       return jnp.sum(losses)
 
@@ -85,13 +87,12 @@ def _tapped(fn, layouts, params, batch, taps):
       continue
     layout = layouts[path]
     view = View.of_leaf(path, leaf.shape, leaf.dtype, layout.atoms)
-    grouped = Factored(products.Factors(
-        taps[path], None, None, layout, layout.groups))
+    grouped = Factored(Factors(taps[path], None, None, layout, layout.groups))
     values.append(Param(view, _Tapped(Dense(leaf), grouped)))
   walk = Walk(_Tapper())
   outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
   return jax.tree.unflatten(
-      traced.out_tree, [walk.materialise(v, 'output') for v in outs]
+    traced.out_tree, [walk.materialise(v, 'output') for v in outs]
   )
 
 
@@ -104,17 +105,16 @@ class _Tapped:
   tap: Factored
 
   def relayout(self, eqn: Any, view: View) -> _Tapped:
-    return _Tapped(
-        self.dense.relayout(eqn, view), self.tap.relayout(eqn, view)
-    )
+    return _Tapped(self.dense.relayout(eqn, view), self.tap.relayout(eqn, view))
 
   def squeeze(self, axis: int) -> _Tapped:
     return _Tapped(self.dense.squeeze(axis), self.tap)
 
   def index(self, cut: View, axis: int, at: Any) -> _Tapped | None:
     tap = self.tap.index(cut, axis, at)
-    return None if tap is None else _Tapped(
-        self.dense.index(cut, axis, at), tap)
+    return (
+      None if tap is None else _Tapped(self.dense.index(cut, axis, at), tap)
+    )
 
   def unstack(self, view: View):
     tapped = self.tap.unstack(view)
@@ -130,8 +130,9 @@ class _Tapped:
     array, array_spec, read = self.dense.shard(cut, spec, parts)
     arrays, specs, read_tap = tapped
     return (
-        (array, arrays), (array_spec, specs),
-        lambda x: _Tapped(read(x[0]), read_tap(x[1])),
+      (array, arrays),
+      (array_spec, specs),
+      lambda x: _Tapped(read(x[0]), read_tap(x[1])),
     )
 
   def materialise(self, view: View) -> Any:
@@ -156,7 +157,7 @@ class _Tapper:
     param = operands[which]
     plain = list(operands)
     plain[which] = param.payload.materialise(param.view)
-    out, = compat.bind(eqn, plain)
+    (out,) = compat.bind(eqn, plain)
     found = products.describe(eqn, param.view, which)
     if isinstance(found, str):
       return out
@@ -189,9 +190,9 @@ _tap.defvjp(_tap_forward, _tap_backward)
 
 
 def sampled_cross_entropy(
-    logits: Callable[[Any], jax.Array] = lambda outputs: outputs,
-    *,
-    seed: int = 0,
+  logits: Callable[[Any], jax.Array] = lambda outputs: outputs,
+  *,
+  seed: int = 0,
 ) -> LossFn:
   """The loss whose gradient moments are the true Fisher's: labels are drawn
   from the model's own distribution, so none are needed.
@@ -214,11 +215,13 @@ def sampled_cross_entropy(
     del batch
     scores = logits(outputs).astype(jnp.float32)
     mix = jax.lax.bitcast_convert_type(
-        jax.lax.stop_gradient(scores).sum(), jnp.uint32)
+      jax.lax.stop_gradient(scores).sum(), jnp.uint32
+    )
     key = jax.random.fold_in(jax.random.key(seed), mix)
     drawn = jax.random.categorical(key, jax.lax.stop_gradient(scores))
     nats = -jnp.take_along_axis(
-        jax.nn.log_softmax(scores), drawn[..., None], axis=-1)[..., 0]
+      jax.nn.log_softmax(scores), drawn[..., None], axis=-1
+    )[..., 0]
     return nats.reshape(len(nats), -1).sum(1)
 
   return loss

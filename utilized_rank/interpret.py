@@ -18,28 +18,46 @@ from collections.abc import Hashable, Sequence
 import itertools
 from typing import Any
 
-from utilized_rank import compat, control
+from utilized_rank import compat
+from utilized_rank import control
 from utilized_rank.layout import View
-from utilized_rank.values import (
-  Loop,
-  Output,
-  Param,
-  Tape,
-  UnsupportedError,
-  Visitor,
-)
+from utilized_rank.values import Loop
+from utilized_rank.values import Output
+from utilized_rank.values import Param
+from utilized_rank.values import Tape
+from utilized_rank.values import UnsupportedError
+from utilized_rank.values import Visitor
 
 __all__ = ['PART', 'UnsupportedError', 'Walk']
 
-_KEEPS_LAYOUT = frozenset({
-    'copy', 'copy_p', 'stop_gradient', 'sharding_constraint',
-    'reduce_precision', 'name', 'pvary', 'pcast', 'reshard', 'device_put',
-})
-_RENAMES = frozenset({
-    'convert_element_type', 'reshape', 'transpose', 'squeeze',
-    'broadcast_in_dim', 'copy', 'name', 'stop_gradient', 'pvary',
+_KEEPS_LAYOUT = frozenset(
+  {
+    'copy',
+    'copy_p',
+    'stop_gradient',
     'sharding_constraint',
-})
+    'reduce_precision',
+    'name',
+    'pvary',
+    'pcast',
+    'reshard',
+    'device_put',
+  }
+)
+_RENAMES = frozenset(
+  {
+    'convert_element_type',
+    'reshape',
+    'transpose',
+    'squeeze',
+    'broadcast_in_dim',
+    'copy',
+    'name',
+    'stop_gradient',
+    'pvary',
+    'sharding_constraint',
+  }
+)
 _PRODUCTS = ('dot_general', 'conv_general_dilated')
 # Their sub-computation combines two scalars; it holds no product.
 _REDUCERS = ('scatter', 'reduce', 'select_and_', 'arg', 'cum')
@@ -47,7 +65,7 @@ _REDUCERS = ('scatter', 'reduce', 'select_and_', 'arg', 'cum')
 # parts: its other parts may go anywhere.
 PART = 'a slice that is not one of equal parts'
 _REASONS = dict.fromkeys(('slice', 'split', 'dynamic_slice'), PART) | {
-    'gather': 'a lookup (gather)',
+  'gather': 'a lookup (gather)',
 }
 
 
@@ -79,7 +97,7 @@ class Walk:
     return inner
 
   def run(
-      self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]
+    self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]
   ) -> list[Any]:
     """Evaluates an open jaxpr; values in and out may be `Param`s."""
     env: dict[Any, Any] = {}
@@ -96,7 +114,7 @@ class Walk:
       return atom.val if isinstance(atom, compat.Literal) else env[atom]
 
     for var, value in zip(
-        [*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True
+      [*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True
     ):
       write(var, value)
     for eqn in jaxpr.eqns:
@@ -134,14 +152,14 @@ class Walk:
       if isinstance(other, Output) and self.visitor.biased(other, bias):
         array = bias.payload.materialise(bias.view)
         return compat.bind(
-            eqn, [array if v is bias else other.value for v in operands]
+          eqn, [array if v is bias else other.value for v in operands]
         )
     operands = [v.value if isinstance(v, Output) else v for v in operands]
     rule = control.RULES.get(name)
     if rule is not None:
       return rule(self, eqn, operands)
     if name in compat.OPAQUE or (
-        compat.sub_jaxprs(eqn) and not name.startswith(_REDUCERS)
+      compat.sub_jaxprs(eqn) and not name.startswith(_REDUCERS)
     ):
       for i in params:
         self.visitor.opaque(operands[i].view, name)
@@ -153,14 +171,15 @@ class Walk:
       if len(operands) == 1:
         view = _moved(eqn, operands[0].view)
         if view is not None:
-          value, = compat.bind(eqn, [operands[0].value])
+          (value,) = compat.bind(eqn, [operands[0].value])
           return [Output(view, value, operands[0].use)]
       operands = [v.value if isinstance(v, Output) else v for v in operands]
     results = compat.bind(eqn, operands)
     if eqn.primitive.name in _RENAMES and len(operands) == 1:
       key = (
-          eqn.primitive.name, self.origin(operands[0]),
-          compat.params_key(eqn),
+        eqn.primitive.name,
+        self.origin(operands[0]),
+        compat.params_key(eqn),
       )
       self._origins[id(results[0])] = (key, results[0])
     return results
@@ -185,14 +204,15 @@ class Walk:
   # --- layout operations ---
 
   def _move_params(
-      self, eqn: Any, operands: list[Any], params: list[int]
+    self, eqn: Any, operands: list[Any], params: list[int]
   ) -> list[Any] | None:
     name = eqn.primitive.name
     if name == 'optimization_barrier':
       # A barrier orders what is computed; a parameter is not computed.
       plain = [
-          v.value if isinstance(v, Output) else v
-          for v in operands if not isinstance(v, Param)
+        v.value if isinstance(v, Output) else v
+        for v in operands
+        if not isinstance(v, Param)
       ]
       results = iter(eqn.primitive.bind(*plain) if plain else ())
       return [v if isinstance(v, Param) else next(results) for v in operands]
@@ -200,7 +220,7 @@ class Walk:
       return self._dynamic_index(eqn, operands)
     if len(operands) != 1:
       return None
-    param, = operands
+    (param,) = operands
     if name == 'slice':
       starts, limits = eqn.params['start_indices'], eqn.params['limit_indices']
       if any(s != 1 for s in eqn.params['strides'] or ()):
@@ -239,8 +259,9 @@ class Walk:
 def _cut_axis(lengths: Sequence[int], view: View) -> int | None:
   """The one axis that a slice shortens, or None."""
   cut = [
-      i for i, (n, size) in enumerate(zip(lengths, view.sizes, strict=True))
-      if n != size
+    i
+    for i, (n, size) in enumerate(zip(lengths, view.sizes, strict=True))
+    if n != size
   ]
   return cut[0] if len(cut) == 1 else None
 
@@ -248,9 +269,7 @@ def _cut_axis(lengths: Sequence[int], view: View) -> int | None:
 def _cut(view: View, axis: int, length: int) -> View | None:
   """The view with an axis cut into (parts, length)."""
   parts = view.sizes[axis] // length
-  sizes = (
-      *view.sizes[:axis], parts, length, *view.sizes[axis + 1:]
-  )
+  sizes = (*view.sizes[:axis], parts, length, *view.sizes[axis + 1 :])
   return view.reshape(sizes)
 
 

@@ -54,30 +54,30 @@ class Kernel:
     """Eigenbasis of T = W^T S W."""
     wide = self.w.shape[1] > self.w.shape[0]
     return subspace.output_basis(
-        self.w, self.second, self.in_basis if wide else None
+      self.w, self.second, self.in_basis if wide else None
     )
 
   def ranks(self, e_s: float, e_t: float) -> tuple[int, int]:
     """(k_S, k_T) at the given energies."""
     return (
-        subspace.energy_rank(self.in_basis.values, e_s),
-        subspace.energy_rank(self.out_basis.values, e_t),
+      subspace.energy_rank(self.in_basis.values, e_s),
+      subspace.energy_rank(self.out_basis.values, e_t),
     )
 
   def projected(self, e_s: float, e_t: float) -> np.ndarray:
     """W' = P_S W P_T at the given energies."""
     k_s, k_t = self.ranks(e_s, e_t)
     return subspace.project(
-        self.w, self.in_basis.vectors[:, :k_s], self.out_basis.vectors[:, :k_t]
+      self.w, self.in_basis.vectors[:, :k_s], self.out_basis.vectors[:, :k_t]
     )
 
 
 def kernels(
-    params: Any,
-    moments: Moments,
-    *,
-    centered: bool = False,
-    only: Iterable[str] | None = None,
+  params: Any,
+  moments: Moments,
+  *,
+  centered: bool = False,
+  only: Iterable[str] | None = None,
 ) -> Iterator[tuple[str, list[Kernel]]]:
   """Yields each leaf with its matrices, in the order they are computed in.
 
@@ -119,22 +119,27 @@ def kernels(
       key = moment.entry.index, index
       if key not in shared:
         shared[key] = functools.cache(
-            functools.partial(subspace.input_basis, second[index])
+          functools.partial(subspace.input_basis, second[index])
         )
-      members.append(Kernel(
-          path, index, matrices[index], second[index], mean[index],
+      members.append(
+        Kernel(
+          path,
+          index,
+          matrices[index],
+          second[index],
+          mean[index],
           int(count[index]),
           None if gradient is None else gradient[index],
-          0.0 if gradient is None else float(rows[index]), shared[key],
-      ))
+          0.0 if gradient is None else float(rows[index]),
+          shared[key],
+        )
+      )
     yield path, members
 
 
 def to_leaf(matrices: list[np.ndarray], layout: Layout, leaf: Any) -> Any:
   """One matrix per group as an array like `leaf`."""
-  stacked = np.stack(matrices).reshape(
-      layout.group_shape + layout.matrix_shape
-  )
+  stacked = np.stack(matrices).reshape(layout.group_shape + layout.matrix_shape)
   return jnp.asarray(layout.from_matrices(stacked), leaf.dtype)
 
 
@@ -145,14 +150,12 @@ def _check(path: str, named: dict[str, Any], moments: Moments) -> None:
     raise ValueError('no parameter ' + paths.unknown(path, named))
   leaf = named[path]
   if lowrank.is_low_rank(leaf):
-    raise ValueError(
-        f'{path!r} is low-rank already; give the dense parameters'
-    )
+    raise ValueError(f'{path!r} is low-rank already; give the dense parameters')
   shape = moments[path].layout.shape
   if tuple(leaf.shape) != shape:
     raise ValueError(
-        f'{path!r} has shape {tuple(leaf.shape)} but its moments were '
-        f'collected for {shape}; collect them with these parameters'
+      f'{path!r} has shape {tuple(leaf.shape)} but its moments were '
+      f'collected for {shape}; collect them with these parameters'
     )
 
 
@@ -166,9 +169,9 @@ def _warn_if_few(moments: list[Any], wanted: list[str]) -> None:
   if short:
     _, path, rows, d = min(short)
     warnings.warn(
-        f'{len(short)} kernels were measured on fewer rows than they have '
-        f'input features (worst: {path!r}, {rows} rows for {d} features); '
-        f'ranks are then bounded by the rows: collect at least {d}, better '
-        f'{4 * d} rows',
-        stacklevel=3,
+      f'{len(short)} kernels were measured on fewer rows than they have '
+      f'input features (worst: {path!r}, {rows} rows for {d} features); '
+      f'ranks are then bounded by the rows: collect at least {d}, better '
+      f'{4 * d} rows',
+      stacklevel=3,
     )

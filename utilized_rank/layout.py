@@ -46,17 +46,21 @@ class View:
 
   @classmethod
   def of_leaf(
-      cls,
-      path: str,
-      shape: Sequence[int],
-      dtype: Any,
-      atoms: Sequence[int] | None = None,
+    cls,
+    path: str,
+    shape: Sequence[int],
+    dtype: Any,
+    atoms: Sequence[int] | None = None,
   ) -> View:
     """The leaf itself; `atoms` may cut its axes beforehand."""
     shape = tuple(shape)
     whole = cls(
-        path, shape, shape, tuple((i,) for i in range(len(shape))), shape,
-        dtype,
+      path,
+      shape,
+      shape,
+      tuple((i,) for i in range(len(shape))),
+      shape,
+      dtype,
     )
     if atoms is None or tuple(atoms) == shape:
       return whole
@@ -71,9 +75,9 @@ class View:
 
   def transpose(self, permutation: Sequence[int]) -> View:
     return dataclasses.replace(
-        self,
-        axes=tuple(self.axes[i] for i in permutation),
-        sizes=tuple(self.sizes[i] for i in permutation),
+      self,
+      axes=tuple(self.axes[i] for i in permutation),
+      sizes=tuple(self.sizes[i] for i in permutation),
     )
 
   def squeeze(self, dimensions: Iterable[int]) -> View:
@@ -81,10 +85,10 @@ class View:
     gone = set(dimensions)
     taken = [(a, 0) for i in sorted(gone) for a in self.axes[i]]
     return dataclasses.replace(
-        self,
-        axes=tuple(a for i, a in enumerate(self.axes) if i not in gone),
-        sizes=tuple(s for i, s in enumerate(self.sizes) if i not in gone),
-        taken=self.taken + tuple(taken),
+      self,
+      axes=tuple(a for i, a in enumerate(self.axes) if i not in gone),
+      sizes=tuple(s for i, s in enumerate(self.sizes) if i not in gone),
+      taken=self.taken + tuple(taken),
     )
 
   def broadcast(self, shape: Sequence[int], dimensions: Sequence[int]) -> View:
@@ -92,15 +96,17 @@ class View:
     axes: list[Atoms] = [()] * len(shape)
     taken = []
     for axis, atoms, size in zip(
-        dimensions, self.axes, self.sizes, strict=True
+      dimensions, self.axes, self.sizes, strict=True
     ):
       if size == shape[axis]:
         axes[axis] = atoms
       else:
         taken += [(a, 0) for a in atoms]
     return dataclasses.replace(
-        self, axes=tuple(axes), sizes=tuple(shape),
-        taken=self.taken + tuple(taken),
+      self,
+      axes=tuple(axes),
+      sizes=tuple(shape),
+      taken=self.taken + tuple(taken),
     )
 
   def take(self, axis: int, by: Any) -> View:
@@ -112,10 +118,10 @@ class View:
       sizes = [self.atoms[a] for a in atoms]
       names = [int(i) for i in np.unravel_index(by, sizes)]
     return dataclasses.replace(
-        self,
-        axes=tuple(self.axes[i] for i in keep),
-        sizes=tuple(self.sizes[i] for i in keep),
-        taken=self.taken + tuple(zip(atoms, names, strict=True)),
+      self,
+      axes=tuple(self.axes[i] for i in keep),
+      sizes=tuple(self.sizes[i] for i in keep),
+      taken=self.taken + tuple(zip(atoms, names, strict=True)),
     )
 
   def reshape(self, sizes: Sequence[int]) -> View | None:
@@ -131,9 +137,7 @@ class View:
         queue += [(a, self.atoms[a]) for a in atoms]
       elif size > 1:
         queue.append((None, size))
-    pieces: dict[int, list[int]] = {
-        a: [s] for a, s in enumerate(self.atoms)
-    }
+    pieces: dict[int, list[int]] = {a: [s] for a, s in enumerate(self.atoms)}
     axes: list[list[tuple[int | None, int]]] = []
     for size in sizes:
       axis: list[tuple[int | None, int]] = []
@@ -160,7 +164,7 @@ class View:
     if queue:
       # Trailing atoms of size one; they can sit on any axis with atoms.
       home = next(
-          (x for x in reversed(axes) if x and x[-1][0] is not None), None
+        (x for x in reversed(axes) if x and x[-1][0] is not None), None
       )
       if home is None:
         return None
@@ -181,14 +185,14 @@ class View:
       if len({atom is None for atom, _ in axis}) > 1:
         return None
       new_axes.append(
-          tuple(next(next_part[a]) for a, _ in axis if a is not None)
+        tuple(next(next_part[a]) for a, _ in axis if a is not None)
       )
     return dataclasses.replace(
-        self,
-        atoms=tuple(atoms),
-        axes=tuple(new_axes),
-        sizes=sizes,
-        taken=tuple((numbers[a][0], by) for a, by in self.taken),
+      self,
+      atoms=tuple(atoms),
+      axes=tuple(new_axes),
+      sizes=sizes,
+      taken=tuple((numbers[a][0], by) for a, by in self.taken),
     )
 
 
@@ -212,11 +216,11 @@ class Layout:
 
   @classmethod
   def of(
-      cls,
-      shape: Sequence[int],
-      groups: Sequence[int] = (),
-      inputs: Sequence[int] = (),
-      outputs: Sequence[int] = (),
+    cls,
+    shape: Sequence[int],
+    groups: Sequence[int] = (),
+    inputs: Sequence[int] = (),
+    outputs: Sequence[int] = (),
   ) -> Layout:
     """The layout of a leaf whose whole axes have the given roles.
 
@@ -224,14 +228,17 @@ class Layout:
     (64, 64)
     """
     layout = cls(
-        tuple(shape), tuple(shape), tuple(groups), tuple(inputs),
-        tuple(outputs),
+      tuple(shape),
+      tuple(shape),
+      tuple(groups),
+      tuple(inputs),
+      tuple(outputs),
     )
     named = sorted([*groups, *inputs, *outputs])
     if named != list(range(len(shape))):
       raise ValueError(
-          f'groups {groups}, inputs {inputs} and outputs {outputs} must name '
-          f'each of the {len(shape)} axes of shape {tuple(shape)} once'
+        f'groups {groups}, inputs {inputs} and outputs {outputs} must name '
+        f'each of the {len(shape)} axes of shape {tuple(shape)} once'
       )
     return layout
 
@@ -280,14 +287,20 @@ class Layout:
     numbers = pieces_of(self.atoms, atoms)
     spread = lambda group: tuple(n for a in group for n in numbers[a])
     return Layout(
-        self.shape, tuple(atoms), spread(self.groups), spread(self.inputs),
-        spread(self.outputs),
+      self.shape,
+      tuple(atoms),
+      spread(self.groups),
+      spread(self.inputs),
+      spread(self.outputs),
     )
 
   def coarsen(self) -> Layout:
     """The same layout with as few atoms as possible: whole axes again."""
-    role = {a: r for r, group in enumerate(
-        (self.groups, self.inputs, self.outputs)) for a in group}
+    role = {
+      a: r
+      for r, group in enumerate((self.groups, self.inputs, self.outputs))
+      for a in group
+    }
     per_axis = pieces_of(self.shape, self.atoms)
     atoms: list[int] = []
     roles: list[int] = []
@@ -305,7 +318,7 @@ class Layout:
 
 
 def pieces_of(
-    coarse: Sequence[int], fine: Sequence[int]
+  coarse: Sequence[int], fine: Sequence[int]
 ) -> list[tuple[int, ...]]:
   """Which entries of `fine` make up each entry of `coarse`, in order.
 
@@ -330,7 +343,7 @@ def pieces_of(
 
 
 def common_atoms(
-    shape: Sequence[int], cuts: Sequence[Sequence[int]]
+  shape: Sequence[int], cuts: Sequence[Sequence[int]]
 ) -> tuple[int, ...] | None:
   """The coarsest cut of `shape` that refines every one of `cuts`, or None.
 

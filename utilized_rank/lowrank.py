@@ -12,10 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from utilized_rank import compat, paths, products, tracing
+from utilized_rank import compat
+from utilized_rank import paths
+from utilized_rank import products
+from utilized_rank import tracing
+from utilized_rank.factors import Factors
 from utilized_rank.interpret import Walk
-from utilized_rank.layout import Atoms, Layout, View, pieces_of
-from utilized_rank.values import Loop, Output, Param
+from utilized_rank.layout import Atoms
+from utilized_rank.layout import Layout
+from utilized_rank.layout import View
+from utilized_rank.layout import pieces_of
+from utilized_rank.values import Loop
+from utilized_rank.values import Output
+from utilized_rank.values import Param
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -67,8 +76,8 @@ class LowRank:
   def tree_flatten_with_keys(self):
     key = jax.tree_util.GetAttrKey
     return (
-        ((key('a'), self.a), (key('b'), self.b), (key('c'), self.c)),
-        self.layout,
+      ((key('a'), self.a), (key('b'), self.b), (key('c'), self.c)),
+      self.layout,
     )
 
   @classmethod
@@ -86,8 +95,9 @@ def _dense(a: Any, b: Any, layout: Layout) -> Any:
   groups, rank = layout.group_shape, a.shape[-1]
   d, m = layout.matrix_shape
   matrices = jnp.matmul(
-      a.reshape(*groups, d, rank), b.reshape(*groups, rank, m),
-      precision=jax.lax.Precision.HIGHEST,
+    a.reshape(*groups, d, rank),
+    b.reshape(*groups, rank, m),
+    precision=jax.lax.Precision.HIGHEST,
   )
   return layout.from_matrices(matrices)
 
@@ -114,9 +124,9 @@ def merge(tree: Any) -> Any:
     if is_low_rank(leaf):
       if leaf.c is not None:
         raise ValueError(
-            f'{path!r} has a constant of shape {tuple(leaf.c.shape)} at its '
-            'output and no bias to hold it; factorize with '
-            'compensate_mean=False to get a tree that can be merged'
+          f'{path!r} has a constant of shape {tuple(leaf.c.shape)} at its '
+          'output and no bias to hold it; factorize with '
+          'compensate_mean=False to get a tree that can be merged'
         )
       named[path] = leaf.dense()
   return paths.unflatten(treedef, named)
@@ -129,7 +139,7 @@ def count_params(tree: Any) -> int:
   15
   """
   return sum(
-      leaf.size for leaf in jax.tree.leaves(tree) if tracing.is_array(leaf)
+    leaf.size for leaf in jax.tree.leaves(tree) if tracing.is_array(leaf)
   )
 
 
@@ -159,22 +169,30 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
   @functools.wraps(fn)
   def factored(params, *args, **kwargs):
     traced = tracing.trace(
-        fn, params, args, kwargs, is_low_rank,
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        if is_low_rank(leaf) else leaf,
+      fn,
+      params,
+      args,
+      kwargs,
+      is_low_rank,
+      lambda leaf: (
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        if is_low_rank(leaf)
+        else leaf
+      ),
     )
     values = [
-        Param(
-            View.of_leaf(p, leaf.shape, leaf.dtype, leaf.layout.atoms),
-            Factored.of(leaf),
-        )
-        if is_low_rank(leaf) else leaf
-        for p, leaf in traced.params.items()
+      Param(
+        View.of_leaf(p, leaf.shape, leaf.dtype, leaf.layout.atoms),
+        Factored.of(leaf),
+      )
+      if is_low_rank(leaf)
+      else leaf
+      for p, leaf in traced.params.items()
     ]
     walk = Walk(_Substitution())
     outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
     return jax.tree.unflatten(
-        traced.out_tree, [walk.materialise(v, 'output') for v in outs]
+      traced.out_tree, [walk.materialise(v, 'output') for v in outs]
     )
 
   return factored
@@ -185,13 +203,11 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
 class Factored:
   """A `LowRank` leaf inside a walk; `present` groups are still axes."""
 
-  factors: products.Factors
+  factors: Factors
 
   @classmethod
   def of(cls, leaf: LowRank) -> Factored:
-    return cls(products.Factors(
-        leaf.a, leaf.b, leaf.c, leaf.layout, leaf.layout.groups
-    ))
+    return cls(Factors(leaf.a, leaf.b, leaf.c, leaf.layout, leaf.layout.groups))
 
   def tree_flatten(self):
     f = self.factors
@@ -199,7 +215,7 @@ class Factored:
 
   @classmethod
   def tree_unflatten(cls, static, children) -> Factored:
-    return cls(products.Factors(*children, *static))
+    return cls(Factors(*children, *static))
 
   def relayout(self, eqn: Any, view: View) -> Factored:
     del view
@@ -218,16 +234,20 @@ class Factored:
 
   def _without(self, axis: int, pick: Callable[[Any], Any]) -> Factored:
     f = self.factors
-    present: Atoms = f.present[:axis] + f.present[axis + 1:]
+    present: Atoms = f.present[:axis] + f.present[axis + 1 :]
     a, b, c = jax.tree.map(pick, (f.a, f.b, f.c))
-    return Factored(products.Factors(a, b, c, f.layout, present))
+    return Factored(Factors(a, b, c, f.layout, present))
 
   def index(self, cut: View, axis: int, at: Any) -> Factored | None:
     group = self._group_axis(cut, axis)
     if group is None:
       return None
-    return self._without(group, lambda array: jax.lax.dynamic_index_in_dim(
-        array, at, group, keepdims=False))
+    return self._without(
+      group,
+      lambda array: jax.lax.dynamic_index_in_dim(
+        array, at, group, keepdims=False
+      ),
+    )
 
   def squeeze(self, axis: int) -> Factored:
     del axis
@@ -239,13 +259,13 @@ class Factored:
       return None
     f = self.factors
     arrays = jax.tree.map(
-        lambda array: jnp.moveaxis(array, group, 0), (f.a, f.b, f.c)
+      lambda array: jnp.moveaxis(array, group, 0), (f.a, f.b, f.c)
     )
-    present = f.present[:group] + f.present[group + 1:]
+    present = f.present[:group] + f.present[group + 1 :]
 
     def read(x):
       a, b, c = x
-      return Factored(products.Factors(a, b, c, f.layout, present))
+      return Factored(Factors(a, b, c, f.layout, present))
 
     return arrays, read
 
@@ -262,7 +282,7 @@ class Factored:
     def read(local):
       # Each device holds one of as many groups as there are devices.
       local = jax.tree.map(lambda v: jnp.squeeze(v, tuple(where)), local)
-      return Factored(products.Factors(*local, f.layout, left))
+      return Factored(Factors(*local, f.layout, left))
 
     return arrays, jax.tree.map(lambda _: specs, arrays), read
 
@@ -273,8 +293,9 @@ class Factored:
     lead = sizes(f.present)
     rank = f.a.shape[-1]
     matrices = jnp.matmul(
-        f.a.reshape(*lead, d, rank), f.b.reshape(*lead, rank, m),
-        precision=jax.lax.Precision.HIGHEST,
+      f.a.reshape(*lead, d, rank),
+      f.b.reshape(*lead, rank, m),
+      precision=jax.lax.Precision.HIGHEST,
     )
     order = f.present + f.layout.inputs + f.layout.outputs
     left = sorted(order)
@@ -284,23 +305,23 @@ class Factored:
 
 
 def _lay_out(
-    array: Any, coarse: Atoms, left: Sequence[int], view: View
+  array: Any, coarse: Atoms, left: Sequence[int], view: View
 ) -> jax.Array:
   """Lays out an array with one axis per atom of `left` as the view says."""
   pieces = pieces_of(coarse, view.atoms)
   names = [p for a in left for p in pieces[a]]
   gone = {a for a, _ in view.taken}
   array = array.reshape([view.atoms[a] for a in names])
-  array = jnp.squeeze(
-      array, tuple(i for i, a in enumerate(names) if a in gone)
-  )
+  array = jnp.squeeze(array, tuple(i for i, a in enumerate(names) if a in gone))
   names = [a for a in names if a not in gone]
   order = [a for axis in view.axes for a in axis]
   array = array.transpose([names.index(a) for a in order])
-  array = array.reshape([
+  array = array.reshape(
+    [
       size if atoms else 1
       for atoms, size in zip(view.axes, view.sizes, strict=True)
-  ])
+    ]
+  )
   return jnp.broadcast_to(array, view.sizes).astype(view.dtype)
 
 
@@ -315,9 +336,9 @@ class _Substitution:
 
   def dropped(self, view: View, reason: str) -> None:
     warnings.warn(
-        f'{view.path!r} is low-rank but meets {reason!r}, which is no product '
-        'with an activation: it is multiplied out there',
-        stacklevel=2,
+      f'{view.path!r} is low-rank but meets {reason!r}, which is no product '
+      'with an activation: it is multiplied out there',
+      stacklevel=2,
     )
 
   def product(self, eqn, operands, which, walk):

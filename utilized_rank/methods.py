@@ -22,7 +22,7 @@ DAMPING = 0.01
 def needs_gradients(path: str) -> ValueError:
   """The error for a kernel without gradient moments."""
   return ValueError(
-      f'the moments of {path!r} have no gradients; collect them with loss='
+    f'the moments of {path!r} have no gradients; collect them with loss='
   )
 
 
@@ -31,18 +31,23 @@ def _loss(kernel: Kernel, damping: float) -> Factors:
     raise needs_gradients(kernel.path)
   wide = kernel.w.shape[1] > kernel.w.shape[0]
   return subspace.loss_factors(
-      kernel.w, kernel.second, kernel.gradient, damping,
-      kernel.in_basis if wide else None,
+    kernel.w,
+    kernel.second,
+    kernel.gradient,
+    damping,
+    kernel.in_basis if wide else None,
   )
 
 
 _METHODS: dict[str, Callable[[Kernel, float], Factors]] = {
-    'weight': lambda k, damping: subspace.weight_factors(k.w),
-    'scaled': lambda k, damping: subspace.scaled_factors(
-        k.w, np.sqrt(np.maximum(np.diagonal(k.second), 0))),
-    'output': lambda k, damping: subspace.output_factors(
-        k.w, k.out_basis.vectors),
-    'loss': _loss,
+  'weight': lambda k, damping: subspace.weight_factors(k.w),
+  'scaled': lambda k, damping: subspace.scaled_factors(
+    k.w, np.sqrt(np.maximum(np.diagonal(k.second), 0))
+  ),
+  'output': lambda k, damping: subspace.output_factors(
+    k.w, k.out_basis.vectors
+  ),
+  'loss': _loss,
 }
 # Its W' of one rank is no truncation of that of another.
 UTILIZED = 'utilized'
@@ -108,7 +113,10 @@ def utilized(kernel: Kernel, rank: int) -> Factors:
   sides = []
   for basis, at_rank in zip(bases, energies, strict=True):
     # The side that reaches the energy at this rank sets the rank.
-    k = rank if at_rank == shared else max(
-        rank, subspace.energy_rank(basis.values, shared))
+    k = (
+      rank
+      if at_rank == shared
+      else max(rank, subspace.energy_rank(basis.values, shared))
+    )
     sides.append(basis.vectors[:, :k])
   return subspace.utilized_factors(kernel.w, *sides)

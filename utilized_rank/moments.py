@@ -132,11 +132,11 @@ class Moments(Mapping[str, Moment]):
   """
 
   def __init__(
-      self,
-      table: tuple[Entry, ...],
-      sums: tuple[Sums, ...],
-      grads: tuple[Any, ...] | None = None,
-      examples: Any = None,
+    self,
+    table: tuple[Entry, ...],
+    sums: tuple[Sums, ...],
+    grads: tuple[Any, ...] | None = None,
+    examples: Any = None,
   ):
     """Made by `capture` and `collect`.
 
@@ -161,9 +161,7 @@ class Moments(Mapping[str, Moment]):
 
   def __getitem__(self, path: str) -> Moment:
     if path not in self._places:
-      raise KeyError(
-          'no moments for ' + paths.unknown(path, self._places)
-      )
+      raise KeyError('no moments for ' + paths.unknown(path, self._places))
     place = self._places[path]
     entry = self.table[place]
     grad = None if self.grads is None else self.grads[place]
@@ -193,26 +191,25 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
   ours, theirs = ({e.path: e for e in m.table} for m in (a, b))
   for path in [*ours, *theirs]:
     if path not in ours or path not in theirs:
-      has, lacks = ('first', 'second') if path in ours else (
-          'second', 'first')
+      has, lacks = ('first', 'second') if path in ours else ('second', 'first')
       raise ValueError(
-          f'moments of {path!r} are in the {has} argument and not in the '
-          f'{lacks}; merge moments collected with one function and selection'
+        f'moments of {path!r} are in the {has} argument and not in the '
+        f'{lacks}; merge moments collected with one function and selection'
       )
     if ours[path].layout != theirs[path].layout:
       raise ValueError(
-          f'moments of {path!r} are over {ours[path].layout.shape} in the '
-          f'first argument and {theirs[path].layout.shape} in the second'
+        f'moments of {path!r} are over {ours[path].layout.shape} in the '
+        f'first argument and {theirs[path].layout.shape} in the second'
       )
   if [e.index for e in a.table] != [theirs[e.path].index for e in a.table]:
     raise ValueError(
-        'the two moments share inputs differently; they come from different '
-        'functions'
+      'the two moments share inputs differently; they come from different '
+      'functions'
     )
   if (a.grads is None) != (b.grads is None):
     raise ValueError(
-        'one of the two moments has gradient moments and the other has none; '
-        'collect both with the same loss'
+      'one of the two moments has gradient moments and the other has none; '
+      'collect both with the same loss'
     )
   grads = None if b.grads is None else tuple(b[path].grad for path in a)
   b = Moments(a.table, b.sums, grads, b.examples)

@@ -45,14 +45,17 @@ def gram(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   if not jnp.issubdtype(x.dtype, jnp.floating):
     x = x.astype(dtype)
   second = jnp.einsum(
-      '...nd,...ne->...de', x, x,
-      precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype,
+    '...nd,...ne->...de',
+    x,
+    x,
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=dtype,
   )
   return jnp.sum(x, axis=-2, dtype=dtype), second
 
 
 def sharded_gram(
-    features: Callable[[jax.Array], jax.Array], x: jax.Array
+  features: Callable[[jax.Array], jax.Array], x: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """`gram(features(x))`, the sums replicated where types carry shardings.
 
@@ -68,8 +71,11 @@ def sharded_gram(
 
 def accumulator_dtype(dtype: Any) -> Any:
   """float64 for float64, float32 for everything else."""
-  return jnp.promote_types(jnp.float32, dtype) if jnp.issubdtype(
-      dtype, jnp.floating) else jnp.float32
+  return (
+    jnp.promote_types(jnp.float32, dtype)
+    if jnp.issubdtype(dtype, jnp.floating)
+    else jnp.float32
+  )
 
 
 def eigh(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -88,7 +94,7 @@ def eigh(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
   matrix = np.asarray(matrix, np.float64)
   if not np.all(np.isfinite(matrix)):
     raise FloatingPointError(
-        f'a {matrix.shape} moment holds NaN or infinite numbers'
+      f'a {matrix.shape} moment holds NaN or infinite numbers'
     )
   symmetric = (matrix + np.swapaxes(matrix, -1, -2)) / 2
   values, vectors = np.linalg.eigh(symmetric)

@@ -192,9 +192,7 @@ def _tiles(
     short = depth.relative_names(layers)[2]
     names = dict(zip([layer.name for layer in layers], short, strict=True))
     for layer, what in ((low, 'lowest'), (high, 'highest')):
-      tiles.append(
-        (f'{100 * layer.utilization:.1f}%', what, names[layer.name])
-      )
+      tiles.append((f'{100 * layer.utilization:.1f}%', what, names[layer.name]))
   cells = ''.join(
     f'<div class="tile"><b>{_text(value)}</b><span>{_text(label)}</span>'
     f'<small>{_text(note)}</small></div>'

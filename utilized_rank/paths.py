@@ -13,7 +13,7 @@ Rules = Sequence[tuple[str, bool]]
 
 
 def flatten(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+  tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[dict[str, Any], Any]:
   """Flattens a tree to a dict from path to leaf, in the tree's own order.
 
@@ -57,7 +57,7 @@ def select(paths: Iterable[str], rules: Rules) -> dict[str, bool]:
       compiled.append((re.compile(regex), bool(keep)))
     except (TypeError, ValueError, re.error) as error:
       raise ValueError(
-          f'select rule {rule!r} is not a (regex, bool) pair: {error}'
+        f'select rule {rule!r} is not a (regex, bool) pair: {error}'
       ) from error
   used = set()
   selected = {}
@@ -72,8 +72,8 @@ def select(paths: Iterable[str], rules: Rules) -> dict[str, bool]:
   for i, (pattern, _) in enumerate(compiled):
     if i not in used:
       raise ValueError(
-          f'select rule {pattern.pattern!r} matched no leaf (rules are full '
-          f'matches, the first one wins); paths look like {paths[:4]}'
+        f'select rule {pattern.pattern!r} matched no leaf (rules are full '
+        f'matches, the first one wins); paths look like {paths[:4]}'
       )
   return selected
 

@@ -31,8 +31,13 @@ from utilized_rank.report import Report
 from utilized_rank.workdir import Workdir
 
 STAGES = (
-    'train', 'collect', 'measure', 'factorize', 'finetune', 'evaluate',
-    'report',
+  'train',
+  'collect',
+  'measure',
+  'factorize',
+  'finetune',
+  'evaluate',
+  'report',
 )
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
 
@@ -73,13 +78,12 @@ class CompressConfig:
   def __post_init__(self):
     if not self.fractions or any(not 0 < f < 1 for f in self.fractions):
       raise ValueError(
-          f'config.compress.fractions={self.fractions}: shares in (0, 1)'
+        f'config.compress.fractions={self.fractions}: shares in (0, 1)'
       )
     methods.check_method(self.method)
     if self.allocation not in ('uniform', 'budget'):
       raise ValueError(
-          f"config.compress.allocation={self.allocation!r}: 'uniform' or "
-          "'budget'"
+        f"config.compress.allocation={self.allocation!r}: 'uniform' or 'budget'"
       )
 
 
@@ -115,8 +119,8 @@ class Job:
     for key in plain:
       if key not in (*sections, 'seed'):
         raise ValueError(
-            f'config has the unknown key {key!r}; it takes seed, '
-            f'{", ".join(sections)}'
+          f'config has the unknown key {key!r}; it takes seed, '
+          f'{", ".join(sections)}'
         )
     for key in ('seed', *sections):
       if key not in plain:
@@ -125,11 +129,13 @@ class Job:
     self.seed = plain['seed']
     self.model_config = plain['model']
     self.data_config = options.from_config(
-        data.DataConfig, plain['data'], 'config.data')
+      data.DataConfig, plain['data'], 'config.data'
+    )
     self.train_config = self._training(plain, 'train')
     self.finetune_config = self._training(plain, 'finetune')
     self.compress = options.from_config(
-        CompressConfig, plain['compress'], 'config.compress')
+      CompressConfig, plain['compress'], 'config.compress'
+    )
     fields = [f.name for f in dataclasses.fields(ViT)]
     for key in self.model_config:
       if key not in fields or key in ('parent', 'name', 'num_classes'):
@@ -150,8 +156,9 @@ class Job:
   @functools.cached_property
   def forward(self):
     """The dense model on its variables: `forward(params, images, ...)`."""
-    model = ViT(num_classes=self.sources['train'].num_classes,
-                **self.model_config)
+    model = ViT(
+      num_classes=self.sources['train'].num_classes, **self.model_config
+    )
     return train.linen_forward(model)
 
   @functools.cached_property
@@ -173,18 +180,23 @@ class Job:
 
   def _batches(self, config: train.TrainConfig):
     return lambda start: self.sources['train'].batches(
-        config.batch_size, seed=config.seed, start_step=start)
+      config.batch_size, seed=config.seed, start_step=start
+    )
 
   # --- stages ---
 
   def train(self) -> dict[str, Any]:
-    model = ViT(num_classes=self.sources['train'].num_classes,
-                **self.model_config)
+    model = ViT(
+      num_classes=self.sources['train'].num_classes, **self.model_config
+    )
     image = jnp.zeros((1, *self.sources['train'].image_shape))
     params = jax.jit(model.init)(jax.random.key(self.seed), image)
     params = train.fit(
-        self.forward, params, self._batches(self.train_config),
-        self.train_config, directory=self.workdir.file('train'),
+      self.forward,
+      params,
+      self._batches(self.train_config),
+      self.train_config,
+      directory=self.workdir.file('train'),
     )
     ur.save(self.workdir.file('dense'), params, overwrite=True)
     return {'validation': self._evaluate(self.forward, params, 'validation')}
@@ -202,18 +214,22 @@ class Job:
     if self.compress.method == 'loss':
       loss = ur.sampled_cross_entropy(seed=self.seed)
     moments = ur.collect(
-        lambda params, batch: self.forward(params, batch['image']),
-        self.dense, _sized(itertools.islice(stream, steps), steps),
-        loss=loss, select=self.compress.select,
-        checkpoint_dir=self.workdir.file('collect'),
+      lambda params, batch: self.forward(params, batch['image']),
+      self.dense,
+      _sized(itertools.islice(stream, steps), steps),
+      loss=loss,
+      select=self.compress.select,
+      checkpoint_dir=self.workdir.file('collect'),
     )
     ur.save(self.workdir.file('moments'), moments, overwrite=True)
     return {'examples': examples, 'kernels': len(moments)}
 
   def measure(self) -> dict[str, Any]:
     report = ur.measure(
-        self.dense, self.moments, energy=self.compress.energy,
-        centered=self.compress.centered,
+      self.dense,
+      self.moments,
+      energy=self.compress.energy,
+      centered=self.compress.centered,
     )
     report.save(self.workdir.file('utilization.json'))
     return report.json(self.compress.energies)
@@ -223,24 +239,31 @@ class Job:
     for fraction in self.compress.fractions:
       ranks = self._ranks(fraction)
       small = ur.factorize(
-          self.dense, self.moments, ranks, method=self.compress.method,
-          compensate_mean=self.compress.compensate_mean,
+        self.dense,
+        self.moments,
+        ranks,
+        method=self.compress.method,
+        compensate_mean=self.compress.compensate_mean,
       )
-      ur.save(self.workdir.file('factorized', str(fraction)), small,
-              overwrite=True)
+      ur.save(
+        self.workdir.file('factorized', str(fraction)), small, overwrite=True
+      )
       chosen[str(fraction)] = ranks
     return {'ranks': chosen}
 
   def _ranks(self, fraction: float) -> dict[str, int]:
     if self.compress.allocation == 'uniform':
       return ur.uniform_ranks(
-          self.dense, self.moments, params_fraction=fraction)
+        self.dense, self.moments, params_fraction=fraction
+      )
     # The paper's form has no ranks of its own under a budget.
     method = self.compress.method
     return ur.budget_ranks(
-        self.dense, self.moments, params_fraction=fraction,
-        method='output' if method == methods.UTILIZED else method,
-        compensate_mean=self.compress.compensate_mean,
+      self.dense,
+      self.moments,
+      params_fraction=fraction,
+      method='output' if method == methods.UTILIZED else method,
+      compensate_mean=self.compress.compensate_mean,
     )
 
   def finetune(self) -> dict[str, Any]:
@@ -250,37 +273,48 @@ class Job:
     validation = {}
     for fraction in self.compress.fractions:
       small = train.fit(
-          self.small_forward, self._small(fraction, tuned=False),
-          self._batches(self.finetune_config), self.finetune_config,
-          directory=self.workdir.file('finetune', str(fraction)),
-          teacher=teacher, desc='finetune',
+        self.small_forward,
+        self._small(fraction, tuned=False),
+        self._batches(self.finetune_config),
+        self.finetune_config,
+        directory=self.workdir.file('finetune', str(fraction)),
+        teacher=teacher,
+        desc='finetune',
       )
-      ur.save(self.workdir.file('finetuned', str(fraction)), small,
-              overwrite=True)
+      ur.save(
+        self.workdir.file('finetuned', str(fraction)), small, overwrite=True
+      )
       validation[str(fraction)] = self._evaluate(
-          self.small_forward, small, 'validation')
+        self.small_forward, small, 'validation'
+      )
     return {'validation': validation}
 
   def evaluate(self) -> dict[str, Any]:
     """The only stage that sees the test split."""
     test = lambda forward, params: self._evaluate(forward, params, 'test')
     models = [(self.forward, self.dense)]
-    runs = [{
+    runs = [
+      {
         'params_fraction': 1.0,
         'test_accuracy': test(self.forward, self.dense)['accuracy'],
         'test_accuracy_before_finetune': None,
-    }]
+      }
+    ]
     for fraction in self.compress.fractions:
       raw, tuned = (self._small(fraction, tuned=t) for t in (False, True))
       models.append((self.small_forward, tuned))
-      runs.append({
+      runs.append(
+        {
           'params_fraction': fraction,
           'test_accuracy': test(self.small_forward, tuned)['accuracy'],
-          'test_accuracy_before_finetune':
-              test(self.small_forward, raw)['accuracy'],
-      })
-    batch = next(iter(
-        self.sources['test'].epoch(self.compress.latency_batch_size)))
+          'test_accuracy_before_finetune': test(self.small_forward, raw)[
+            'accuracy'
+          ],
+        }
+      )
+    batch = next(
+      iter(self.sources['test'].epoch(self.compress.latency_batch_size))
+    )
     costs = _costs(models, jnp.asarray(batch['image']))
     for entry, (_, params), cost in zip(runs, models, costs, strict=True):
       entry['params'] = ur.count_params(params)
@@ -294,31 +328,43 @@ class Job:
     seconds = self.workdir.seconds()
     seconds = {name: seconds[name] for name in STAGES if name in seconds}
     versions = {
-        'utilized_rank': ur.__version__,
-        'python': sys.version.split()[0],
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        'device': jax.devices()[0].device_kind,
+      'utilized_rank': ur.__version__,
+      'python': sys.version.split()[0],
+      **{name: importlib.metadata.version(name) for name in _PACKAGES},
+      'device': jax.devices()[0].device_kind,
     }
     result = {
-        **report.json(self.compress.energies),
-        'dense': runs[0],
-        'compressed': runs[1:],
-        'versions': versions,
-        'config': self.config,
-        'seconds': seconds,
+      **report.json(self.compress.energies),
+      'dense': runs[0],
+      'compressed': runs[1:],
+      'versions': versions,
+      'config': self.config,
+      'seconds': seconds,
     }
     self.workdir.write('report.json', result)
     mlu = report.utilization_at(self.compress.energies)
-    self.workdir.write_text('report.html', page.html(
-        report.layers, mlu, runs, {
-            'title': f'Utilized rank: {self.data_config.name}',
-            'config': self.config, 'versions': versions, 'seconds': seconds,
-            'centered': report.centered, 'energy': report.energy,
-        }))
+    self.workdir.write_text(
+      'report.html',
+      page.html(
+        report.layers,
+        mlu,
+        runs,
+        {
+          'title': f'Utilized rank: {self.data_config.name}',
+          'config': self.config,
+          'versions': versions,
+          'seconds': seconds,
+          'centered': report.centered,
+          'energy': report.energy,
+        },
+      ),
+    )
     shares = '  '.join(f'{u:.1%} at {e}' for e, u in mlu.items())
-    print(f'{report}\n\nmean layer utilization: {shares}\n\n'
-          f'{tables.run_table(runs)}\n\n'
-          f'report: {self.workdir.file("report.html")}')
+    print(
+      f'{report}\n\nmean layer utilization: {shares}\n\n'
+      f'{tables.run_table(runs)}\n\n'
+      f'report: {self.workdir.file("report.html")}'
+    )
     return result
 
   def _evaluate(self, forward, params, split: str) -> dict[str, float]:

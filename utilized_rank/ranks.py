@@ -34,11 +34,11 @@ def saves(layout: Layout, rank: int) -> bool:
 
 
 def energy_ranks(
-    params: Any,
-    moments: Moments,
-    *,
-    energy: float = 0.99,
-    centered: bool = False,
+  params: Any,
+  moments: Moments,
+  *,
+  energy: float = 0.99,
+  centered: bool = False,
 ) -> dict[str, int]:
   """The utilized rank r = min(k_S, k_T) wherever it saves parameters.
 
@@ -60,11 +60,11 @@ def energy_ranks(
   ranks = {}
   for path, members in kernels(params, moments, centered=centered):
     rank = max(
-        min(
-            subspace.energy_rank(k.in_basis.values, energy),
-            subspace.energy_rank(k.out_basis.values, energy),
-        )
-        for k in members
+      min(
+        subspace.energy_rank(k.in_basis.values, energy),
+        subspace.energy_rank(k.out_basis.values, energy),
+      )
+      for k in members
     )
     rank = max(rank, 1)
     if saves(moments[path].layout, rank):
@@ -73,7 +73,7 @@ def energy_ranks(
 
 
 def uniform_ranks(
-    params: Any, moments: Moments, *, params_fraction: float
+  params: Any, moments: Moments, *, params_fraction: float
 ) -> dict[str, int]:
   """Every kernel keeps the same share of its own parameters.
 
@@ -97,7 +97,7 @@ def uniform_ranks(
   """
   if not 0 < params_fraction <= 1:
     raise ValueError(
-        f'params_fraction is a share in (0, 1], got {params_fraction!r}'
+      f'params_fraction is a share in (0, 1], got {params_fraction!r}'
     )
   if params_fraction == 1:
     return {}
@@ -108,30 +108,31 @@ def uniform_ranks(
     d, m = layout.matrix_shape
     rank = max(1, int(params_fraction * d * m / (d + m)))
     total += layout.num_groups * d * m
-    cost += layout.num_groups * (rank * (d + m) if rank * (d + m) < d * m
-                                 else d * m)
+    cost += layout.num_groups * (
+      rank * (d + m) if rank * (d + m) < d * m else d * m
+    )
     if saves(layout, rank):
       ranks[path] = rank
   if cost > params_fraction * total:
     raise ValueError(
-        f'params_fraction={params_fraction} keeps {params_fraction * total:.0f}'
-        f' of {total} parameters; rank 1 everywhere needs {cost}'
+      f'params_fraction={params_fraction} keeps {params_fraction * total:.0f}'
+      f' of {total} parameters; rank 1 everywhere needs {cost}'
     )
   return ranks
 
 
 def budget_ranks(
-    params: Any,
-    moments: Moments,
-    *,
-    params_fraction: float | None = None,
-    flops_fraction: float | None = None,
-    method: str | None = None,
-    metric: str | None = None,
-    multiple_of: int = 1,
-    limits: Sequence[tuple[str, tuple[int, int]]] = (),
-    compensate_mean: bool = True,
-    damping: float = methods.DAMPING,
+  params: Any,
+  moments: Moments,
+  *,
+  params_fraction: float | None = None,
+  flops_fraction: float | None = None,
+  method: str | None = None,
+  metric: str | None = None,
+  multiple_of: int = 1,
+  limits: Sequence[tuple[str, tuple[int, int]]] = (),
+  compensate_mean: bool = True,
+  damping: float = methods.DAMPING,
 ) -> dict[str, int]:
   """The ranks of least predicted damage within a budget: the optimum.
 
@@ -167,13 +168,11 @@ def budget_ranks(
       lowest ranks exceed, rules that match nothing, or moments without the
       gradients that the method or metric needs.
   """
-  fractions = [
-      f for f in (params_fraction, flops_fraction) if f is not None
-  ]
+  fractions = [f for f in (params_fraction, flops_fraction) if f is not None]
   if len(fractions) != 1 or not 0 < fractions[0] <= 1:
     raise ValueError(
-        f'params_fraction={params_fraction}, flops_fraction={flops_fraction}: '
-        'give one of them, a share in (0, 1]'
+      f'params_fraction={params_fraction}, flops_fraction={flops_fraction}: '
+      'give one of them, a share in (0, 1]'
     )
   if multiple_of < 1:
     raise ValueError(f'multiple_of={multiple_of}: at least 1')
@@ -193,10 +192,13 @@ def budget_ranks(
     extra = 0
     if compensate_mean and moment.entry.bias is None and params_fraction:
       extra = m
-    damage = np.sum([
+    damage = np.sum(
+      [
         methods.damages(k, methods.family(k, method, damping), metric)
         for k in members
-    ], axis=0)
+      ],
+      axis=0,
+    )
     low, high = bounds.get(path, (1, layout.full_rank))
     choice = np.arange(multiple_of, layout.full_rank + 1, multiple_of)
     choice = choice[(choice >= low) & (choice <= high)]
@@ -213,45 +215,47 @@ def budget_ranks(
       damage = np.append(damage[cheaper], 0.0)
     if not len(choice):
       raise ValueError(
-          f'{path!r} has no rank that is a multiple of {multiple_of} within '
-          f'its limits [{low}, {high}]'
+        f'{path!r} has no rank that is a multiple of {multiple_of} within '
+        f'its limits [{low}, {high}]'
       )
     names.append(path)
     ranks.append(choice)
     offers.append(allocation.Choices(costs.astype(np.int64), damage))
   solution = allocation.allocate(offers, int(fractions[0] * total))
   picked = {
-      path: int(choice[i])
-      for path, choice, i in zip(names, ranks, solution.picks, strict=True)
+    path: int(choice[i])
+    for path, choice, i in zip(names, ranks, solution.picks, strict=True)
   }
   return {path: rank for path, rank in picked.items() if rank}
 
 
 def _limits(
-    moments: Moments, rules: Sequence[tuple[str, tuple[int, int]]]
+  moments: Moments, rules: Sequence[tuple[str, tuple[int, int]]]
 ) -> dict[str, tuple[int, int]]:
   found = {}
   for pattern, (low, high) in reversed(rules):
     hits = [p for p in moments if re.fullmatch(pattern, p)]
     if not hits:
       raise ValueError(
-          f'the limits rule {pattern!r} matches no kernel; paths look like '
-          f'{list(moments)[:3]}'
+        f'the limits rule {pattern!r} matches no kernel; paths look like '
+        f'{list(moments)[:3]}'
       )
     if not 1 <= low <= high:
-      raise ValueError(f'limits {(low, high)} for {pattern!r}: 1 <= low <= high')
+      raise ValueError(
+        f'limits {(low, high)} for {pattern!r}: 1 <= low <= high'
+      )
     found.update(dict.fromkeys(hits, (low, high)))
   return found
 
 
 def predict_loss(
-    params: Any,
-    moments: Moments,
-    ranks: Ranks,
-    *,
-    method: str = 'loss',
-    compensate_mean: bool = True,
-    damping: float = methods.DAMPING,
+  params: Any,
+  moments: Moments,
+  ranks: Ranks,
+  *,
+  method: str = 'loss',
+  compensate_mean: bool = True,
+  damping: float = methods.DAMPING,
 ) -> float:
   """Predicted increase of the loss for a set of ranks, in nats per example.
 
@@ -270,9 +274,7 @@ def predict_loss(
   check_ranks(ranks, moments)
   centered = compensate_mean and method in methods.CENTERED
   total = 0.0
-  for path, members in kernels(
-      params, moments, centered=centered, only=ranks
-  ):
+  for path, members in kernels(params, moments, centered=centered, only=ranks):
     each = per_member(path, ranks[path], moments[path].layout)
     for kernel, rank in zip(members, each, strict=True):
       family = methods.family(kernel, method, damping)
@@ -289,20 +291,20 @@ def check_ranks(ranks: Ranks, moments: Moments) -> None:
     for rank in per_member(path, given, layout):
       if not 1 <= rank <= layout.full_rank or rank != int(rank):
         raise ValueError(
-            f'rank {rank!r} for {path!r}: a {layout.matrix_shape} kernel has '
-            f'ranks from 1 to {layout.full_rank}'
+          f'rank {rank!r} for {path!r}: a {layout.matrix_shape} kernel has '
+          f'ranks from 1 to {layout.full_rank}'
         )
 
 
 def per_member(
-    path: str, given: int | tuple[int, ...], layout: Layout
+  path: str, given: int | tuple[int, ...], layout: Layout
 ) -> tuple[int, ...]:
   """The rank of every matrix of a leaf, in the order of its groups."""
   if not isinstance(given, tuple):
     return (given,) * layout.num_groups
   if len(given) != layout.num_groups:
     raise ValueError(
-        f'{len(given)} ranks for {path!r}, which holds {layout.num_groups} '
-        'kernels: give one, or one for each'
+      f'{len(given)} ranks for {path!r}, which holds {layout.num_groups} '
+      'kernels: give one, or one for each'
     )
   return given

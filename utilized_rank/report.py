@@ -13,7 +13,8 @@ import numpy as np
 from utilized_rank import paths
 from utilized_rank import subspace
 from utilized_rank import tables
-from utilized_rank.kernels import Kernel, kernels
+from utilized_rank.kernels import Kernel
+from utilized_rank.kernels import kernels
 from utilized_rank.moments import Moments
 from utilized_rank.ranks import check_energy
 
@@ -91,7 +92,7 @@ class Report(Mapping[str, LayerReport]):
   """
 
   def __init__(
-      self, layers: Sequence[LayerReport], energy: float, centered: bool
+    self, layers: Sequence[LayerReport], energy: float, centered: bool
   ):
     self.energy = energy
     self.centered = centered
@@ -121,23 +122,28 @@ class Report(Mapping[str, LayerReport]):
   def utilization_at(self, energies: Sequence[float]) -> dict[float, float]:
     """MLU at other energies, from the same spectra."""
     return {
-        e: float(np.mean([
+      e: float(
+        np.mean(
+          [
             _ranks_at(layer, check_energy(e))[2] / layer.full_rank
             for layer in self.layers
-        ]))
-        for e in energies
+          ]
+        )
+      )
+      for e in energies
     }
 
   def __str__(self) -> str:
     about = 'about the mean' if self.centered else 'uncentred'
     return (
-        f'{tables.layer_table(self.layers)}\n'
-        f'energy {self.energy}, spectra {about}'
+      f'{tables.layer_table(self.layers)}\n'
+      f'energy {self.energy}, spectra {about}'
     )
 
   def html(
-      self, runs: Sequence[Mapping[str, Any]] = (),
-      meta: Mapping[str, Any] | None = None,
+    self,
+    runs: Sequence[Mapping[str, Any]] = (),
+    meta: Mapping[str, Any] | None = None,
   ) -> str:
     """The report as one page that loads nothing; needs matplotlib.
 
@@ -165,26 +171,26 @@ class Report(Mapping[str, LayerReport]):
   def json(self, energies: Sequence[float] = ENERGIES) -> dict[str, Any]:
     """The report as plain numbers, without the spectra."""
     return {
-        'energy': self.energy,
-        'centered': self.centered,
-        'mean_layer_utilization': {
-            str(e): u for e, u in self.utilization_at(energies).items()
-        },
-        'layers': [
-            {
-                'path': layer.name,
-                'd_in': layer.d_in,
-                'd_out': layer.d_out,
-                'count': layer.count,
-                'k_in': layer.k_in,
-                'k_out': layer.k_out,
-                'rank': layer.rank,
-                'utilization': layer.utilization,
-                'error_projected': layer.error_projected,
-                'error_bound': layer.error_bound,
-            }
-            for layer in self.layers
-        ],
+      'energy': self.energy,
+      'centered': self.centered,
+      'mean_layer_utilization': {
+        str(e): u for e, u in self.utilization_at(energies).items()
+      },
+      'layers': [
+        {
+          'path': layer.name,
+          'd_in': layer.d_in,
+          'd_out': layer.d_out,
+          'count': layer.count,
+          'k_in': layer.k_in,
+          'k_out': layer.k_out,
+          'rank': layer.rank,
+          'utilization': layer.utilization,
+          'error_projected': layer.error_projected,
+          'error_bound': layer.error_bound,
+        }
+        for layer in self.layers
+      ],
     }
 
   def save(self, path: str | os.PathLike[str]) -> None:
@@ -193,16 +199,16 @@ class Report(Mapping[str, LayerReport]):
     A file that is there is replaced, as a whole.
     """
     record = {
-        'energy': self.energy,
-        'centered': self.centered,
-        'layers': [
-            {
-                **dataclasses.asdict(layer),
-                'spectrum_in': layer.spectrum_in.tolist(),
-                'spectrum_out': layer.spectrum_out.tolist(),
-            }
-            for layer in self.layers
-        ],
+      'energy': self.energy,
+      'centered': self.centered,
+      'layers': [
+        {
+          **dataclasses.asdict(layer),
+          'spectrum_in': layer.spectrum_in.tolist(),
+          'spectrum_out': layer.spectrum_out.tolist(),
+        }
+        for layer in self.layers
+      ],
     }
     beside = f'{os.fspath(path)}.tmp'
     with open(beside, 'w', encoding='utf-8') as f:
@@ -221,18 +227,20 @@ class Report(Mapping[str, LayerReport]):
     try:
       record = json.loads(text)
       layers = [
-          LayerReport(**{
-              **layer,
-              'index': tuple(layer['index']),
-              'spectrum_in': np.array(layer['spectrum_in']),
-              'spectrum_out': np.array(layer['spectrum_out']),
-          })
-          for layer in record['layers']
+        LayerReport(
+          **{
+            **layer,
+            'index': tuple(layer['index']),
+            'spectrum_in': np.array(layer['spectrum_in']),
+            'spectrum_out': np.array(layer['spectrum_out']),
+          }
+        )
+        for layer in record['layers']
       ]
       return cls(layers, record['energy'], record['centered'])
     except (KeyError, TypeError, ValueError) as error:
       raise ValueError(
-          f'{os.fspath(path)!r} holds no utilization report, or a damaged one'
+        f'{os.fspath(path)!r} holds no utilization report, or a damaged one'
       ) from error
 
 
@@ -243,11 +251,11 @@ def _ranks_at(layer: LayerReport, energy: float) -> tuple[int, int, int]:
 
 
 def measure(
-    params: Any,
-    moments: Moments,
-    *,
-    energy: float = 0.99,
-    centered: bool = False,
+  params: Any,
+  moments: Moments,
+  *,
+  energy: float = 0.99,
+  centered: bool = False,
 ) -> Report:
   """Measures each kernel's utilized rank.
 
@@ -290,10 +298,20 @@ def _layer(kernel: Kernel, energy: float) -> LayerReport:
   if total > 0:
     difference = kernel.w - kernel.projected(energy, energy)
     projected = subspace.output_error(difference, kernel.second) / total
-    bound = float(t.values[min(k_in, k_out):].sum() / total)
+    bound = float(t.values[min(k_in, k_out) :].sum() / total)
   spectrum_out = np.zeros(m)
-  spectrum_out[:len(t.values)] = t.values
+  spectrum_out[: len(t.values)] = t.values
   return LayerReport(
-      kernel.path, kernel.index, d, m, kernel.count, energy, k_in, k_out,
-      s.values, spectrum_out, projected, bound,
+    kernel.path,
+    kernel.index,
+    d,
+    m,
+    kernel.count,
+    energy,
+    k_in,
+    k_out,
+    s.values,
+    spectrum_out,
+    projected,
+    bound,
   )

@@ -11,11 +11,14 @@ import os
 from typing import Any
 
 from utilized_rank import paths
-from utilized_rank.kernels import Kernel, kernels, to_leaf
+from utilized_rank.kernels import Kernel
+from utilized_rank.kernels import kernels
+from utilized_rank.kernels import to_leaf
 from utilized_rank.lowrank import is_low_rank
 from utilized_rank.moments import Moments
 from utilized_rank.progress import track
-from utilized_rank.ranks import check_energy, saves
+from utilized_rank.ranks import check_energy
+from utilized_rank.ranks import saves
 
 Pair = tuple[float, float]
 
@@ -49,8 +52,11 @@ class SearchedRanks(dict[str, int]):
   """
 
   def __init__(
-      self, ranks: Mapping[str, int], baseline: float,
-      energies: dict[str, Pair], trials: list[Trial],
+    self,
+    ranks: Mapping[str, int],
+    baseline: float,
+    energies: dict[str, Pair],
+    trials: list[Trial],
   ):
     super().__init__(ranks)
     self.baseline = baseline
@@ -59,7 +65,7 @@ class SearchedRanks(dict[str, int]):
 
 
 def count_evaluations(
-    groups: int, *, steps: int = 12, separate: bool = False
+  groups: int, *, steps: int = 12, separate: bool = False
 ) -> int:
   """Most evaluations that a search over so many groups can take.
 
@@ -70,18 +76,18 @@ def count_evaluations(
 
 
 def search_ranks(
-    evaluate: Callable[[Any], float],
-    params: Any,
-    moments: Moments,
-    *,
-    tolerance: float = 1e-3,
-    energy_range: Pair = (0.8, 0.9999),
-    steps: int = 12,
-    separate: bool = False,
-    centered: bool = False,
-    group: Callable[[str], str] | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+  evaluate: Callable[[Any], float],
+  params: Any,
+  moments: Moments,
+  *,
+  tolerance: float = 1e-3,
+  energy_range: Pair = (0.8, 0.9999),
+  steps: int = 12,
+  separate: bool = False,
+  centered: bool = False,
+  group: Callable[[str], str] | None = None,
+  checkpoint: str | os.PathLike[str] | None = None,
+  progress: bool = True,
 ) -> SearchedRanks:
   """Searches the energies of each kernel as the paper does.
 
@@ -123,20 +129,27 @@ def search_ranks(
   check_energy(high)
   if not low < high or steps < 2 or tolerance < 0:
     raise ValueError(
-        f'energy_range={energy_range}, steps={steps}, tolerance={tolerance}: '
-        'the range must rise, steps be at least 2, the tolerance not negative'
+      f'energy_range={energy_range}, steps={steps}, tolerance={tolerance}: '
+      'the range must rise, steps be at least 2, the tolerance not negative'
     )
   members = dict(kernels(params, moments, centered=centered))
   groups: dict[str, list[str]] = {}
   for path in members:
     groups.setdefault(group(path) if group else path, []).append(path)
   total = count_evaluations(len(groups), steps=steps, separate=separate)
-  bar = iter(track(
-      range(total), total=total, desc='search', unit='evaluation'
-  ) if progress else range(total))
+  bar = iter(
+    track(range(total), total=total, desc='search', unit='evaluation')
+    if progress
+    else range(total)
+  )
   run = _Search(
-      evaluate, params, moments, members, _fingerprint(members), checkpoint,
-      bar,
+    evaluate,
+    params,
+    moments,
+    members,
+    _fingerprint(members),
+    checkpoint,
+    bar,
   )
   floor = run.baseline - tolerance * abs(run.baseline)
   energies: dict[str, Pair] = {}
@@ -185,7 +198,7 @@ class _Search:
   """Evaluations, none made twice: equal ranks are equal parameters."""
 
   def __init__(
-      self, evaluate, params, moments, members, settings, checkpoint, bar
+    self, evaluate, params, moments, members, settings, checkpoint, bar
   ):
     self._evaluate = evaluate
     self._named, self._treedef = paths.flatten(params, is_low_rank)
@@ -199,7 +212,7 @@ class _Search:
     self.baseline = self._metric('dense', {})
 
   def ranks(
-      self, names: Iterable[str], energies: Pair
+    self, names: Iterable[str], energies: Pair
   ) -> list[tuple[int, int]]:
     return [k.ranks(*energies) for n in names for k in self._members[n]]
 
@@ -216,13 +229,12 @@ class _Search:
       named = dict(self._named)
       for name, energies in projected.items():
         matrices = [k.projected(*energies) for k in self._members[name]]
-        named[name] = to_leaf(
-            matrices, self._moments[name].layout, named[name])
+        named[name] = to_leaf(matrices, self._moments[name].layout, named[name])
       metric = float(self._evaluate(paths.unflatten(self._treedef, named)))
       if not math.isfinite(metric):
         raise ValueError(
-            f'evaluate returned {metric} with {list(projected) or "nothing"} '
-            'projected; it must be finite'
+          f'evaluate returned {metric} with {list(projected) or "nothing"} '
+          'projected; it must be finite'
         )
       self._known[key] = metric
       self._save()
@@ -240,12 +252,12 @@ class _Search:
       settings, known = record['settings'], record['metrics']
     except (KeyError, TypeError, json.JSONDecodeError) as error:
       raise ValueError(
-          f'{os.fspath(self._checkpoint)!r} holds no search, or a damaged one'
+        f'{os.fspath(self._checkpoint)!r} holds no search, or a damaged one'
       ) from error
     if settings != self._settings:
       raise ValueError(
-          f'{os.fspath(self._checkpoint)!r} belongs to a search over other '
-          'parameters, moments or kernels'
+        f'{os.fspath(self._checkpoint)!r} belongs to a search over other '
+        'parameters, moments or kernels'
       )
     return known
 

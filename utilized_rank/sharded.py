@@ -17,7 +17,10 @@ from jax.sharding import PartitionSpec
 
 from utilized_rank import compat
 from utilized_rank.layout import View
-from utilized_rank.values import Emission, Loop, Param, UnsupportedError
+from utilized_rank.values import Emission
+from utilized_rank.values import Loop
+from utilized_rank.values import Param
+from utilized_rank.values import UnsupportedError
 
 _Names = tuple[str, ...]
 
@@ -35,8 +38,8 @@ def shard_map(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
   jaxpr, consts = compat.open_jaxpr(p['jaxpr'])
   tokens: dict[_Names, Loop] = {}
   inputs = [
-      _operand(walk, v, spec, mesh, tokens)
-      for v, spec in zip(operands, p['in_specs'], strict=True)
+    _operand(walk, v, spec, mesh, tokens)
+    for v, spec in zip(operands, p['in_specs'], strict=True)
   ]
   emitted: list[Emission] = []
   kept: list[list[_Names]] = []
@@ -44,25 +47,26 @@ def shard_map(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
   def body(*arrays):
     scope = walk.scope()
     outs = scope.run(
-        jaxpr, consts,
-        [o.read(a) for o, a in zip(inputs, arrays, strict=True)],
+      jaxpr,
+      consts,
+      [o.read(a) for o, a in zip(inputs, arrays, strict=True)],
     )
     outs = [scope.materialise(v, 'shard_map output') for v in outs]
     emitted[:] = scope.tape.emissions.values()
     if emitted and not p['check_vma']:
       use = emitted[0].uses[0]
       raise UnsupportedError(
-          f'parameter {use.path!r} meets a product inside a shard_map with '
-          'check_vma=False, where JAX does not say along which mesh axes the '
-          "product's input differs; use check_vma=True, or leave the "
-          f"parameter out with select=[('{use.path}', False), ...]"
+        f'parameter {use.path!r} meets a product inside a shard_map with '
+        'check_vma=False, where JAX does not say along which mesh axes the '
+        "product's input differs; use check_vma=True, or leave the "
+        f"parameter out with select=[('{use.path}', False), ...]"
       )
     kept[:] = [
-        [n for n, token in tokens.items() if token in e.loops] for e in emitted
+      [n for n, token in tokens.items() if token in e.loops] for e in emitted
     ]
     return outs, [
-        _gather(e.value, names, mesh)
-        for e, names in zip(emitted, kept, strict=True)
+      _gather(e.value, names, mesh)
+      for e, names in zip(emitted, kept, strict=True)
     ]
 
   specs = tuple(o.specs for o in inputs)
@@ -70,8 +74,12 @@ def shard_map(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
 
   def rebuilt(out_specs, fn):
     return jax.shard_map(
-        fn, mesh=mesh, in_specs=specs, out_specs=out_specs,
-        check_vma=p['check_vma'], axis_names=set(p['newly_manual_axes']),
+      fn,
+      mesh=mesh,
+      in_specs=specs,
+      out_specs=out_specs,
+      check_vma=p['check_vma'],
+      axis_names=set(p['newly_manual_axes']),
     )
 
   outs_specs = list(p['out_specs'])
@@ -84,14 +92,16 @@ def shard_map(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
       for name in names:
         use = walk.visitor.stacked(use, tokens[name], _size(mesh, name), True)
       walk.tape.emit(
-          (tuple(tokens[n] for n in names), emission.key), lambda v=value: v,
-          use, emission.loops - {tokens[n] for n in names},
+        (tuple(tokens[n] for n in names), emission.key),
+        lambda v=value: v,
+        use,
+        emission.loops - {tokens[n] for n in names},
       )
   return outs
 
 
 def _operand(
-    walk: Any, value: Any, spec: Any, mesh: Any, tokens: dict[_Names, Loop]
+  walk: Any, value: Any, spec: Any, mesh: Any, tokens: dict[_Names, Loop]
 ) -> _Operand:
   plain = lambda v: _Operand(v, spec, lambda a: a)
   if not isinstance(value, Param):
@@ -110,7 +120,7 @@ def _operand(
 
 
 def _spread(
-    view: View, spec: Sequence[Any], mesh: Any
+  view: View, spec: Sequence[Any], mesh: Any
 ) -> tuple[View | None, dict[int, _Names]]:
   """The view, axes that are spread over devices being cut into (devices, -1);
   and the mesh axes that each of the new axes is spread over."""

@@ -42,11 +42,11 @@ class Sites(Mapping[str, Site]):
   """
 
   def __init__(
-      self,
-      sites: dict[str, Site],
-      unseen: dict[str, str],
-      shapes: dict[str, tuple[int, ...]],
-      holes: dict[str, str],
+    self,
+    sites: dict[str, Site],
+    unseen: dict[str, str],
+    shapes: dict[str, tuple[int, ...]],
+    holes: dict[str, str],
   ):
     self._sites = sites
     self.unseen = unseen
@@ -76,22 +76,20 @@ class Sites(Mapping[str, Site]):
         continue
       groups = '×'.join(map(str, site.layout.group_shape))
       matrix = '×'.join(map(str, site.matrix_shape))
-      rows.append(
-          (path, dims, groups, matrix, f'#{site.index}', _notes(site))
-      )
+      rows.append((path, dims, groups, matrix, f'#{site.index}', _notes(site)))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     right = (False, True, True, True, True)
     lines = []
     for row in rows:
       cells = [
-          cell.rjust(w) if r else cell.ljust(w)
-          for cell, w, r in zip(row, widths, right)
+        cell.rjust(w) if r else cell.ljust(w)
+        for cell, w, r in zip(row, widths, right)
       ]
       lines.append('  '.join([*cells, row[5]]).rstrip())
     shared = len({s.index for s in self._sites.values()})
     lines.append(
-        f'{len(self)} kernels of {len(self.shapes)} leaves, {shared} distinct '
-        'inputs (one number, one value)'
+      f'{len(self)} kernels of {len(self.shapes)} leaves, {shared} distinct '
+      'inputs (one number, one value)'
     )
     return '\n'.join(lines)
 
@@ -107,8 +105,10 @@ def _notes(site: Site) -> str:
 
 def layout_conflict(layouts: list[Layout]) -> str:
   """Says in which different ways a leaf is contracted."""
-  ways = sorted({
+  ways = sorted(
+    {
       f'over sizes {layout.input_shape or (1,)} of {layout.shape}'
       for layout in layouts
-  })
+    }
+  )
   return 'contracted in different ways: ' + ' and '.join(ways)

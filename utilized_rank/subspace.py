@@ -111,9 +111,9 @@ def utilized_factors(w: np.ndarray, v: np.ndarray, u: np.ndarray) -> Factors:
 def output_factors(w: np.ndarray, u: np.ndarray) -> Factors:
   """W U U^T: the least output error of any W' of each rank.
 
-  `u` is (m, R), the vectors of `output_basis`. Truncate to any rank. DRONE (Chen et al.,
-  NeurIPS 2021), SVD-LLM, AFM and BALF reach the same optimum by other
-  decompositions. The error left is the sum of the discarded eigenvalues.
+  `u` is (m, R), the vectors of `output_basis`. Truncate to any rank. DRONE
+  (Chen et al., NeurIPS 2021), SVD-LLM, AFM and BALF reach the same optimum by
+  other decompositions. The error left is the sum of the discarded eigenvalues.
   """
   return Factors(w @ u, u.T)
 
@@ -137,8 +137,11 @@ def scaled_factors(w: np.ndarray, scale: np.ndarray) -> Factors:
 
 
 def loss_factors(
-    w: np.ndarray, s: np.ndarray, g: np.ndarray, damping: float,
-    of_s: Basis | None,
+  w: np.ndarray,
+  s: np.ndarray,
+  g: np.ndarray,
+  damping: float,
+  of_s: Basis | None,
 ) -> Factors:
   """The W' of each rank that minimises tr((W - W')^T S (W - W') G).
 
@@ -154,7 +157,7 @@ def loss_factors(
   turned = (w @ vectors) * root
   basis = output_basis(turned, s, of_s)
   return Factors(
-      turned @ basis.vectors, (basis.vectors / root[:, None]).T @ vectors.T
+    turned @ basis.vectors, (basis.vectors / root[:, None]).T @ vectors.T
   )
 
 
@@ -171,9 +174,7 @@ def balanced(factors: Factors) -> Factors:
   return Factors(q_a @ (left * root), (root[:, None] * right) @ q_b.T)
 
 
-def tails(
-    factors: Factors, s: np.ndarray, g: np.ndarray | None
-) -> np.ndarray:
+def tails(factors: Factors, s: np.ndarray, g: np.ndarray | None) -> np.ndarray:
   """tr(D^T S D G) for D = what each truncation leaves out; G = I if None.
 
   Returns:

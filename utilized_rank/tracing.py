@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from utilized_rank import compat, paths
+from utilized_rank import compat
+from utilized_rank import paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +40,17 @@ def is_array(leaf: Any) -> bool:
   Python scalars stay what they are, so `train=False` can be branched on.
   """
   return isinstance(
-      leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+    leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
   )
 
 
 def trace(
-    fn: Callable[..., Any],
-    params: Any,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    is_leaf: Callable[[Any], bool] | None = None,
-    shape_of: Callable[[Any], Any] = lambda leaf: leaf,
+  fn: Callable[..., Any],
+  params: Any,
+  args: Sequence[Any],
+  kwargs: dict[str, Any],
+  is_leaf: Callable[[Any], bool] | None = None,
+  shape_of: Callable[[Any], Any] = lambda leaf: leaf,
 ) -> Traced:
   """Traces `fn(params, *args, **kwargs)`.
 
@@ -66,12 +67,15 @@ def trace(
       the function's own complaint.
   """
   named, treedef = paths.flatten(params, is_leaf)
-  arrays = {p: v for p, v in named.items()
-            if is_array(v) or (is_leaf is not None and is_leaf(v))}
+  arrays = {
+    p: v
+    for p, v in named.items()
+    if is_array(v) or (is_leaf is not None and is_leaf(v))
+  }
   if not arrays:
     raise ValueError(
-        'params holds no array: expected the parameter pytree of the function, '
-        f'got {type(params).__name__}'
+      'params holds no array: expected the parameter pytree of the function, '
+      f'got {type(params).__name__}'
     )
   rest, rest_def = jax.tree.flatten((tuple(args), kwargs))
   moving = [i for i, v in enumerate(rest) if is_array(v)]
@@ -94,12 +98,12 @@ def trace(
       raise
     first = next(iter(arrays))
     raise ValueError(
-        f'the function does not accept these parameters ({len(arrays)} arrays, '
-        f'the first at {first!r} of shape '
-        f'{tuple(shape_of(arrays[first]).shape)}) and arguments '
-        f'({[tuple(a.shape) for a in arg_arrays]}): '
-        f'{type(error).__name__}: {error}'
+      f'the function does not accept these parameters ({len(arrays)} arrays, '
+      f'the first at {first!r} of shape '
+      f'{tuple(shape_of(arrays[first]).shape)}) and arguments '
+      f'({[tuple(a.shape) for a in arg_arrays]}): '
+      f'{type(error).__name__}: {error}'
     ) from error
   return Traced(
-      jaxpr, consts, arrays, arg_arrays, jax.tree.structure(out_shape)
+    jaxpr, consts, arrays, arg_arrays, jax.tree.structure(out_shape)
   )

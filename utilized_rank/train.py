@@ -18,8 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from utilized_rank import losses, options, progress, resume
-from utilized_rank.evaluate import Forward, evaluate
+from utilized_rank import losses
+from utilized_rank import options
+from utilized_rank import progress
+from utilized_rank import resume
+from utilized_rank.evaluate import Forward
+from utilized_rank.evaluate import evaluate
 
 __all__ = [
   'DivergedError',

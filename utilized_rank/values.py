@@ -39,14 +39,12 @@ class Payload(Protocol):
     """The payload without an axis of size one."""
     ...
 
-  def unstack(
-      self, view: View
-  ) -> tuple[Any, Callable[[Any], Payload]] | None:
+  def unstack(self, view: View) -> tuple[Any, Callable[[Any], Payload]] | None:
     """A pytree to loop over in place of axis 0, and how to read a slice."""
     ...
 
   def shard(
-      self, cut: View, spec: Any, parts: dict[int, Any]
+    self, cut: View, spec: Any, parts: dict[int, Any]
   ) -> tuple[Any, Any, Callable[[Any], Payload]] | None:
     """A pytree for a `shard_map`, its specs, and how to read a device's part.
 
@@ -105,11 +103,11 @@ class Tape:
     self.emissions: dict[Hashable, Emission] = {}
 
   def emit(
-      self,
-      key: Hashable,
-      make: Callable[[], Any],
-      use: Any,
-      loops: frozenset[Any],
+    self,
+    key: Hashable,
+    make: Callable[[], Any],
+    use: Any,
+    loops: frozenset[Any],
   ) -> None:
     """Adds a use of a value, making the value where it is new."""
     if key not in self.emissions:
@@ -121,7 +119,7 @@ class Visitor(Protocol):
   """What to do with the products that a walk finds."""
 
   def product(
-      self, eqn: Any, operands: Sequence[Any], which: int, walk: Any
+    self, eqn: Any, operands: Sequence[Any], which: int, walk: Any
   ) -> Any:
     """The output of a product; `operands[which]` is the one `Param`."""
     ...
@@ -146,9 +144,7 @@ class Visitor(Protocol):
     """A parameter is added to a product; whether that makes it its bias."""
     ...
 
-  def stacked(
-      self, use: Any, loop: Any, size: int, is_stacked: bool
-  ) -> Any:
+  def stacked(self, use: Any, loop: Any, size: int, is_stacked: bool) -> Any:
     """The use, seen from outside a loop that stacked or summed it."""
     ...
 
@@ -169,8 +165,8 @@ def split(values: Sequence[Any]):
 
   def rebuild(arrays):
     return [
-        Param(v.view, a) if isinstance(v, Param) else a
-        for v, a in zip(values, arrays, strict=True)
+      Param(v.view, a) if isinstance(v, Param) else a
+      for v, a in zip(values, arrays, strict=True)
     ]
 
   return arrays, rebuild

@@ -33,14 +33,14 @@ class Workdir:
       there = self.read('config.json')
       if there != config:
         raise ValueError(
-            f'{self.path!r} belongs to a run of another config: '
-            f'{_first_difference(there, config)}; give a new --workdir, or '
-            'the config it was started with'
+          f'{self.path!r} belongs to a run of another config: '
+          f'{_first_difference(there, config)}; give a new --workdir, or '
+          'the config it was started with'
         )
     elif os.path.isdir(self.path) and os.listdir(self.path):
       raise ValueError(
-          f'{self.path!r} is not empty and holds no run (no config.json); '
-          'give a new or empty --workdir'
+        f'{self.path!r} is not empty and holds no run (no config.json); '
+        'give a new or empty --workdir'
       )
     else:
       os.makedirs(self.path, exist_ok=True)
@@ -61,8 +61,7 @@ class Workdir:
       return json.loads(text)
     except json.JSONDecodeError as error:
       raise ValueError(
-          f'{self.file(name)!r} is damaged ({error}); remove it to make it '
-          'again'
+        f'{self.file(name)!r} is damaged ({error}); remove it to make it again'
       ) from error
 
   def write(self, name: str, value: Any) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import flax.linen as nn
-from frameworks.case import Case, filled, normal, patches, rows
-from frameworks.linen_models import record
 import jax
 import jax.numpy as jnp
+
+from frameworks.case import Case
+from frameworks.case import filled
+from frameworks.case import normal
+from frameworks.case import patches
+from frameworks.case import rows
+from frameworks.linen_models import record
 
 WIDTH, HEADS, HIDDEN, CLASSES = 8, 2, 12, 5
 
@@ -23,7 +28,6 @@ def posemb_sincos_2d(h, w, width, temperature=10_000.0):
 
 
 class MlpBlock(nn.Module):
-
   @nn.compact
   def __call__(self, x, deterministic=True):
     width = x.shape[-1]
@@ -33,7 +37,6 @@ class MlpBlock(nn.Module):
 
 
 class Encoder1DBlock(nn.Module):
-
   @nn.compact
   def __call__(self, x, deterministic=True):
     out = {}
@@ -49,7 +52,6 @@ class Encoder1DBlock(nn.Module):
 
 
 class MAPHead(nn.Module):
-
   @nn.compact
   def __call__(self, x):
     n, _, width = x.shape

@@ -68,7 +68,7 @@ def rows(x: Any, features: int) -> np.ndarray:
 
 
 def same_padding(
-    size: Sequence[int], kernel: Sequence[int], strides: Sequence[int]
+  size: Sequence[int], kernel: Sequence[int], strides: Sequence[int]
 ) -> list[tuple[int, int]]:
   pads = []
   for n, k, s in zip(size, kernel, strides, strict=True):
@@ -78,11 +78,11 @@ def same_padding(
 
 
 def patches(
-    x: Any,
-    kernel: Sequence[int],
-    strides: Sequence[int] = (1, 1),
-    pads: Sequence[tuple[int, int]] | None = None,
-    channels_first: bool = False,
+  x: Any,
+  kernel: Sequence[int],
+  strides: Sequence[int] = (1, 1),
+  pads: Sequence[tuple[int, int]] | None = None,
+  channels_first: bool = False,
 ) -> np.ndarray:
   """The patches (rows, d) of NHWC images that a convolution multiplies.
 
@@ -100,7 +100,7 @@ def patches(
   found = []
   for i in range(0, x.shape[1] - kernel[0] + 1, strides[0]):
     for j in range(0, x.shape[2] - kernel[1] + 1, strides[1]):
-      patch = x[:, i:i + kernel[0], j:j + kernel[1]]
+      patch = x[:, i : i + kernel[0], j : j + kernel[1]]
       if channels_first:
         patch = patch.transpose(0, 3, 1, 2)
       found.append(patch.reshape(len(x), -1))

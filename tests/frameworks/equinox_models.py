@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import equinox as eqx
-from frameworks.case import Case, filled, normal, patches, rows
 import jax
 import jax.numpy as jnp
+
+from frameworks.case import Case
+from frameworks.case import filled
+from frameworks.case import normal
+from frameworks.case import patches
+from frameworks.case import rows
 
 
 def mlp() -> Case:
@@ -29,9 +34,7 @@ def mlp() -> Case:
       y = jax.nn.gelu(jax.vmap(layer)(y))
     return seen
 
-  return Case(
-    lambda model, x: jax.vmap(model)(x), model, x, kernels, inputs
-  )
+  return Case(lambda model, x: jax.vmap(model)(x), model, x, kernels, inputs)
 
 
 class Attention(eqx.Module):
@@ -84,9 +87,7 @@ def attention() -> Case:
     seen['cell/weight_hh'] = rows(states, 4)
     return seen
 
-  return Case(
-    lambda model, x: jax.vmap(model)(x), model, x, kernels, inputs
-  )
+  return Case(lambda model, x: jax.vmap(model)(x), model, x, kernels, inputs)
 
 
 class CNN(eqx.Module):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from frameworks.case import Case, filled, normal, patches, rows, tokens
 import haiku as hk
 import jax
 import jax.numpy as jnp
+
+from frameworks.case import Case
+from frameworks.case import filled
+from frameworks.case import normal
+from frameworks.case import patches
+from frameworks.case import rows
+from frameworks.case import tokens
 
 WIDTH, HEADS, CLASSES = 8, 2, 5
 
 
 class Transformer(hk.Module):
-
   def __call__(self, ids):
     x = hk.Embed(11, WIDTH)(ids)
     init = hk.initializers.VarianceScaling(1.0)
@@ -22,9 +27,9 @@ class Transformer(hk.Module):
       )
       y = norm(x)
       x = x + attention(y, y, y)
-      x = x + hk.nets.MLP(
-        [12, WIDTH], activation=jax.nn.gelu, name=f'mlp_{i}'
-      )(x)
+      x = x + hk.nets.MLP([12, WIDTH], activation=jax.nn.gelu, name=f'mlp_{i}')(
+        x
+      )
     return hk.Linear(CLASSES, name='head')(x)
 
 
@@ -36,6 +41,7 @@ def _recorder(seen, inputs_of):
     ):
       seen[f'{module.module_name}/w'] = inputs_of(module, args[0])
     return method(*args, **kwargs)
+
   return hk.intercept_methods(interceptor)
 
 
@@ -43,9 +49,7 @@ def transformer() -> Case:
   model = hk.without_apply_rng(
     hk.transform(lambda ids: Transformer(name='net')(ids))
   )
-  params = filled(
-    jax.eval_shape(model.init, jax.random.PRNGKey(0), tokens())
-  )
+  params = filled(jax.eval_shape(model.init, jax.random.PRNGKey(0), tokens()))
   kernels = {'net/head/w': (WIDTH, CLASSES)}
   for i in range(2):
     for name in ('query', 'key', 'value', 'linear'):

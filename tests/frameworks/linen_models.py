@@ -5,10 +5,15 @@ from __future__ import annotations
 import functools
 
 import flax.linen as nn
-from frameworks.case import Case, filled, normal, patches, rows
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from frameworks.case import Case
+from frameworks.case import filled
+from frameworks.case import normal
+from frameworks.case import patches
+from frameworks.case import rows
 
 CLASSES = 5
 
@@ -18,12 +23,11 @@ def record(seen, features_of):
   linear = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvTranspose)
 
   def interceptor(method, args, kwargs, context):
-    if context.method_name == '__call__' and isinstance(
-      context.module, linear
-    ):
+    if context.method_name == '__call__' and isinstance(context.module, linear):
       path = '/'.join((*context.module.path, 'kernel'))
       seen[path] = features_of(path, context.module, args[0])
     return method(*args, **kwargs)
+
   return nn.intercept_methods(interceptor)
 
 
@@ -51,7 +55,7 @@ def _transposed_patches(x, kernel, strides):
     batch, (height - 1) * strides[0] + 1, (width - 1) * strides[1] + 1,
     channels,
   ))  # fmt: skip
-  dilated[:, ::strides[0], ::strides[1]] = x
+  dilated[:, :: strides[0], :: strides[1]] = x
   pads = []
   for k, s in zip(kernel, strides, strict=True):
     total = k + s - 2
@@ -91,7 +95,6 @@ def layers() -> Case:
 
 
 class Block(nn.Module):
-
   @nn.compact
   def __call__(self, x, _):
     y = nn.LayerNorm()(x)
@@ -135,9 +138,10 @@ def scanned() -> Case:
     for i in range(3):
       own = jax.tree.map(lambda leaf, i=i: leaf[i], params['blocks'])
       inside = {}
-      with record(inside, lambda path, module, x: rows(
-        x, kernels[f'params/blocks/{path}'][-2]
-      )):
+      with record(
+        inside,
+        lambda path, module, x: rows(x, kernels[f'params/blocks/{path}'][-2]),
+      ):
         y, _ = Block().apply({'params': own}, y, None)
       for path, value in inside.items():
         stacked.setdefault(f'params/blocks/{path}', []).append(value)
@@ -162,7 +166,6 @@ class ResNetBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-
   @nn.compact
   def __call__(self, x, train):
     x = ResNetBlock(train, name='block')(x)

@@ -18,13 +18,16 @@ from __future__ import annotations
 from unittest import mock
 
 from flax import nnx
-from frameworks.case import Case, filled, rows, tokens
+
+from frameworks.case import Case
+from frameworks.case import filled
+from frameworks.case import rows
+from frameworks.case import tokens
 
 WIDTH, HEADS, HIDDEN, CLASSES = 8, 2, 12, 5
 
 
 class Block(nnx.Module):
-
   def __init__(self, rngs: nnx.Rngs):
     self.norm1 = nnx.LayerNorm(WIDTH, rngs=rngs)
     self.attn = nnx.MultiHeadAttention(
@@ -41,7 +44,6 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-
   def __init__(self, rngs: nnx.Rngs):
     self.embed = nnx.Embed(11, WIDTH, rngs=rngs)
     self.blocks = nnx.List([Block(rngs) for _ in range(2)])
@@ -78,6 +80,7 @@ def _inputs(model, ids, kernels):
       path = f'{names[id(self)]}/kernel/value'
       seen[path] = rows(x, kernels[path][-2])
       return original(self, x, *args, **kwargs)
+
     return call
 
   with (

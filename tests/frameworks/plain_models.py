@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from frameworks.case import Case, normal, rows, tokens
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from frameworks.case import Case
+from frameworks.case import normal
+from frameworks.case import rows
+from frameworks.case import tokens
 
 WIDTH, HEADS, HIDDEN, VOCABULARY = 8, 2, 12, 11
 

@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank.layout import Layout, pieces_of
-from utilized_rank.lowrank import LowRank, is_low_rank
+from utilized_rank.layout import Layout
+from utilized_rank.layout import pieces_of
+from utilized_rank.lowrank import LowRank
+from utilized_rank.lowrank import is_low_rank
 
 
 def pad_factors(
-    pairs: Sequence[tuple[Any, Any]],
+  pairs: Sequence[tuple[Any, Any]],
 ) -> tuple[np.ndarray, np.ndarray]:
   """Stacks pairs of factors, smaller ranks padded with zeros.
 
@@ -46,11 +48,12 @@ def pad_factors(
   rank = max((a.shape[1] for a, _ in pairs), default=0)
   if not rank:
     raise ValueError('no factors to stack')
-  pad = lambda v, axis: np.pad(v, [
-      (0, rank - v.shape[i] if i == axis else 0) for i in range(v.ndim)])
+  pad = lambda v, axis: np.pad(
+    v, [(0, rank - v.shape[i] if i == axis else 0) for i in range(v.ndim)]
+  )
   return (
-      np.stack([pad(np.asarray(a), 1) for a, _ in pairs]),
-      np.stack([pad(np.asarray(b), 0) for _, b in pairs]),
+    np.stack([pad(np.asarray(a), 1) for a, _ in pairs]),
+    np.stack([pad(np.asarray(b), 0) for _, b in pairs]),
   )
 
 
@@ -83,21 +86,22 @@ def unstack(tree: Any, path: str, name: str) -> Any:
     sizes = {v.shape[:1] for v in leaves}
     if len(sizes) != 1 or () in sizes:
       raise ValueError(
-          f'the leaves at {path!r} must lead with the same number of layers, '
-          f'got {sorted(sizes)}'
+        f'the leaves at {path!r} must lead with the same number of layers, '
+        f'got {sorted(sizes)}'
       )
-    (count,), = sizes
+    ((count,),) = sizes
     layers = {
-        name.format(i): jax.tree.map(
-            lambda v, i=i: _layer(v, i), part, is_leaf=is_low_rank)
-        for i in range(count)
+      name.format(i): jax.tree.map(
+        lambda v, i=i: _layer(v, i), part, is_leaf=is_low_rank
+      )
+      for i in range(count)
     }
     others = {k: v for k, v in node.items() if k != last}
     taken = sorted(layers.keys() & others.keys())
     if len(layers) != count or taken:
       raise ValueError(
-          f'{name!r} does not name {count} new layers at {path!r}'
-          + (f': {taken} are taken' if taken else '')
+        f'{name!r} does not name {count} new layers at {path!r}'
+        + (f': {taken} are taken' if taken else '')
       )
     return layers | others
 
@@ -135,14 +139,13 @@ def stack(tree: Any, path: str, name: str) -> Any:
       raise KeyError(f'no layers named {name!r} at {path!r}: {list(node)[:6]}')
     layers = [node[k] for k in keys]
     shapes = [
-        jax.tree.map(lambda v: v.shape, layer, is_leaf=is_low_rank)
-        for layer in layers
+      jax.tree.map(lambda v: v.shape, layer, is_leaf=is_low_rank)
+      for layer in layers
     ]
     for key, shape in zip(keys, shapes):
       if shape != shapes[0]:
         raise ValueError(f'layer {key!r} differs from {keys[0]!r} in shapes')
-    part = jax.tree.map(
-        lambda *v: _join(v), *layers, is_leaf=is_low_rank)
+    part = jax.tree.map(lambda *v: _join(v), *layers, is_leaf=is_low_rank)
     return {last: part} | {k: v for k, v in node.items() if k not in keys}
 
   return _at(tree, parents, path, edit)
@@ -170,13 +173,16 @@ def _layer(leaf: Any, i: int) -> Any:
   first = pieces_of(layout.shape, layout.atoms)[0]
   if first != layout.groups[:1]:
     raise ValueError(
-        f'a low-rank leaf of shape {layout.shape} is no stack of kernels: its '
-        'first axis is not what counts them'
+      f'a low-rank leaf of shape {layout.shape} is no stack of kernels: its '
+      'first axis is not what counts them'
     )
   less = lambda atoms: tuple(a - 1 for a in atoms)
   inner = Layout(
-      layout.shape[1:], layout.atoms[1:], less(layout.groups[1:]),
-      less(layout.inputs), less(layout.outputs),
+    layout.shape[1:],
+    layout.atoms[1:],
+    less(layout.groups[1:]),
+    less(layout.inputs),
+    less(layout.outputs),
   )
   c = None if leaf.c is None else leaf.c[i]
   return LowRank(leaf.a[i], leaf.b[i], c, inner)
@@ -188,26 +194,36 @@ def _join(leaves: Sequence[Any]) -> Any:
     return array.stack(leaves)
   first = leaves[0]
   same = all(
-      is_low_rank(v) and v.layout == first.layout
-      and (v.c is None) == (first.c is None) for v in leaves
+    is_low_rank(v)
+    and v.layout == first.layout
+    and (v.c is None) == (first.c is None)
+    for v in leaves
   )
   if not same:
     raise ValueError(
-        'low-rank layers can be stacked with others that are factored over the '
-        f'same axes of shape {first.shape} and all have a constant, or none'
+      'low-rank layers can be stacked with others that are factored over the '
+      f'same axes of shape {first.shape} and all have a constant, or none'
     )
   layout, n = first.layout, len(leaves)
   more = lambda atoms: tuple(a + 1 for a in atoms)
   outer = Layout(
-      (n, *layout.shape), (n, *layout.atoms), (0, *more(layout.groups)),
-      more(layout.inputs), more(layout.outputs),
+    (n, *layout.shape),
+    (n, *layout.atoms),
+    (0, *more(layout.groups)),
+    more(layout.inputs),
+    more(layout.outputs),
   )
   rank, lead = max(v.rank for v in leaves), len(layout.groups)
-  pad = lambda v, axis: jnp.pad(v, [
-      (0, rank - v.shape[i] if i == axis % v.ndim else 0)
-      for i in range(v.ndim)])
+  pad = lambda v, axis: jnp.pad(
+    v,
+    [
+      (0, rank - v.shape[i] if i == axis % v.ndim else 0) for i in range(v.ndim)
+    ],
+  )
   c = None if first.c is None else jnp.stack([v.c for v in leaves])
   return LowRank(
-      jnp.stack([pad(v.a, -1) for v in leaves]),
-      jnp.stack([pad(v.b, lead) for v in leaves]), c, outer,
+    jnp.stack([pad(v.a, -1) for v in leaves]),
+    jnp.stack([pad(v.b, lead) for v in leaves]),
+    c,
+    outer,
   )

@@ -1,0 +1,144 @@
+"""`dot_general` as a product with a kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from utilized_rank.factors import Factors
+from utilized_rank.factors import as_output
+from utilized_rank.factors import oriented
+from utilized_rank.factors import place
+from utilized_rank.layout import View
+from utilized_rank.product import ROW
+from utilized_rank.product import Label
+from utilized_rank.product import Product
+from utilized_rank.product import roles
+
+
+def dot(eqn: Any, view: View, which: int) -> Product | str:
+  dims = eqn.params['dimension_numbers']
+  (contract, batch) = ([*map(tuple, d)] for d in dims)
+  kernel_contract, x_contract = contract[which], contract[1 - which]
+  kernel_batch, x_batch = batch[which], batch[1 - which]
+  free = [
+    i
+    for i in range(len(view.axes))
+    if i not in kernel_contract and i not in kernel_batch
+  ]
+  for role, axes in (('contracted', kernel_contract), ('kept', free)):
+    if any(not view.axes[i] and view.sizes[i] > 1 for i in axes):
+      return f'broadcast, then {role} by dot_general'
+  atoms = lambda axes: [a for i in axes for a in view.axes[i]]
+  layout = roles(view, atoms(kernel_contract), atoms(free))
+  x_shape = eqn.invars[1 - which].aval.shape
+  labels: list[Label] = [ROW] * len(x_shape)
+  for mine, its in zip(kernel_batch, x_batch, strict=True):
+    labels[its] = view.axes[mine] or ROW
+  for mine, its in zip(kernel_contract, x_contract, strict=True):
+    labels[its] = view.axes[mine]
+  batch_axes = [view.axes[i] for i in kernel_batch]
+  x_free = [
+    i for i in range(len(x_shape)) if i not in x_contract and i not in x_batch
+  ]
+  x_sizes = [x_shape[i] for i in x_free]
+  out_axes = [*batch_axes]
+  out_sizes = [view.sizes[i] for i in kernel_batch]
+  for side in (0, 1):
+    if side == which:
+      out_axes += [view.axes[i] for i in free]
+      out_sizes += [view.sizes[i] for i in free]
+    else:
+      out_axes += [()] * len(x_free)
+      out_sizes += x_sizes
+  output = dataclasses.replace(
+    view,
+    axes=tuple(out_axes),
+    sizes=tuple(out_sizes),
+    dtype=eqn.outvars[0].aval.dtype,
+    taken=view.taken + tuple((a, 'contracted') for a in atoms(kernel_contract)),
+  )
+
+  def factored(x, factors: Factors):
+    a, b, c = oriented(factors, layout, view)
+    batch_sizes = [view.sizes[i] for i in kernel_batch]
+    a = place(
+      a,
+      [view.axes[i] for i in kernel_batch],
+      [view.axes[i] for i in kernel_contract],
+      batch_sizes,
+      [view.sizes[i] for i in kernel_contract],
+    )
+    b = place(
+      b,
+      [view.axes[i] for i in kernel_batch],
+      [view.axes[i] for i in free],
+      batch_sizes,
+      [view.sizes[i] for i in free],
+      rank_first=True,
+    )
+    nb, nc = len(kernel_batch), len(kernel_contract)
+    kwargs = dict(
+      precision=eqn.params['precision'],
+      preferred_element_type=eqn.params['preferred_element_type'],
+    )
+    lead = tuple(range(nb))
+    a_dims = (tuple(range(nb, nb + nc)), lead)
+    x_dims = (x_contract, x_batch)
+    sharding = eqn.params.get('out_sharding')
+    if which:
+      z = jax.lax.dot_general(
+        x,
+        a,
+        _paired(x_dims, a_dims),
+        out_sharding=_with_rank(sharding, nb + len(x_free), len(free)),
+        **kwargs,
+      )
+      y = jax.lax.dot_general(
+        z,
+        b,
+        (((z.ndim - 1,), (nb,)), (lead, lead)),
+        out_sharding=sharding,
+        **kwargs,
+      )
+    else:
+      z = jax.lax.dot_general(
+        a,
+        x,
+        _paired(a_dims, x_dims),
+        out_sharding=_with_rank(sharding, nb, len(free)),
+        **kwargs,
+      )
+      y = jax.lax.dot_general(
+        b,
+        z,
+        (((nb,), (nb,)), (lead, lead)),
+        out_sharding=sharding,
+        **kwargs,
+      )
+    if c is not None:
+      y = y + as_output(c, output).astype(y.dtype)
+    return y
+
+  return Product(
+    'dot', view, layout, lambda x: x, labels, x_shape, (), output, factored
+  )
+
+
+def _with_rank(sharding: Any, at: int, kernel_axes: int) -> Any:
+  """How x A is sharded if x W is: the rank in place of the kernel's axes."""
+  if sharding is None:
+    return None
+  spec = [*sharding.spec]
+  spec += [None] * (at + kernel_axes - len(spec))
+  spec[at : at + kernel_axes] = [None]
+  return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _paired(left: Any, right: Any) -> Any:
+  """((contracted, batch) of each side) as `dot_general` wants them."""
+  return tuple(zip(left, right, strict=True))

@@ -1,0 +1,195 @@
+"""Convolutions as products with a kernel: dense layers on patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from utilized_rank.factors import Factors
+from utilized_rank.factors import as_output
+from utilized_rank.factors import oriented
+from utilized_rank.factors import place
+from utilized_rank.layout import Atoms
+from utilized_rank.layout import View
+from utilized_rank.product import ROW
+from utilized_rank.product import Label
+from utilized_rank.product import Product
+from utilized_rank.product import roles
+
+
+def convolution(eqn: Any, view: View, which: int) -> Product | str:
+  p = eqn.params
+  if which == 0:
+    return 'the image of a convolution'
+  if p['batch_group_count'] != 1:
+    return 'a convolution with batch groups'
+  numbers = p['dimension_numbers']
+  out_dim, in_dim, *window_dims = numbers.rhs_spec
+  groups = p['feature_group_count']
+  if any(not a and s > 1 for a, s in zip(view.axes, view.sizes)):
+    return 'broadcast, then used by a convolution'
+  if groups > 1:
+    sizes = list(view.sizes)
+    sizes[out_dim : out_dim + 1] = [groups, sizes[out_dim] // groups]
+    cut = view.reshape(sizes)
+    if cut is None:
+      return 'a grouped convolution whose output axis is cut elsewhere'
+    view = cut
+    # Axes behind the output axis moved by one; the group axis is at its place.
+    shift = lambda i: i + (i > out_dim)
+    in_dim, window_dims = shift(in_dim), [shift(i) for i in window_dims]
+    group_axis, out_dim = out_dim, out_dim + 1
+  else:
+    group_axis = None
+  inputs = [a for i in (in_dim, *window_dims) for a in view.axes[i]]
+  outputs = list(view.axes[out_dim])
+  layout = roles(view, inputs, outputs)
+  if groups > 1 and layout.full_rank == 1:
+    return 'a depthwise convolution: matrices of rank one, nothing to factor'
+  x_batch, x_feature, *x_space = numbers.lhs_spec
+  window = [view.sizes[i] for i in window_dims]
+
+  def rows(x):
+    x = x.transpose(x_batch, *x_space, x_feature)
+    if group_axis is not None:
+      x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    return _patches(x, window, p)
+
+  labels: list[Label] = [ROW] * (1 + len(x_space))
+  if group_axis is not None:
+    labels.append(view.axes[group_axis])
+  labels.append(view.axes[in_dim])
+  labels += [view.axes[i] for i in window_dims]
+
+  o_batch, o_feature, *o_space = numbers.out_spec
+  out_shape = eqn.outvars[0].aval.shape
+  out_axes: list[Atoms] = [()] * len(out_shape)
+  out_axes[o_feature] = (
+    view.axes[group_axis] if group_axis is not None else ()
+  ) + view.axes[out_dim]
+  output = dataclasses.replace(
+    view,
+    axes=tuple(out_axes),
+    sizes=tuple(out_shape),
+    dtype=eqn.outvars[0].aval.dtype,
+    taken=view.taken + tuple((a, 'contracted') for a in inputs),
+  )
+
+  def factored(x, factors: Factors):
+    a, b, c = oriented(factors, layout, view)
+    rank = a.rank
+    group_axes = [] if group_axis is None else [view.axes[group_axis]]
+    group_sizes = [] if group_axis is None else [groups]
+    kernel_axes = [in_dim, *window_dims]
+    a = place(
+      a,
+      group_axes,
+      [view.axes[i] for i in kernel_axes],
+      group_sizes,
+      [view.sizes[i] for i in kernel_axes],
+    )
+    # (groups?, in, *window, rank) -> the equation's own kernel layout, with
+    # groups * rank outputs.
+    if group_axis is not None:
+      a = jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], groups * rank)
+    order = np.argsort(
+      [numbers.rhs_spec[1], *numbers.rhs_spec[2:], numbers.rhs_spec[0]]
+    )
+    z = jax.lax.conv_general_dilated(
+      x,
+      a.transpose(order),
+      p['window_strides'],
+      p['padding'],
+      p['lhs_dilation'],
+      p['rhs_dilation'],
+      numbers,
+      groups,
+      precision=p['precision'],
+      preferred_element_type=p['preferred_element_type'],
+    )
+    z = jnp.moveaxis(z, o_feature, -1)
+    b = place(
+      b,
+      group_axes,
+      [view.axes[out_dim]],
+      group_sizes,
+      [view.sizes[out_dim]],
+      rank_first=True,
+    )
+    kwargs = dict(
+      precision=p['precision'],
+      preferred_element_type=p['preferred_element_type'],
+    )
+    if group_axis is None:
+      y = jnp.matmul(z, b, **kwargs)
+    else:
+      z = z.reshape(*z.shape[:-1], groups, rank)
+      y = jnp.einsum('...gr,grm->...gm', z, b, **kwargs)
+      y = y.reshape(*y.shape[:-2], -1)
+    y = jnp.moveaxis(y, -1, o_feature)
+    if c is not None:
+      y = y + as_output(c, output).astype(y.dtype)
+    return y
+
+  geometry = (
+    str(numbers.lhs_spec),
+    p['window_strides'],
+    p['padding'],
+    p['lhs_dilation'],
+    p['rhs_dilation'],
+    tuple(window),
+    groups,
+  )
+  x_shape = eqn.invars[0].aval.shape
+  rows_shape = (
+    x_shape[x_batch],
+    *(out_shape[i] for i in o_space),
+    *(() if group_axis is None else (groups,)),
+    x_shape[x_feature] // groups,
+    *window,
+  )
+  return Product(
+    'conv',
+    view,
+    layout,
+    rows,
+    labels,
+    rows_shape,
+    geometry,
+    output,
+    factored,
+  )
+
+
+def _patches(x: jax.Array, window: Sequence[int], p: Any) -> jax.Array:
+  """The inputs of each output position: (n, *space, ..., c, *window).
+
+  One spatial axis at a time, so that a window of k x k costs 2 k slices. Where
+  windows tile the axis (a vision transformer's patches) it is a reshape.
+  """
+  padding = [(0, 0, 0)] * x.ndim
+  for i, (lo, hi) in enumerate(p['padding']):
+    padding[1 + i] = (lo, hi, p['lhs_dilation'][i] - 1)
+  x = jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
+  for i, taps in enumerate(window):
+    axis, stride, step = 1 + i, p['window_strides'][i], p['rhs_dilation'][i]
+    size = x.shape[axis]
+    count = (size - (taps - 1) * step - 1) // stride + 1
+    if step == 1 and stride == taps and size == count * taps:
+      shape = x.shape[:axis] + (count, taps) + x.shape[axis + 1 :]
+      x = jnp.moveaxis(x.reshape(shape), axis + 1, -1)
+      continue
+    last = (count - 1) * stride + 1
+    x = jnp.stack(
+      [
+        jax.lax.slice_in_dim(x, k * step, k * step + last, stride, axis)
+        for k in range(taps)
+      ],
+      axis=-1,
+    )
+  return x

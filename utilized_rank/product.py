@@ -1,0 +1,137 @@
+"""A product of an activation and a kernel: what its axes mean.
+
+A product gives every atom of its kernel a role, reads its other operand as the
+rows of a matrix X, and knows how to run with a pair of factors in place of the
+kernel. Nothing is inferred from names or shapes: the roles are what the
+equation's dimension numbers say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+import dataclasses
+import math
+from typing import Any
+
+from utilized_rank.factors import Factors
+from utilized_rank.layout import Atoms
+from utilized_rank.layout import Layout
+from utilized_rank.layout import View
+
+# Label of an activation axis: the kernel atoms it runs along, or a row.
+ROW = None
+Label = Atoms | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+  """A product of an activation and a kernel.
+
+  Attributes:
+    kind: 'dot' or 'conv'.
+    view: the kernel as the product sees it, axes cut by role.
+    layout: the role of each of the leaf's atoms.
+    rows: reads the other operand as an array whose axes have `labels`.
+    labels: for each axis, the kernel atoms it runs along, or ROW.
+    rows_shape: shape of what `rows` returns.
+    geometry: what else the rows depend on (a convolution's window).
+    output: the product's output as a view over the kernel's atoms.
+    factored: runs the product with factors instead.
+  """
+
+  kind: str
+  view: View
+  layout: Layout
+  rows: Callable[[Any], Any]
+  labels: Sequence[Label]
+  rows_shape: tuple[int, ...]
+  geometry: Hashable
+  output: View
+  factored: Callable[[Any, Factors], Any]
+
+  @property
+  def present(self) -> Atoms:
+    """Group atoms that are axes here, not taken by a loop or an index."""
+    gone = {a for a, _ in self.view.taken}
+    return tuple(a for a in self.layout.groups if a not in gone)
+
+  @property
+  def num_rows(self) -> int:
+    """n, rows that one evaluation contributes to each matrix."""
+    return math.prod(
+      s for s, label in zip(self.rows_shape, self.labels) if label is ROW
+    )
+
+  @property
+  def key(self) -> Hashable:
+    """What X depends on besides the activation itself."""
+    split, order = self._arrangement(
+      self.rows_shape, self.labels, self.layout.inputs
+    )
+    return (self.geometry, _runs(split, order), self.layout.sizes(self.present))
+
+  def features(self, x: Any) -> Any:
+    """X, shape (*groups, n, d).
+
+    Features are in the kernel's own order, whatever order the equation lists
+    them in: `einsum('bshd,hde->bse')` contracts (d, h).
+    """
+    return self._matrices(self.rows(x), self.labels, self.layout.inputs)
+
+  def responses(self, y: Any) -> Any:
+    """An array like the product's output as (*groups, n, m)."""
+    labels = [atoms or ROW for atoms in self.output.axes]
+    return self._matrices(y, labels, self.layout.outputs)
+
+  def _matrices(self, array: Any, labels: Sequence[Label], atoms: Atoms):
+    split, order = self._arrangement(array.shape, labels, atoms)
+    lead = self.layout.sizes(self.present)
+    width = math.prod(self.layout.sizes(atoms))
+    array = array.reshape(split).transpose(sum(order, []))
+    return array.reshape(*lead, -1, width)
+
+  def _arrangement(
+    self, shape: Sequence[int], labels: Sequence[Label], atoms: Atoms
+  ) -> tuple[list[int], list[list[int]]]:
+    """Sizes that split the axes into atoms; groups, rows, features in it."""
+    split: list[int] = []
+    names: list[int | None] = []
+    for size, label in zip(shape, labels, strict=True):
+      if label is ROW:
+        split.append(size)
+        names.append(ROW)
+      else:
+        split += [self.layout.atoms[a] for a in label]
+        names += label
+    where = {a: i for i, a in enumerate(names) if a is not ROW}
+    return split, [
+      [where[a] for a in self.present],
+      [i for i, a in enumerate(names) if a is ROW],
+      [where[a] for a in atoms],
+    ]
+
+
+def _runs(sizes: Sequence[int], parts: Sequence[Sequence[int]]) -> Hashable:
+  """A name for a transposition that does not see needless splits."""
+  out = []
+  for part in parts:
+    runs: list[list[int]] = []
+    for i in part:
+      if sizes[i] == 1:
+        continue
+      if runs and runs[-1][1] == i:
+        runs[-1][1] = i + 1
+      else:
+        runs.append([i, i + 1])
+    out.append(
+      tuple((math.prod(sizes[:a]), math.prod(sizes[a:b])) for a, b in runs)
+    )
+  return tuple(out)
+
+
+def roles(view: View, inputs: Sequence[int], outputs: Sequence[int]):
+  inputs, outputs = sorted(inputs), sorted(outputs)
+  groups = sorted(set(range(len(view.atoms))) - set(inputs) - set(outputs))
+  return Layout(
+    view.shape, view.atoms, tuple(groups), tuple(inputs), tuple(outputs)
+  )
