@@ -28,7 +28,7 @@ from benchmarks import quality_plots
 from benchmarks.networks import common
 import utilized_rank as ur
 
-FRACTIONS = (0.9, 0.75, 0.5, 0.35, 0.25, 0.15)
+FRACTIONS = (0.75, 0.5, 0.35, 0.25, 0.15)
 METHODS = ('weight', 'scaled', 'utilized', 'output', 'loss')
 METRICS = ('loss', 'relative', 'output')
 # Ranks of the single truncations, as shares of the full rank.
@@ -277,6 +277,8 @@ def main():
   for name in args.networks:
     command = ('python -m benchmarks.quality --data_root=DIR --networks '
                f'{name}')
+    if tuple(args.fractions) != FRACTIONS:
+      command += ' --fractions ' + ' '.join(map(str, args.fractions))
     result = run(name, args.data_root, tuple(args.fractions), command)
     stem = os.path.join(args.out, f'quality_{name}')
     with open(f'{stem}.json', 'w') as f:
