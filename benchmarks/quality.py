@@ -46,11 +46,10 @@ class Recipe(NamedTuple):
 # What `ur.compress(..., loss=)` does.
 DEFAULT = Recipe('loss', 'loss')
 RECIPES = (
-    DEFAULT,
-    *(Recipe(m, 'uniform', False) for m in METHODS[:3]),
-    *(Recipe(m, 'uniform') for m in METHODS),
-    *(Recipe(m, a) for a in METRICS for m in METHODS
-      if Recipe(m, a) != DEFAULT),
+  DEFAULT,
+  *(Recipe(m, 'uniform', False) for m in METHODS[:3]),
+  *(Recipe(m, 'uniform') for m in METHODS),
+  *(Recipe(m, a) for a in METRICS for m in METHODS if Recipe(m, a) != DEFAULT),
 )
 
 
@@ -73,8 +72,9 @@ class Judge:
     picked = np.take_along_axis(log_p, np.maximum(y, 0)[..., None], -1)[..., 0]
     kl = np.sum(np.exp(self._dense) * (self._dense - log_p), -1)
     return {
-        'accuracy': (log_p.argmax(-1) == y)[real].astype(float),
-        'cross_entropy': -picked[real], 'kl': kl[real],
+      'accuracy': (log_p.argmax(-1) == y)[real].astype(float),
+      'cross_entropy': -picked[real],
+      'kl': kl[real],
     }
 
   def check_padding(self, tree) -> None:
@@ -104,8 +104,10 @@ def _padded(tree, moments):
       w = np.asarray(layout.to_matrices(np.asarray(leaf)))
       one = np.eye(min(d, m), dtype=w.dtype)
       a, b = (w, one) if d >= m else (one, w)
-      a, b = a.reshape(*layout.input_shape, -1), b.reshape(
-          -1, *layout.output_shape)
+      a, b = (
+        a.reshape(*layout.input_shape, -1),
+        b.reshape(-1, *layout.output_shape),
+      )
     if c is None and moments[path].entry.bias is None:
       c = np.zeros(layout.output_shape, a.dtype)
     named[path] = ur.LowRank(a, b, c, layout)
@@ -115,11 +117,15 @@ def _padded(tree, moments):
 def _calibrate(network: common.Network, batch: common.Batch) -> ur.Moments:
   size = network.batch_size
   batches = [
-      {'x': batch['x'][i:i + size]} for i in range(0, len(batch['x']), size)
+    {'x': batch['x'][i : i + size]} for i in range(0, len(batch['x']), size)
   ]
   return ur.collect(
-      network.fn, network.params, batches, loss=ur.sampled_cross_entropy(),
-      select=network.select, progress=False,
+    network.fn,
+    network.params,
+    batches,
+    loss=ur.sampled_cross_entropy(),
+    select=network.select,
+    progress=False,
   )
 
 
@@ -130,8 +136,12 @@ def _ranks(recipe: Recipe, params, moments, fraction: float) -> dict[str, int]:
   # that are best for 'output'.
   method = 'output' if recipe.method == 'utilized' else recipe.method
   return ur.budget_ranks(
-      params, moments, params_fraction=fraction, method=method,
-      metric=recipe.allocation, compensate_mean=recipe.mean,
+    params,
+    moments,
+    params_fraction=fraction,
+    method=method,
+    metric=recipe.allocation,
+    compensate_mean=recipe.mean,
   )
 
 
@@ -153,8 +163,11 @@ def measure_recipes(network, moments, judges, fractions) -> list[dict]:
       for of_fold, judge in zip(moments, judges, strict=True):
         ranks = _ranks(recipe, network.params, of_fold, fraction)
         small = ur.factorize(
-            network.params, of_fold, ranks, method=recipe.method,
-            compensate_mean=recipe.mean,
+          network.params,
+          of_fold,
+          ranks,
+          method=recipe.method,
+          compensate_mean=recipe.mean,
         )
         if recipe == DEFAULT and fraction == fractions[-1]:
           judge.check_padding(small)
@@ -162,9 +175,8 @@ def measure_recipes(network, moments, judges, fractions) -> list[dict]:
         kept.append(_kept(small, of_fold))
       found = _pool(parts)
       default = found if default is None else default
-      rows.append(
-          _row(recipe, fraction, float(np.mean(kept)), found, default))
-    _print_rows(rows[-len(RECIPES):])
+      rows.append(_row(recipe, fraction, float(np.mean(kept)), found, default))
+    _print_rows(rows[-len(RECIPES) :])
   return rows
 
 
@@ -175,27 +187,36 @@ def _pool(parts: list[dict]) -> dict[str, np.ndarray]:
 def _row(recipe, fraction, kept, found, default) -> dict:
   worse = found['cross_entropy'] - default['cross_entropy']
   return {
-      'method': recipe.method, 'allocation': recipe.allocation,
-      'compensate_mean': recipe.mean, 'asked': fraction,
-      'kept': round(kept, 4),
-      **{k: round(float(v.mean()), 5) for k, v in found.items()},
-      'over_default': round(float(worse.mean()), 5),
-      'over_default_error': round(
-          float(worse.std(ddof=1) / len(worse)**0.5), 5),
+    'method': recipe.method,
+    'allocation': recipe.allocation,
+    'compensate_mean': recipe.mean,
+    'asked': fraction,
+    'kept': round(kept, 4),
+    **{k: round(float(v.mean()), 5) for k, v in found.items()},
+    'over_default': round(float(worse.mean()), 5),
+    'over_default_error': round(
+      float(worse.std(ddof=1) / len(worse) ** 0.5), 5
+    ),
   }
 
 
 def _print_rows(rows: list[dict]) -> None:
-  print(f'\nasked to keep {rows[0]["asked"]:.0%}; last column: cross-entropy '
-        'over the default, paired')
-  print(f'{"method":10}{"allocation":11}{"mean":6}{"kept":>6}{"acc %":>8}'
-        f'{"CE":>8}{"KL":>8}  over')
+  print(
+    f'\nasked to keep {rows[0]["asked"]:.0%}; last column: cross-entropy '
+    'over the default, paired'
+  )
+  print(
+    f'{"method":10}{"allocation":11}{"mean":6}{"kept":>6}{"acc %":>8}'
+    f'{"CE":>8}{"KL":>8}  over'
+  )
   for r in rows:
-    print(f'{r["method"]:10}{r["allocation"]:11}'
-          f'{"yes" if r["compensate_mean"] else "-":6}{r["kept"]:6.3f}'
-          f'{100 * r["accuracy"]:8.2f}{r["cross_entropy"]:8.3f}{r["kl"]:8.3f}'
-          f'  {r["over_default"]:+.3f} +- {r["over_default_error"]:.3f}',
-          flush=True)
+    print(
+      f'{r["method"]:10}{r["allocation"]:11}'
+      f'{"yes" if r["compensate_mean"] else "-":6}{r["kept"]:6.3f}'
+      f'{100 * r["accuracy"]:8.2f}{r["cross_entropy"]:8.3f}{r["kl"]:8.3f}'
+      f'  {r["over_default"]:+.3f} +- {r["over_default_error"]:.3f}',
+      flush=True,
+    )
 
 
 def measure_singles(network, moments, judge) -> list[dict]:
@@ -210,14 +231,17 @@ def measure_singles(network, moments, judge) -> list[dict]:
     shares = SINGLE if len(moments) <= 40 else [SINGLE[i % len(SINGLE)]]
     for rank in sorted({max(1, round(full * s)) for s in shares}):
       ranks = {path: rank}
-      found = judge(ur.factorize(
-          network.params, moments, ranks, method='loss'))
+      found = judge(ur.factorize(network.params, moments, ranks, method='loss'))
       predicted = ur.predict_loss(network.params, moments, ranks) / labels
-      rows.append({
-          'path': path, 'rank': rank, 'predicted': float(predicted),
+      rows.append(
+        {
+          'path': path,
+          'rank': rank,
+          'predicted': float(predicted),
           'kl': float(found['kl'].mean()),
           'increase': float(found['cross_entropy'].mean() - base),
-      })
+        }
+      )
   return rows
 
 
@@ -237,46 +261,56 @@ def run(name: str, data_root: str, fractions, command: str) -> dict:
   network = networks.LOADERS[name](data_root)
   moments = [_calibrate(network, batch) for batch, _ in network.folds]
   judges = [
-      Judge(network, m, batch)
-      for m, (_, batch) in zip(moments, network.folds, strict=True)
+    Judge(network, m, batch)
+    for m, (_, batch) in zip(moments, network.folds, strict=True)
   ]
   rows = measure_recipes(network, moments, judges, fractions)
   singles = measure_singles(network, moments[0], judges[0])
   columns = {k: [s[k] for s in singles] for k in singles[0]}
   correlation = {
-      k: rank_correlation(columns['predicted'], columns[k])
-      for k in ('kl', 'increase')
+    k: rank_correlation(columns['predicted'], columns[k])
+    for k in ('kl', 'increase')
   }
   print(f'rank correlation of the predicted with the measured: {correlation}')
   return {
-      'network': name, 'protocol': network.protocol,
-      'date': datetime.date.today().isoformat(), 'command': command,
-      'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
-                 f'{jax.default_backend()} backend',
-      'versions': {
-          'utilized_rank': ur.__version__, 'jax': jax.__version__,
-          'numpy': np.__version__, 'python': platform.python_version(),
-      },
-      'seeds': {'sampled_cross_entropy': 0, 'calibration_rows': 0},
-      'seconds': round(time.perf_counter() - start, 1),
-      'kernels': len(moments[0]),
-      'labels_judged': sum(
-          int((b['y'].astype(int) >= 0).sum()) for _, b in network.folds),
-      'rows': rows, 'rank_correlation': correlation, 'singles': singles,
+    'network': name,
+    'protocol': network.protocol,
+    'date': datetime.date.today().isoformat(),
+    'command': command,
+    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
+    f'{jax.default_backend()} backend',
+    'versions': {
+      'utilized_rank': ur.__version__,
+      'jax': jax.__version__,
+      'numpy': np.__version__,
+      'python': platform.python_version(),
+    },
+    'seeds': {'sampled_cross_entropy': 0, 'calibration_rows': 0},
+    'seconds': round(time.perf_counter() - start, 1),
+    'kernels': len(moments[0]),
+    'labels_judged': sum(
+      int((b['y'].astype(int) >= 0).sum()) for _, b in network.folds
+    ),
+    'rows': rows,
+    'rank_correlation': correlation,
+    'singles': singles,
   }
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--data_root', required=True)
-  parser.add_argument('--networks', nargs='+', default=list(networks.LOADERS),
-                      choices=list(networks.LOADERS))
+  parser.add_argument(
+    '--networks',
+    nargs='+',
+    default=list(networks.LOADERS),
+    choices=list(networks.LOADERS),
+  )
   parser.add_argument('--fractions', nargs='+', type=float, default=FRACTIONS)
   parser.add_argument('--out', default='benchmarks/results')
   args = parser.parse_args()
   for name in args.networks:
-    command = ('python -m benchmarks.quality --data_root=DIR --networks '
-               f'{name}')
+    command = f'python -m benchmarks.quality --data_root=DIR --networks {name}'
     if tuple(args.fractions) != FRACTIONS:
       command += ' --fractions ' + ' '.join(map(str, args.fractions))
     result = run(name, args.data_root, tuple(args.fractions), command)

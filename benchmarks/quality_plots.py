@@ -1,6 +1,6 @@
 """Draws a result of `benchmarks.quality`.
 
-  python -m benchmarks.quality_plots benchmarks/results/quality_kwt1.json
+python -m benchmarks.quality_plots benchmarks/results/quality_kwt1.json
 """
 
 from __future__ import annotations
@@ -15,22 +15,27 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib import ticker  # noqa: E402
 
 COLORS = {
-    'weight': '#999999', 'scaled': '#E69F00', 'utilized': '#CC79A7',
-    'output': '#0072B2', 'loss': '#009E73',
+  'weight': '#999999',
+  'scaled': '#E69F00',
+  'utilized': '#CC79A7',
+  'output': '#0072B2',
+  'loss': '#009E73',
 }
 NAMES = {
-    'weight': 'plain SVD', 'scaled': 'scaled SVD (ASVD)',
-    'utilized': "the paper's projection", 'output': 'least output error',
-    'loss': 'least loss',
+  'weight': 'plain SVD',
+  'scaled': 'scaled SVD (ASVD)',
+  'utilized': "the paper's projection",
+  'output': 'least output error',
+  'loss': 'least loss',
 }
 # Differences of float32 losses are noise below this.
 FLOOR = 1e-7
 PANELS = (
-    ('uniform, plain', 'uniform', False),
-    ('uniform, mean given back', 'uniform', True),
-    ('budget in nats of loss', 'loss', True),
-    ('budget by relative energy', 'relative', True),
-    ('budget by output energy', 'output', True),
+  ('uniform, plain', 'uniform', False),
+  ('uniform, mean given back', 'uniform', True),
+  ('budget in nats of loss', 'loss', True),
+  ('budget by relative energy', 'relative', True),
+  ('budget by output energy', 'output', True),
 )
 
 
@@ -39,8 +44,11 @@ def plot(result: dict, path: str) -> None:
   rows = result['rows']
   dense = rows[0]
   figure, axes = plt.subplots(
-      2, 6, figsize=(17, 6), width_ratios=[1] * 5 + [1.15],
-      layout='constrained',
+    2,
+    6,
+    figsize=(17, 6),
+    width_ratios=[1] * 5 + [1.15],
+    layout='constrained',
   )
   for row, key in enumerate(('accuracy', 'cross_entropy')):
     shown = axes[row, :5]
@@ -51,10 +59,27 @@ def plot(result: dict, path: str) -> None:
     for axis, (title, allocation, mean) in zip(shown, PANELS):
       axis.axhline(_value(dense, key), color='black', lw=0.8, ls=':')
       for method, color in COLORS.items():
-        _line(axis, rows, key, (method, allocation, mean), color=color, lw=1.6,
-              marker='o', ms=3.5, label=NAMES[method])
-      _line(axis, rows, key, ('loss', 'loss', True), color='black', lw=0.9,
-            ls='--', label='the default, for comparison')
+        _line(
+          axis,
+          rows,
+          key,
+          (method, allocation, mean),
+          color=color,
+          lw=1.6,
+          marker='o',
+          ms=3.5,
+          label=NAMES[method],
+        )
+      _line(
+        axis,
+        rows,
+        key,
+        ('loss', 'loss', True),
+        color='black',
+        lw=0.9,
+        ls='--',
+        label='the default, for comparison',
+      )
       if not row:
         axis.set_title(title, fontsize=10)
       else:
@@ -74,11 +99,14 @@ def plot(result: dict, path: str) -> None:
   _singles(axes[0, 5], result, 'kl', 'KL from dense')
   _singles(axes[1, 5], result, 'increase', 'increase in cross-entropy')
   handles, labels = axes[0, 1].get_legend_handles_labels()
-  figure.legend(handles, labels, loc='outside lower center', ncols=6,
-                frameon=False)
+  figure.legend(
+    handles, labels, loc='outside lower center', ncols=6, frameon=False
+  )
   figure.suptitle(
-      f'{result["network"]}: without fine-tuning, {result["kernels"]} kernels, '
-      f'{result["labels_judged"]:,} labels judged (dotted: dense)', fontsize=12)
+    f'{result["network"]}: without fine-tuning, {result["kernels"]} kernels, '
+    f'{result["labels_judged"]:,} labels judged (dotted: dense)',
+    fontsize=12,
+  )
   figure.savefig(path, dpi=80)
   plt.close(figure)
 
@@ -90,8 +118,9 @@ def _value(row: dict, key: str) -> float:
 def _line(axis, rows, key, recipe, **style) -> None:
   keys = ('method', 'allocation', 'compensate_mean')
   found = [r for r in rows if tuple(r[k] for k in keys) == recipe]
-  axis.plot([100 * r['kept'] for r in found],
-            [_value(r, key) for r in found], **style)
+  axis.plot(
+    [100 * r['kept'] for r in found], [_value(r, key) for r in found], **style
+  )
 
 
 def _singles(axis, result, key, name) -> None:

@@ -10,8 +10,8 @@ from benchmarks.networks import resnet20_cifar10
 from benchmarks.networks import stories260k
 
 LOADERS = {
-    'mlp_fmnist_relu': mlp_fmnist_relu.load,
-    'kwt1': kwt1.load,
-    'stories260k': stories260k.load,
-    'resnet20_cifar10': resnet20_cifar10.load,
+  'mlp_fmnist_relu': mlp_fmnist_relu.load,
+  'kwt1': kwt1.load,
+  'stories260k': stories260k.load,
+  'resnet20_cifar10': resnet20_cifar10.load,
 }

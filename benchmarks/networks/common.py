@@ -61,8 +61,10 @@ def nest(flat: dict[str, np.ndarray], separator: str = '/') -> dict[str, Any]:
 
 
 def scores(
-    fn: Callable[[Any, Batch], jax.Array], params: Any, batch: Batch,
-    batch_size: int = 64,
+  fn: Callable[[Any, Batch], jax.Array],
+  params: Any,
+  batch: Batch,
+  batch_size: int = 64,
 ) -> np.ndarray:
   """Log-probabilities of all examples, at one compiled shape."""
   run = fn if hasattr(fn, 'lower') else jax.jit(fn)
@@ -75,8 +77,11 @@ def scores(
 
 
 def check_golden(
-    fn: Callable[[Any, Batch], jax.Array], params: Any, x: np.ndarray,
-    logits: np.ndarray, tolerance: float,
+  fn: Callable[[Any, Batch], jax.Array],
+  params: Any,
+  x: np.ndarray,
+  logits: np.ndarray,
+  tolerance: float,
 ) -> None:
   """Raises unless the port's logits are those of the original network."""
   got = np.asarray(jax.jit(fn)(params, {'x': x})).reshape(logits.shape)

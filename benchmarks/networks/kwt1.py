@@ -42,8 +42,7 @@ def fn(params, batch):
 
 
 def load(root: str) -> common.Network:
-  params = common.nest(
-      common.read(root, 'networks', 'kwt1_speechcommands.npz'))
+  params = common.nest(common.read(root, 'networks', 'kwt1_speechcommands.npz'))
   golden = common.read(root, 'networks', 'golden', 'kwt1_speechcommands.npz')
   data = common.read(root, 'data', 'speechcommands_mfcc500.npz')
   common.check_golden(fn, params, data['x'][:16], golden['logits'], 1e-3)
@@ -52,16 +51,20 @@ def load(root: str) -> common.Network:
   common.check_close('accuracy', common.accuracy(log_p, y), 0.938, 1e-4)
   heard = np.flatnonzero(y)
   common.check_close(
-      'accuracy without silence', common.accuracy(log_p[heard], y[heard]),
-      0.980, 6e-4)
-  halves = [
-      {k: data[k][heard[start::2]] for k in 'xy'} for start in (0, 1)
-  ]
+    'accuracy without silence',
+    common.accuracy(log_p[heard], y[heard]),
+    0.980,
+    6e-4,
+  )
+  halves = [{k: data[k][heard[start::2]] for k in 'xy'} for start in (0, 1)]
   return common.Network(
-      'kwt1', fn, params, [('block.*kernel', True)],
-      [(halves[0], halves[1]), (halves[1], halves[0])],
-      f'{len(heard)} clips that are not silence, in two halves (even and odd '
-      'places): calibrated on one, judged on the other, then the reverse, the '
-      "judgements pooled; the blocks' kernels",
-      115,
+    'kwt1',
+    fn,
+    params,
+    [('block.*kernel', True)],
+    [(halves[0], halves[1]), (halves[1], halves[0])],
+    f'{len(heard)} clips that are not silence, in two halves (even and odd '
+    'places): calibrated on one, judged on the other, then the reverse, the '
+    "judgements pooled; the blocks' kernels",
+    115,
   )

@@ -28,15 +28,18 @@ def load(root: str) -> common.Network:
   test = common.read(root, 'data', 'fmnist_test5000.npz')
   log_p = common.scores(fn, params, test, 500)
   common.check_close(
-      'accuracy', common.accuracy(log_p, test['y']), 0.8836, 1e-4)
+    'accuracy', common.accuracy(log_p, test['y']), 0.8836, 1e-4
+  )
   # The file is sorted by class.
   rows = np.random.default_rng(0).permutation(len(train['y']))[:CALIBRATION]
   calibration = {k: v[rows] for k, v in train.items()}
   return common.Network(
-      'mlp_fmnist_relu', fn, params,
-      [('Dense_4/.*', False), ('.*kernel', True)],
-      [(calibration, test)],
-      f'calibrated on {CALIBRATION} training images drawn at random, judged on '
-      '5,000 test images; all kernels but the head',
-      512,
+    'mlp_fmnist_relu',
+    fn,
+    params,
+    [('Dense_4/.*', False), ('.*kernel', True)],
+    [(calibration, test)],
+    f'calibrated on {CALIBRATION} training images drawn at random, judged on '
+    '5,000 test images; all kernels but the head',
+    512,
   )

@@ -17,8 +17,11 @@ CALIBRATION, JUDGED = 1024, 500
 
 def _conv(x, kernel, stride=1):
   return jax.lax.conv_general_dilated(
-      x, kernel, (stride, stride), ((1, 1), (1, 1)),
-      dimension_numbers=('NHWC', 'OIHW', 'NHWC'),
+    x,
+    kernel,
+    (stride, stride),
+    ((1, 1), (1, 1)),
+    dimension_numbers=('NHWC', 'OIHW', 'NHWC'),
   )
 
 
@@ -53,8 +56,8 @@ def _jpeg(root: str, name: str, count: int) -> common.Batch:
   file = common.read(os.path.join(root, 'data'), name)
   data, offsets = file['bytes'].tobytes(), file['offsets']
   images = [
-      np.asarray(Image.open(io.BytesIO(data[offsets[i]:offsets[i + 1]])))
-      for i in range(count)
+    np.asarray(Image.open(io.BytesIO(data[offsets[i] : offsets[i + 1]])))
+    for i in range(count)
   ]
   return {'x': np.stack(images), 'y': file['y'][:count]}
 
@@ -66,14 +69,21 @@ def load(root: str) -> common.Network:
   common.check_golden(fn, params, lossless['x'][:16], golden['logits'], 1e-4)
   log_p = common.scores(fn, params, lossless, 100)
   common.check_close(
-      'accuracy', common.accuracy(log_p, lossless['y']), 0.90, 1e-4)
+    'accuracy', common.accuracy(log_p, lossless['y']), 0.90, 1e-4
+  )
   return common.Network(
-      'resnet20_cifar10', fn, params,
-      [('layer.*conv..weight', True)],
-      [(_jpeg(root, 'cifar10_train_jpeg.npz', CALIBRATION),
-        _jpeg(root, 'cifar10_test_jpeg.npz', JUDGED))],
-      f'calibrated on {CALIBRATION} training images, judged on {JUDGED} test '
-      'images, both JPEG copies (which cost this network about 8 points '
-      'themselves); all convolutions but the first',
-      128,
+    'resnet20_cifar10',
+    fn,
+    params,
+    [('layer.*conv..weight', True)],
+    [
+      (
+        _jpeg(root, 'cifar10_train_jpeg.npz', CALIBRATION),
+        _jpeg(root, 'cifar10_test_jpeg.npz', JUDGED),
+      )
+    ],
+    f'calibrated on {CALIBRATION} training images, judged on {JUDGED} test '
+    'images, both JPEG copies (which cost this network about 8 points '
+    'themselves); all convolutions but the first',
+    128,
   )

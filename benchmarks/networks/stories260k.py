@@ -28,8 +28,8 @@ def _rotate(x):
 
 def _attention(x, p):
   q, k, v = (
-      (x @ p[name].T).reshape(*x.shape[:2], -1, WIDTH)
-      for name in ('wq', 'wk', 'wv')
+    (x @ p[name].T).reshape(*x.shape[:2], -1, WIDTH)
+    for name in ('wq', 'wk', 'wv')
   )
   q, k = _rotate(q), _rotate(k)
   k, v = (jnp.repeat(y, HEADS // KV_HEADS, axis=2) for y in (k, v))
@@ -61,25 +61,27 @@ def load(root: str) -> common.Network:
   params = {k: flat.pop(k) for k in ('tok_emb', 'final_norm')}
   assert np.array_equal(flat.pop('out'), params['tok_emb'])
   # A rank for every layer: the stacks of five are taken apart.
-  params['layers'] = [
-      {k: v[i] for k, v in flat.items()} for i in range(LAYERS)
-  ]
+  params['layers'] = [{k: v[i] for k, v in flat.items()} for i in range(LAYERS)]
   golden = common.read(root, 'networks', 'golden', 'stories260k.npz')
   common.check_golden(
-      fn, params, golden['tokens'][None], golden['logits'], 1e-4)
+    fn, params, golden['tokens'][None], golden['logits'], 1e-4
+  )
   judged = _pairs(common.read(root, 'data', 'tinystories_tokens.npz')['tokens'])
   log_p = common.scores(fn, params, judged, 5)
   real = judged['y'] >= 0
-  picked = np.take_along_axis(
-      log_p, np.maximum(judged['y'], 0)[..., None], -1)[..., 0]
-  common.check_close(
-      'cross-entropy', float(-picked[real].mean()), 1.266, 6e-4)
+  picked = np.take_along_axis(log_p, np.maximum(judged['y'], 0)[..., None], -1)[
+    ..., 0
+  ]
+  common.check_close('cross-entropy', float(-picked[real].mean()), 1.266, 6e-4)
   own = common.read(root, 'data', 'stories_selfgen64.npz')['tokens']
   return common.Network(
-      'stories260k', fn, params, [('layers/.*/w.', True)],
-      [(_pairs(own), judged)],
-      'calibrated on 64 texts of 256 tokens that the model itself sampled, '
-      f'judged on {int(real.sum())} tokens of TinyStories; accuracy is that '
-      "of the next token; the blocks' kernels",
-      8,
+    'stories260k',
+    fn,
+    params,
+    [('layers/.*/w.', True)],
+    [(_pairs(own), judged)],
+    'calibrated on 64 texts of 256 tokens that the model itself sampled, '
+    f'judged on {int(real.sum())} tokens of TinyStories; accuracy is that '
+    "of the next token; the blocks' kernels",
+    8,
   )
