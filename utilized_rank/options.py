@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import difflib
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar('T')
 
@@ -30,7 +30,7 @@ def from_config(cls: type[T], config: Any, section: str) -> T:
       f'{section} is a {type(config).__name__}; it must be a {cls.__name__} '
       'or a mapping of its fields.'
     )
-  fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+  fields = dataclasses.fields(cast(Any, cls))
   names = [field.name for field in fields]
   for key in config:
     if key not in names:
