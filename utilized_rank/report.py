@@ -293,12 +293,12 @@ def _layer(kernel: Kernel, energy: float) -> LayerReport:
   d, m = kernel.w.shape
   s, t = kernel.in_basis, kernel.out_basis
   k_in, k_out = kernel.ranks(energy, energy)
-  total = t.values.sum()
+  total = float(t.values.sum())
   projected = bound = 0.0
   if total > 0:
     difference = kernel.w - kernel.projected(energy, energy)
     projected = subspace.output_error(difference, kernel.second) / total
-    bound = float(t.values[min(k_in, k_out) :].sum() / total)
+    bound = float(t.values[min(k_in, k_out) :].sum()) / total
   spectrum_out = np.zeros(m)
   spectrum_out[: len(t.values)] = t.values
   return LayerReport(
