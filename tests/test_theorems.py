@@ -9,6 +9,9 @@ import utilized_rank as ur
 from utilized_rank import subspace
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
+# Factors are float32. Their rounding, 1e-7 of the outputs y, meets the residual
+# e in the squared error: 2e-7 |y| / |e| of it, with |y| / |e| up to 500 here.
+ROUNDING = 2e-4
 
 
 def problem(shape, seed=0, n=400, mean=0.5, decay=0.8):
@@ -98,7 +101,7 @@ def test_no_factorization_beats_the_bound_at_its_rank(shape):
   spectrum = np.linalg.eigvalsh(t)[::-1]
   rng = np.random.default_rng(1)
   for rank in range(1, min(shape)):
-    bound = max(spectrum[rank:].sum(), 0) * (1 - 1e-6)
+    bound = max(spectrum[rank:].sum(), 0) * (1 - ROUNDING)
     for method in ('weight', 'utilized'):
       small = ur.factorize(
         params, moments, {'kernel': rank}, method=method, compensate_mean=False
@@ -192,7 +195,7 @@ def test_mean_compensation_never_raises_the_error(shape, method):
           np.asarray(small['bias'], np.float64),
         )
       )
-    assert errors[1] <= errors[0] * (1 + 1e-6) + 1e-10, (rank, errors)
+    assert errors[1] <= errors[0] * (1 + ROUNDING) + 1e-10, (rank, errors)
 
 
 def test_shared_energy_projection_per_path_and_per_side():
@@ -321,8 +324,8 @@ def test_the_loss_method_is_the_weighted_optimum(shape):
     want = np.sum(sigma[rank:] ** 2)
     np.testing.assert_allclose(damage(best), want, rtol=1e-6)
     np.testing.assert_allclose(found['loss'], want, rtol=1e-3)
-    assert found['loss'] <= found['output'] * (1 + 1e-4)
-    assert found['loss'] <= found['weight'] * (1 + 1e-4)
+    assert found['loss'] <= found['output'] * (1 + ROUNDING)
+    assert found['loss'] <= found['weight'] * (1 + ROUNDING)
 
 
 @pytest.mark.parametrize('method', ['weight', 'scaled', 'output', 'loss'])
