@@ -539,3 +539,22 @@ def test_unknown_paths_get_help():
   sites = ur.find_sites(lambda p, x: x @ p['kernel'], {'kernel': W}, X)
   with pytest.raises(KeyError, match="did you mean \\['kernel'\\]"):
     sites['kernal']
+
+
+def test_equal_inputs_of_different_members_are_not_shared():
+  """a[0] and b[:, 0] read one value, as other members of their stacks."""
+  x = RNG.normal(size=(2, 5, 3)).astype(np.float32)
+  params = {name: np.ones((2, 2, 3, 4), np.float32) for name in 'abc'}
+  each = lambda w: jnp.einsum('gnd,gdm->gnm', x, w)
+
+  def fn(p, x):
+    del x
+    return each(p['a'][0]) + each(p['b'][:, 0]) + each(p['c'][0])
+
+  _, moments = ur.capture(fn)(params, x)
+  np.testing.assert_array_equal(moments['a'].count, [[5, 5], [0, 0]])
+  np.testing.assert_array_equal(moments['b'].count, [[5, 0], [5, 0]])
+  want = np.einsum('gnd,gne->gde', x, x) / 5
+  np.testing.assert_allclose(moments['a'].second[0], want, rtol=1e-5)
+  np.testing.assert_allclose(moments['b'].second[:, 0], want, rtol=1e-5)
+  assert moments['a'].sums is moments['c'].sums

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 import dataclasses
 import functools
 import math
@@ -202,7 +202,7 @@ class Collector:
         continue
       parts = [_Part.of(e, u, layout) for e, u in pairs]
       signature = (
-        tuple(part.signature for part in parts),
+        tuple(part.signature(layout) for part in parts),
         layout.group_shape,
         layout.matrix_shape[0],
       )
@@ -316,10 +316,16 @@ class _Part:
       fixed.update(zip(pieces[a], map(int, np.unravel_index(index, sizes))))
     return cls(emission, lead, fixed)
 
-  @property
-  def signature(self):
-    order = tuple(np.argsort(np.argsort(self.lead)).tolist())
-    return self.emission.key, order, tuple(self.fixed.values())
+  def signature(self, layout: Layout) -> Hashable:
+    """Two leaves of equal signatures have the same sums.
+
+    Atoms are told by their place among the groups: `a[0]` and `b[:, 0]` may
+    read one value, and are of different members of their stacks.
+    """
+    place = {a: i for i, a in enumerate(layout.groups)}
+    lead = tuple(place[a] for a in self.lead)
+    fixed = tuple(sorted((place[a], i) for a, i in self.fixed.items()))
+    return self.emission.key, lead, fixed
 
   def arrange(self, array: Any, tail: int, layout: Layout) -> Any:
     """Splits all but `tail` axes into group atoms, in the leaf's order."""
