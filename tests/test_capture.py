@@ -545,10 +545,9 @@ def test_equal_inputs_of_different_members_are_not_shared():
   """a[0] and b[:, 0] read one value, as other members of their stacks."""
   x = RNG.normal(size=(2, 5, 3)).astype(np.float32)
   params = {name: np.ones((2, 2, 3, 4), np.float32) for name in 'abc'}
-  each = lambda w: jnp.einsum('gnd,gdm->gnm', x, w)
 
   def fn(p, x):
-    del x
+    each = lambda w: jnp.einsum('gnd,gdm->gnm', x, w)
     return each(p['a'][0]) + each(p['b'][:, 0]) + each(p['c'][0])
 
   _, moments = ur.capture(fn)(params, x)
