@@ -13,7 +13,7 @@ ROOT = pathlib.Path(utilized_rank.__file__).parent
 
 # Lower rows may be imported by higher ones, not the other way round.
 LAYERS = [
-  'compat progress layout paths depth look svg',
+  'compat progress files layout paths depth look svg',
   'tracing numerics tables factors',
   'product',
   'contraction convolution',

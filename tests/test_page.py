@@ -3,8 +3,9 @@
 from html.parser import HTMLParser
 import re
 
-import numpy as np
 import pytest
+from reports import layer
+from reports import vit
 
 from utilized_rank import page
 from utilized_rank import report
@@ -35,38 +36,6 @@ META = {
   'centered': False,
   'energy': 0.99,
 }
-
-
-def layer(path, index=(), d_in=64, d_out=256, k_in=21, k_out=70):
-  return report.LayerReport(
-    path=path,
-    index=index,
-    d_in=d_in,
-    d_out=d_out,
-    count=16_384,
-    energy=0.99,
-    k_in=k_in,
-    k_out=k_out,
-    spectrum_in=0.7 ** np.arange(d_in),
-    spectrum_out=0.7 ** np.arange(d_out),
-    error_projected=0.021,
-    error_bound=0.0098,
-  )
-
-
-def vit(blocks):
-  return [
-    layer(f'params/Transformer/encoderblock_{i}/{name}/kernel', k_in=k)
-    for i in range(blocks)
-    for k, name in enumerate(
-      (
-        'MultiHeadDotProductAttention_1/query',
-        'MultiHeadDotProductAttention_1/key',
-        'MlpBlock_3/Dense_0',
-      ),
-      start=1,
-    )
-  ]
 
 
 class Page(HTMLParser):

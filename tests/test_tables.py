@@ -4,8 +4,9 @@ import re
 
 import numpy as np
 import pytest
+from reports import layer
+from reports import vit
 
-from utilized_rank import report
 from utilized_rank import tables
 
 RUNS = [
@@ -25,38 +26,6 @@ RUNS = [
     'test_accuracy_before_finetune': 0.8722,
   },
 ]  # fmt: skip
-
-
-def layer(path, index=(), d_in=64, d_out=256, k_in=21, k_out=70):
-  return report.LayerReport(
-    path=path,
-    index=index,
-    d_in=d_in,
-    d_out=d_out,
-    count=16_384,
-    energy=0.99,
-    k_in=k_in,
-    k_out=k_out,
-    spectrum_in=0.7 ** np.arange(d_in),
-    spectrum_out=0.7 ** np.arange(d_out),
-    error_projected=0.021,
-    error_bound=0.0098,
-  )
-
-
-def vit(blocks):
-  return [
-    layer(f'params/Transformer/encoderblock_{i}/{name}/kernel', k_in=k)
-    for i in range(blocks)
-    for k, name in enumerate(
-      (
-        'MultiHeadDotProductAttention_1/query',
-        'MultiHeadDotProductAttention_1/key',
-        'MlpBlock_3/Dense_0',
-      ),
-      start=1,
-    )
-  ]
 
 
 def test_layer_table_lines_up_and_fits():

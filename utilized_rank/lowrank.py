@@ -92,14 +92,20 @@ def is_low_rank(leaf: Any) -> bool:
 
 
 def _dense(a: Any, b: Any, layout: Layout) -> Any:
-  groups, rank = layout.group_shape, a.shape[-1]
+  return layout.from_matrices(_multiply(a, b, layout.group_shape, layout))
+
+
+def _multiply(
+  a: Any, b: Any, groups: tuple[int, ...], layout: Layout
+) -> jax.Array:
+  """The matrices (*groups, d, m) of a pair whose groups are these."""
   d, m = layout.matrix_shape
-  matrices = jnp.matmul(
+  rank = a.shape[-1]
+  return jnp.matmul(
     a.reshape(*groups, d, rank),
     b.reshape(*groups, rank, m),
     precision=jax.lax.Precision.HIGHEST,
   )
-  return layout.from_matrices(matrices)
 
 
 def merge(tree: Any) -> Any:
@@ -289,14 +295,7 @@ class Factored:
   def materialise(self, view: View) -> Any:
     f = self.factors
     sizes = f.layout.sizes
-    d, m = f.layout.matrix_shape
-    lead = sizes(f.present)
-    rank = f.a.shape[-1]
-    matrices = jnp.matmul(
-      f.a.reshape(*lead, d, rank),
-      f.b.reshape(*lead, rank, m),
-      precision=jax.lax.Precision.HIGHEST,
-    )
+    matrices = _multiply(f.a, f.b, sizes(f.present), f.layout)
     order = f.present + f.layout.inputs + f.layout.outputs
     left = sorted(order)
     array = matrices.reshape(sizes(order))

@@ -24,8 +24,10 @@ from utilized_rank import data
 from utilized_rank import methods
 from utilized_rank import options
 from utilized_rank import page
+from utilized_rank import paths
 from utilized_rank import tables
 from utilized_rank import train
+from utilized_rank.lowrank import is_low_rank
 from utilized_rank.models.vit import ViT
 from utilized_rank.report import Report
 from utilized_rank.workdir import Workdir
@@ -154,12 +156,14 @@ class Job:
     return data.load(self.data_config)
 
   @functools.cached_property
+  def model(self) -> ViT:
+    classes = self.sources['train'].num_classes
+    return ViT(num_classes=classes, **self.model_config)
+
+  @functools.cached_property
   def forward(self):
     """The dense model on its variables: `forward(params, images, ...)`."""
-    model = ViT(
-      num_classes=self.sources['train'].num_classes, **self.model_config
-    )
-    return train.linen_forward(model)
+    return train.linen_forward(self.model)
 
   @functools.cached_property
   def small_forward(self):
@@ -186,11 +190,8 @@ class Job:
   # --- stages ---
 
   def train(self) -> dict[str, Any]:
-    model = ViT(
-      num_classes=self.sources['train'].num_classes, **self.model_config
-    )
     image = jnp.zeros((1, *self.sources['train'].image_shape))
-    params = jax.jit(model.init)(jax.random.key(self.seed), image)
+    params = jax.jit(self.model.init)(jax.random.key(self.seed), image)
     params = train.fit(
       self.forward,
       params,
@@ -372,9 +373,6 @@ class Job:
     return train.evaluate(forward, params, batches)
 
   def _kernel_params(self, params: Any) -> int:
-    from utilized_rank import paths
-    from utilized_rank.lowrank import is_low_rank
-
     named, _ = paths.flatten(params, is_low_rank)
     return ur.count_params([named[path] for path in self.moments])
 

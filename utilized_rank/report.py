@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from utilized_rank import files
 from utilized_rank import paths
 from utilized_rank import subspace
 from utilized_rank import tables
@@ -210,10 +211,7 @@ class Report(Mapping[str, LayerReport]):
         for layer in self.layers
       ],
     }
-    beside = f'{os.fspath(path)}.tmp'
-    with open(beside, 'w', encoding='utf-8') as f:
-      json.dump(record, f)
-    os.replace(beside, path)
+    files.write_text(path, json.dumps(record))
 
   @classmethod
   def load(cls, path: str | os.PathLike[str]) -> Report:

@@ -10,6 +10,7 @@ import math
 import os
 from typing import Any
 
+from utilized_rank import files
 from utilized_rank import paths
 from utilized_rank.kernels import Kernel
 from utilized_rank.kernels import kernels
@@ -264,10 +265,8 @@ class _Search:
   def _save(self) -> None:
     if self._checkpoint is None:
       return
-    beside = f'{os.fspath(self._checkpoint)}.tmp'
-    with open(beside, 'w', encoding='utf-8') as f:
-      json.dump({'settings': self._settings, 'metrics': self._known}, f)
-    os.replace(beside, self._checkpoint)
+    record = {'settings': self._settings, 'metrics': self._known}
+    files.write_text(self._checkpoint, json.dumps(record))
 
 
 def _fingerprint(members: Mapping[str, list[Kernel]]) -> str:

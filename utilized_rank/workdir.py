@@ -8,6 +8,8 @@ import os
 import time
 from typing import Any
 
+from utilized_rank import files
+
 
 class Workdir:
   """One run's directory. Every file in it appears whole or not at all.
@@ -70,10 +72,7 @@ class Workdir:
 
   def write_text(self, name: str, text: str) -> None:
     os.makedirs(os.path.dirname(self.file(name)), exist_ok=True)
-    beside = self.file(name) + '.tmp'
-    with open(beside, 'w', encoding='utf-8') as f:
-      f.write(text)
-    os.replace(beside, self.file(name))
+    files.write_text(self.file(name), text)
 
   def finished(self, stage: str) -> bool:
     """Whether a stage has left its result."""
