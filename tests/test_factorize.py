@@ -69,6 +69,7 @@ def problem():
     [images],
     loss=ur.sampled_cross_entropy(),
     select=SELECT,
+    fisher_rows=True,
     progress=False,
   )
   return (

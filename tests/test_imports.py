@@ -24,7 +24,7 @@ LAYERS = [
   'capture kernels allocation',
   'checkpoint methods plots gradients',
   'ranks',
-  'collect factorize search',
+  'collect fisher factorize search',
   'page report',
   'compress',
 ]

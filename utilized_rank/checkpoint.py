@@ -167,6 +167,8 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
     if tree.grads is not None:
       arrays['grads'] = {str(i): g for i, g in enumerate(tree.grads)}
       arrays['examples'] = tree.examples
+    if tree.row_grads is not None:
+      arrays['row_grads'] = {str(i): g for i, g in enumerate(tree.row_grads)}
     table = [dataclasses.asdict(entry) for entry in tree.table]
     return arrays, {'kind': 'moments', 'table': table}
   if isinstance(tree, dict):
@@ -226,8 +228,9 @@ def _decode(arrays: Any, structure: Any) -> Any:
     sums = tuple(Sums(**arrays[str(i)]) for i in range(count))
     if 'grads' not in arrays:
       return Moments(table, sums)
-    grads = tuple(arrays['grads'][str(i)] for i in range(len(table)))
-    return Moments(table, sums, grads, arrays['examples'])
+    each = lambda name: tuple(arrays[name][str(i)] for i in range(len(table)))
+    rows = each('row_grads') if 'row_grads' in arrays else None
+    return Moments(table, sums, each('grads'), arrays['examples'], rows)
   items = {
     k: _decode((arrays or {}).get(k), s) for k, s in structure['items'].items()
   }

@@ -21,6 +21,7 @@ from utilized_rank import paths
 from utilized_rank import tracing
 from utilized_rank.capture import capture
 from utilized_rank.capture import find_sites
+from utilized_rank.fisher import row_fisher_sums
 from utilized_rank.gradients import LossFn
 from utilized_rank.gradients import gradient_sums
 from utilized_rank.moments import Moments
@@ -37,6 +38,7 @@ def collect(
   batches: Iterable[Any],
   *,
   loss: LossFn | None = None,
+  fisher_rows: bool = False,
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
   mesh: Mesh | None = None,
@@ -58,6 +60,9 @@ def collect(
     loss: `loss(outputs, batch) -> (B,)`, nats per example; adds the moments
       of its gradient at every kernel's output, which `method='loss'` needs.
       `sampled_cross_entropy()` needs no labels.
+    fisher_rows: add the squared gradients of every kernel's rows, which
+      `method='fisher_rows'` needs; one example at a time, so it takes about
+      three more forward passes.
     select: ordered `(regex, bool)` rules over leaf paths; default all kernels.
     on_opaque: 'error', or 'report' to pass over parameters that enter a
       primitive which hides its computation, with a warning that names them.
@@ -72,9 +77,9 @@ def collect(
     `Moments` as host arrays.
 
   Raises:
-    ValueError: no batches; a batch that is empty or whose arrays disagree in
-      their leading axis; parameters that do not fit the function; a checkpoint
-      of another collection.
+    ValueError: no batches; `fisher_rows` without a loss; a batch that is empty
+      or whose arrays disagree in their leading axis; parameters that do not fit
+      the function; a checkpoint of another collection.
     FloatingPointError: an activation is NaN or infinite; names the kernel and
       the batch.
 
@@ -84,6 +89,8 @@ def collect(
   >>> int(moments['w'].count), moments['w'].mean.tolist()
   (8, [0.5, 0.5])
   """
+  if fisher_rows and loss is None:
+    raise ValueError('fisher_rows=True squares gradients of a loss: give loss=')
   devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
   total = len(batches) if isinstance(batches, Sized) else None
   batches = iter(batches)
@@ -103,7 +110,7 @@ def collect(
       'the function has no kernel: no parameter leaf meets a matrix product '
       f'or a convolution\n{sites}'
     )
-  run = _Run(fn, params, sites, select, on_opaque, devices, loss)
+  run = _Run(fn, params, sites, select, on_opaque, devices, loss, fisher_rows)
   done = 0
   if checkpoint_dir is not None and os.path.isdir(checkpoint_dir):
     done = run.restore(checkpoint_dir, sites)
@@ -152,13 +159,25 @@ def check_batch(batch: Any, number: int) -> int:
 class _Run:
   """Running sums on the devices, and what overflowed them on the host."""
 
-  def __init__(self, fn, params, sites, select, on_opaque, devices, loss=None):
+  def __init__(
+    self,
+    fn,
+    params,
+    sites,
+    select,
+    on_opaque,
+    devices,
+    loss=None,
+    fisher_rows=False,
+  ):
     self._devices = devices
     self._captured = capture(fn, select=select, on_opaque=on_opaque)
-    self._gradients = None
+    self._gradients = self._row_fisher = None
     if loss is not None:
       layouts = {path: site.layout for path, site in sites.items()}
       self._gradients = gradient_sums(fn, loss, layouts)
+      if fisher_rows:
+        self._row_fisher = row_fisher_sums(fn, loss, layouts)
     self._mesh = Mesh(np.array(devices), ('examples',))
     replicated = NamedSharding(self._mesh, PartitionSpec())
     # Flags and functions among the leaves stay what they are.
@@ -190,7 +209,11 @@ class _Run:
       return moments
     grads, examples = self._gradients(params, batch)
     grads = tuple(grads[path] for path in moments)
-    return Moments(moments.table, moments.sums, grads, examples)
+    rows = None
+    if self._row_fisher is not None:
+      fisher = self._row_fisher(params, batch)
+      rows = tuple(fisher[path] for path in moments)
+    return Moments(moments.table, moments.sums, grads, examples, rows)
 
   def _add_shards(self, state, params, batch):
     def local(params, batch):
@@ -301,7 +324,9 @@ class _Run:
       raise ValueError(f'{folder!r} holds no running sums of a collection')
     have = {e.path: e.layout for e in state.table}
     want = {s.path: s.layout for s in sites.values()}
-    same_loss = (state.grads is None) == (self._gradients is None)
+    same_loss = (state.grads is None) == (self._gradients is None) and (
+      (state.row_grads is None) == (self._row_fisher is None)
+    )
     if (
       have != want
       or not same_loss

@@ -89,6 +89,9 @@ def factorize(
     method: which W' of that rank.
       'weight': truncated SVD of W, blind to data.
       'scaled': the same with inputs scaled by their root mean square (ASVD).
+      'fisher_rows': the same with rows of W weighed by the root of their
+        squared gradients (FWSVD); needs moments collected with
+        `fisher_rows=True`.
       'utilized': the paper's P_S W P_T, at the highest shared energy whose
         utilized rank min(k_S, k_T) is the rank asked for.
       'output': the least error at the kernel's outputs, W U U^T.

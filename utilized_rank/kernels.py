@@ -31,6 +31,7 @@ class Kernel:
     count: rows that the moments are over.
     gradient: G (m, m), second moment of the loss's gradient; None without.
     rows_per_example: rows that an example contributes; 0 without gradients.
+    row_fisher: (d,) squared gradients of the rows of W; None without.
     in_basis: eigenbasis of `second`, made when called for; kernels that share
       an input share it.
   """
@@ -43,6 +44,7 @@ class Kernel:
   count: int
   gradient: np.ndarray | None
   rows_per_example: float
+  row_fisher: np.ndarray | None
   _in_basis: Any
 
   @property
@@ -112,7 +114,11 @@ def kernels(
     if gradient is not None:
       gradient = np.asarray(gradient, np.float64)
       rows = np.asarray(moment.rows_per_example)
-    if not (np.all(np.isfinite(second)) and np.all(np.isfinite(mean))):
+    fisher = moment.row_fisher
+    if fisher is not None:
+      fisher = np.asarray(fisher, np.float64)
+    known = [v for v in (second, mean, gradient, fisher) if v is not None]
+    if not all(np.all(np.isfinite(v)) for v in known):
       raise ValueError(f'the moments of {path!r} hold NaN or infinite values')
     members = []
     for index in np.ndindex(*layout.group_shape):
@@ -131,6 +137,7 @@ def kernels(
           int(count[index]),
           None if gradient is None else gradient[index],
           0.0 if gradient is None else float(rows[index]),
+          None if fisher is None else fisher[index],
           shared[key],
         )
       )

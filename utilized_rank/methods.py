@@ -39,11 +39,21 @@ def _loss(kernel: Kernel, damping: float) -> Factors:
   )
 
 
+def _fisher_rows(kernel: Kernel) -> Factors:
+  if kernel.row_fisher is None:
+    raise ValueError(
+      f'the moments of {kernel.path!r} have no squared gradients of rows; '
+      'collect them with loss= and fisher_rows=True'
+    )
+  return subspace.scaled_factors(kernel.w, np.sqrt(kernel.row_fisher))
+
+
 _METHODS: dict[str, Callable[[Kernel, float], Factors]] = {
   'weight': lambda k, damping: subspace.weight_factors(k.w),
   'scaled': lambda k, damping: subspace.scaled_factors(
     k.w, np.sqrt(np.maximum(np.diagonal(k.second), 0))
   ),
+  'fisher_rows': lambda k, damping: _fisher_rows(k),
   'output': lambda k, damping: subspace.output_factors(
     k.w, k.out_basis.vectors
   ),
@@ -54,6 +64,8 @@ UTILIZED = 'utilized'
 METHODS = (*_METHODS, UTILIZED)
 # Their optimum takes spectra about the mean when the mean is given back.
 CENTERED = ('output', 'loss')
+# They need moments that were collected with a loss.
+OF_LOSS = ('fisher_rows', 'loss')
 
 
 def check_method(method: str, known: tuple[str, ...] = METHODS) -> None:
@@ -67,7 +79,7 @@ def family(kernel: Kernel, method: str, damping: float = DAMPING) -> Factors:
 
   Args:
     kernel: the kernel with its moments.
-    method: 'weight', 'scaled', 'output' or 'loss'.
+    method: 'weight', 'scaled', 'fisher_rows', 'output' or 'loss'.
     damping: share of the mean of G's diagonal that is added to it.
   """
   check_method(method, tuple(_METHODS))

@@ -65,6 +65,7 @@ class Moment:
   sums: Sums
   grad: Any = None
   examples: Any = None
+  row_grad: Any = None
 
   @property
   def layout(self) -> Layout:
@@ -102,6 +103,14 @@ class Moment:
     return self.sums.count / _divisor(self.examples)
 
   @property
+  def row_fisher(self) -> Any:
+    """sum_j E[(dL/dW_ij)^2] over examples, shape (*groups, d); None unless
+    it was asked for."""
+    if self.row_grad is None:
+      return None
+    return self.row_grad / _divisor(self.examples)
+
+  @property
   def covariance(self) -> Any:
     """S_c = S - mu mu^T, centred, shape (*groups, d, d)."""
     mean = self.mean
@@ -137,6 +146,7 @@ class Moments(Mapping[str, Moment]):
     sums: tuple[Sums, ...],
     grads: tuple[Any, ...] | None = None,
     examples: Any = None,
+    row_grads: tuple[Any, ...] | None = None,
   ):
     """Made by `capture` and `collect`.
 
@@ -145,15 +155,19 @@ class Moments(Mapping[str, Moment]):
       sums: the distinct sums that entries point at.
       grads: sums of g g^T, (*groups, m, m) for each entry; None without loss.
       examples: number of examples behind `grads`.
+      row_grads: sums of the squared gradients of each entry's rows,
+        (*groups, d); None unless they were asked for.
     """
     self.table = table
     self.sums = sums
     self.grads = grads
     self.examples = examples
+    self.row_grads = row_grads
     self._places = {entry.path: i for i, entry in enumerate(table)}
 
   def tree_flatten(self):
-    return (self.sums, self.grads, self.examples), self.table
+    children = self.sums, self.grads, self.examples, self.row_grads
+    return children, self.table
 
   @classmethod
   def tree_unflatten(cls, table, children) -> Moments:
@@ -165,7 +179,8 @@ class Moments(Mapping[str, Moment]):
     place = self._places[path]
     entry = self.table[place]
     grad = None if self.grads is None else self.grads[place]
-    return Moment(entry, self.sums[entry.index], grad, self.examples)
+    rows = None if self.row_grads is None else self.row_grads[place]
+    return Moment(entry, self.sums[entry.index], grad, self.examples, rows)
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._places)
@@ -206,11 +221,13 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       'the two moments share inputs differently; they come from different '
       'functions'
     )
-  if (a.grads is None) != (b.grads is None):
-    raise ValueError(
-      'one of the two moments has gradient moments and the other has none; '
-      'collect both with the same loss'
-    )
+  for name in ('grads', 'row_grads'):
+    if (getattr(a, name) is None) != (getattr(b, name) is None):
+      raise ValueError(
+        f'one of the two moments has {name} and the other has none; collect '
+        'both with the same loss and options'
+      )
   grads = None if b.grads is None else tuple(b[path].grad for path in a)
-  b = Moments(a.table, b.sums, grads, b.examples)
+  rows = None if b.row_grads is None else tuple(b[path].row_grad for path in a)
+  b = Moments(a.table, b.sums, grads, b.examples, rows)
   return jax.tree.map(lambda x, y: x + y, a, b)

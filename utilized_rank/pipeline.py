@@ -54,8 +54,8 @@ class CompressConfig:
     energies: shares of energy to give the mean layer utilization at.
     energy: the one that the table of layers is at.
     centered: take the spectra about the mean.
-    method: see `factorize`; 'loss' collects gradients too, of labels drawn
-      from the model itself.
+    method: see `factorize`; 'loss' and 'fisher_rows' collect gradients too, of
+      labels drawn from the model itself.
     compensate_mean: see `factorize`.
     allocation: 'uniform' (`uniform_ranks`), or 'budget' (`budget_ranks`, in
       nats of loss where the method is 'loss').
@@ -212,13 +212,14 @@ class Job:
     else:
       stream = source.epoch(size)
     loss = None
-    if self.compress.method == 'loss':
+    if self.compress.method in methods.OF_LOSS:
       loss = ur.sampled_cross_entropy(seed=self.seed)
     moments = ur.collect(
       lambda params, batch: self.forward(params, batch['image']),
       self.dense,
       _sized(itertools.islice(stream, steps), steps),
       loss=loss,
+      fisher_rows=self.compress.method == 'fisher_rows',
       select=self.compress.select,
       checkpoint_dir=self.workdir.file('collect'),
     )

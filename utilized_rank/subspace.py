@@ -125,10 +125,11 @@ def weight_factors(w: np.ndarray) -> Factors:
 
 
 def scaled_factors(w: np.ndarray, scale: np.ndarray) -> Factors:
-  """SVD of D W with D = diag(scale), mapped back: activation-scaled SVD.
+  """SVD of D W with D = diag(scale), mapped back.
 
-  `scale` (d,) is the root mean square of each input feature, as in the RMS
-  variant of ASVD (Yuan et al., 2023). Truncate to any rank.
+  `scale` (d,) is the root mean square of each input feature in the RMS
+  variant of ASVD (Yuan et al., 2023), the root of the row's Fisher information
+  in FWSVD (Hsu et al., 2022). Truncate to any rank.
   """
   # A feature that is never on keeps a small weight, so that D is invertible.
   scale = np.maximum(scale, 1e-6 * (scale.max() or 1.0))

@@ -1,0 +1,66 @@
+"""The Fisher information of every row of a kernel, from gradients per example.
+
+Hsu, Hua, Chang, Lou, Shen, Jin, *Language model compression with weighted
+low-rank factorization*, https://arxiv.org/abs/2207.00112 (FWSVD), weighs row i
+of W by the square root of sum_j E[(dL/dW_ij)^2]. That needs the gradient of
+each example, squared before it is averaged. The moments S and G cannot stand in
+for it: with E[dW^2] = S_ii G_jj row i would get S_ii tr(G), which is the weight
+that ASVD gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from utilized_rank import paths
+from utilized_rank.gradients import LossFn
+from utilized_rank.layout import Layout
+
+
+def row_fisher_sums(
+  fn: Callable[[Any, Any], Any],
+  loss: LossFn,
+  layouts: dict[str, Layout],
+) -> Callable[[Any, Any], dict[str, jax.Array]]:
+  """Makes a function that sums the squared gradients of every kernel's rows.
+
+  One example at a time, so that no more than one gradient is ever held; the
+  rows of an example (positions, patches) add up before they are squared, as
+  they do in dL/dW.
+
+  Args:
+    fn: `fn(params, batch) -> outputs`; examples must not mix.
+    loss: `loss(outputs, batch) -> (B,)`, one number of nats per example.
+    layouts: kernels by path, as `find_sites` or `capture` found them.
+
+  Returns:
+    `sums(params, batch) -> sums`: per path the sum over examples of
+    sum_j (dL/dW_ij)^2, (*groups, d) float32.
+  """
+
+  def sums(params, batch):
+    named, treedef = paths.flatten(params)
+
+    def nats(kernels, example):
+      one = jax.tree.map(lambda a: a[None], example)
+      tree = paths.unflatten(treedef, {**named, **kernels})
+      return jnp.sum(loss(fn(tree, one), one))
+
+    def add(total, example):
+      grads = jax.grad(nats)({p: named[p] for p in layouts}, example)
+      for path, layout in layouts.items():
+        squares = layout.to_matrices(grads[path]).astype(jnp.float32) ** 2
+        total[path] += jnp.sum(squares, axis=-1)
+      return total, None
+
+    zeros = {
+      path: jnp.zeros(y.group_shape + y.matrix_shape[:1], jnp.float32)
+      for path, y in layouts.items()
+    }
+    return jax.lax.scan(add, zeros, batch)[0]
+
+  return sums
