@@ -42,9 +42,7 @@ def exhaustive(params, moments, fraction, method, metric, flops):
     layout = moments[path].layout
     d, m = layout.matrix_shape
     rows = int(np.sum(moments[path].count)) if flops else layout.num_groups
-    damage = sum(
-      methods.damages(k, methods.family(k, method), metric) for k in members
-    )
+    damage = sum(methods.family(k, method).damages[metric] for k in members)
     options = [
       (rows * r * (d + m), damage[r]) for r in range(1, layout.full_rank + 1)
     ]
@@ -82,7 +80,7 @@ def test_no_allocation_within_the_budget_does_less_damage(
     **{name: fraction},
   )
   damage = sum(
-    methods.damages(k, methods.family(k, method), metric)[ranks[path]]
+    methods.family(k, method).damages[metric][ranks[path]]
     for path, members in kernels.kernels(params, moments, only=ranks)
     for k in members
   )

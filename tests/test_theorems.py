@@ -253,7 +253,7 @@ def test_rank_deficient_data_fall_back_on_the_weights():
 def test_a_layer_without_data_is_unused_and_still_factorizes():
   params = {'w': jnp.arange(12.0).reshape(3, 4)}
   fn = lambda p, x: x @ p['w']
-  _, moments = ur.capture(fn)(params, jnp.zeros((5, 3)))
+  _, moments = ur.capture(fn)(params, jnp.zeros((12, 3)))
   layer = ur.measure(params, moments)['w']
   assert (layer.k_in, layer.k_out, layer.utilization) == (0, 0, 0.0)
   for method in ('weight', 'utilized', 'output'):

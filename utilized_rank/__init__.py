@@ -17,6 +17,8 @@ from utilized_rank.collect import collect
 from utilized_rank.compress import compress
 from utilized_rank.factorize import factorize
 from utilized_rank.factorize import project
+from utilized_rank.families import Families
+from utilized_rank.families import decompose
 from utilized_rank.gradients import sampled_cross_entropy
 from utilized_rank.interpret import UnsupportedError
 from utilized_rank.layers import stack

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank import certify
 from utilized_rank import lowrank
 from utilized_rank import methods
 from utilized_rank import paths
 from utilized_rank import subspace
+from utilized_rank import threads
+from utilized_rank.families import Families
 from utilized_rank.kernels import Kernel
 from utilized_rank.kernels import kernels
 from utilized_rank.kernels import to_leaf
@@ -19,6 +23,7 @@ from utilized_rank.layers import pad_factors
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
 from utilized_rank.moments import Moments
+from utilized_rank.progress import track
 from utilized_rank.ranks import Ranks
 from utilized_rank.ranks import check_energy
 from utilized_rank.ranks import check_ranks
@@ -78,6 +83,8 @@ def factorize(
   method: str = 'output',
   compensate_mean: bool = True,
   damping: float = methods.DAMPING,
+  families: Families | None = None,
+  progress: bool = True,
 ) -> Any:
   """Puts `LowRank` pairs in place of kernels.
 
@@ -103,6 +110,9 @@ def factorize(
       the error about the mean, which never raises it.
     damping: for 'loss', share of the mean of the gradient moment's diagonal
       that is added to it; without any, few examples make things worse.
+    families: what `decompose` made of these parameters and moments, with the
+      same three options; default to decompose here.
+    progress: show a progress bar.
 
   Returns:
     The tree with `LowRank` leaves, for `low_rank(fn)`; factors have the
@@ -111,7 +121,9 @@ def factorize(
 
   Raises:
     ValueError: an unknown method or path, a rank outside [1, min(d, m)], or
-      moments of other shapes.
+      moments of other shapes, or families made with other options.
+    FloatingPointError: factors do not leave the error that was predicted for
+      them; see `certify`.
 
   >>> import utilized_rank as ur
   >>> fn = lambda p, x: x @ p['w']
@@ -125,54 +137,105 @@ def factorize(
   check_ranks(ranks, moments)
   named, treedef = paths.flatten(params, lowrank.is_low_rank)
   centered = compensate_mean and method in methods.CENTERED
-  for path, members in kernels(params, moments, centered=centered, only=ranks):
-    moment, leaf = moments[path], named[path]
-    each = per_member(path, ranks[path], moment.layout)
-    pairs = [
-      _pair(k, method, int(rank), damping)
-      for k, rank in zip(members, each, strict=True)
-    ]
-    constant = None
-    if compensate_mean:
-      constant = np.stack(
-        [
-          k.mean @ (k.w - f.a @ f.b)
-          for k, f in zip(members, pairs, strict=True)
-        ]
+  if families is not None:
+    families.check(method, compensate_mean, damping, ranks)
+
+  def solve(item: tuple[str, list[Kernel]]) -> tuple[str, LowRank, np.ndarray]:
+    path, members = item
+    layout = moments[path].layout
+    solved = [
+      _solve(
+        kernel,
+        method,
+        int(rank),
+        damping,
+        None if families is None else families[path][place],
       )
-    bias = moment.entry.bias
-    if constant is not None and bias is not None:
-      named[bias] = _add_constant(named, path, bias, constant)
-      constant = None
-    named[path] = _to_low_rank(pairs, constant, moment.layout, leaf)
+      for place, (kernel, rank) in enumerate(
+        zip(members, per_member(path, ranks[path], layout), strict=True)
+      )
+    ]
+    leaf = _to_low_rank([s.pair for s in solved], layout, named[path])
+    stored = _matrices(leaf)
+    for kernel, solution, pair in zip(members, solved, stored, strict=True):
+      certify.check(
+        kernel,
+        pair,
+        solution.error,
+        leaf.dtype,
+        solution.weighted,
+        solution.energy,
+      )
+    discarded = [
+      k.mean @ (k.w - f.a @ f.b) for k, f in zip(members, stored, strict=True)
+    ]
+    return path, leaf, np.stack(discarded)
+
+  # The kernels' float64 moments are made, used and dropped leaf by leaf.
+  leaves = threads.ordered_map(
+    solve, kernels(params, moments, centered=centered, only=ranks)
+  )
+  if progress:
+    leaves = track(leaves, total=len(ranks), desc='factorize', unit='leaf')
+  for path, leaf, discarded in leaves:
+    bias = moments[path].entry.bias
+    if compensate_mean and bias is not None:
+      named[bias] = _add_constant(named, path, bias, discarded)
+    elif compensate_mean:
+      shape = leaf.layout.group_shape + leaf.layout.output_shape
+      c = jnp.asarray(discarded.reshape(shape), leaf.dtype)
+      leaf = dataclasses.replace(leaf, c=c)
+    named[path] = leaf
   return paths.unflatten(treedef, named)
 
 
-def _pair(kernel: Kernel, method: str, rank: int, damping: float) -> Factors:
+class _Solution(NamedTuple):
+  """A pair, the error it should leave, and in which of the two metrics."""
+
+  pair: Factors
+  error: float
+  energy: float
+  weighted: bool
+
+
+def _solve(
+  kernel: Kernel,
+  method: str,
+  rank: int,
+  damping: float,
+  family: methods.Family | None,
+) -> _Solution:
   if method == methods.UTILIZED:
-    return subspace.balanced(methods.utilized(kernel, rank))
-  family = methods.family(kernel, method, damping)
-  return subspace.balanced(methods.truncate(family, rank))
+    pair, error, energy = methods.utilized(kernel, rank)
+    return _Solution(subspace.balanced(pair), error, energy, False)
+  if family is None:
+    family = methods.family(kernel, method, damping)
+  pair = subspace.balanced(methods.truncate(family, rank))
+  weighted = method == 'loss' and kernel.rows_per_example > 0
+  tails = family.damages['loss' if weighted else 'output']
+  if weighted:
+    tails = tails / (kernel.rows_per_example / 2)  # nats per row of outputs
+  return _Solution(pair, float(tails[rank]), float(tails[0]), weighted)
 
 
-def _to_low_rank(
-  pairs: list[Factors],
-  constant: np.ndarray | None,
-  layout: Layout,
-  leaf: Any,
-) -> LowRank:
+def _to_low_rank(pairs: list[Factors], layout: Layout, leaf: Any) -> LowRank:
   groups, dtype = layout.group_shape, leaf.dtype
   a, b = pad_factors(pairs)
   rank = a.shape[-1]
-  c = None
-  if constant is not None:
-    c = jnp.asarray(constant.reshape(groups + layout.output_shape), dtype)
   return LowRank(
     jnp.asarray(a.reshape(groups + layout.input_shape + (rank,)), dtype),
     jnp.asarray(b.reshape(groups + (rank,) + layout.output_shape), dtype),
-    c,
+    None,
     layout,
   )
+
+
+def _matrices(leaf: LowRank) -> list[Factors]:
+  """The factors of every member of a leaf, as they are stored."""
+  (d, m), rank = leaf.layout.matrix_shape, leaf.rank
+  a = np.asarray(leaf.a, np.float64).reshape(-1, d, rank)
+  b = np.asarray(leaf.b, np.float64).reshape(-1, rank, m)
+  return [Factors(*pair) for pair in zip(a, b, strict=True)]
 
 
 def _add_constant(

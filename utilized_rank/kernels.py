@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
+import threading
 from typing import Any
 import warnings
 
@@ -17,38 +18,57 @@ from utilized_rank import subspace
 from utilized_rank.layout import Layout
 from utilized_rank.moments import Moments
 
+# Rows per input feature below which moments are mostly noise.
+ENOUGH_ROWS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
   """One matrix of a leaf with the moments of its inputs, in float64.
 
+  `second` and `gradient` are made anew at each use, so that of a stack of large
+  kernels no more than those at work are held in float64.
+
   Attributes:
     path: the leaf's path.
     index: place in the leaf's group axes.
     w: (d, m).
-    second: S (d, d); centred if the kernels were asked for so.
     mean: mu (d,).
     count: rows that the moments are over.
-    gradient: G (m, m), second moment of the loss's gradient; None without.
     rows_per_example: rows that an example contributes; 0 without gradients.
     row_fisher: (d,) squared gradients of the rows of W; None without.
-    in_basis: eigenbasis of `second`, made when called for; kernels that share
-      an input share it.
   """
 
   path: str
   index: tuple[int, ...]
   w: np.ndarray
-  second: np.ndarray
   mean: np.ndarray
   count: int
-  gradient: np.ndarray | None
   rows_per_example: float
   row_fisher: np.ndarray | None
-  _in_basis: Any
+  _second: Callable[[], np.ndarray]
+  _gradient: Callable[[], np.ndarray] | None
+  _in_basis: _Once
+
+  @property
+  def name(self) -> str:
+    """Path, with the place in the stack in brackets where there is one."""
+    return member_name(self.path, self.index)
+
+  @property
+  def second(self) -> np.ndarray:
+    """S (d, d); centred if the kernels were asked for so."""
+    return self._second()
+
+  @property
+  def gradient(self) -> np.ndarray | None:
+    """G (m, m), second moment of the loss's gradient; None without."""
+    return None if self._gradient is None else self._gradient()
 
   @property
   def in_basis(self) -> subspace.Basis:
+    """Eigenbasis of S, made when called for; kernels that share an input
+    share it."""
     return self._in_basis()
 
   @functools.cached_property
@@ -81,7 +101,9 @@ def kernels(
   centered: bool = False,
   only: Iterable[str] | None = None,
 ) -> Iterator[tuple[str, list[Kernel]]]:
-  """Yields each leaf with its matrices, in the order they are computed in.
+  """Each leaf with its matrices, in the order they are computed in.
+
+  What is asked for is checked at once; matrices are made as they are taken.
 
   Args:
     params: parameters that hold the kernels.
@@ -94,54 +116,94 @@ def kernels(
       shapes there; a kernel or a moment is not finite.
   """
   named, _ = paths.flatten(params, lowrank.is_low_rank)
-  wanted = list(moments if only is None else only)
+  wanted = set(moments if only is None else only)
   for path in wanted:
     _check(path, named, moments)
-  _warn_if_few([moments[p] for p in wanted], wanted)
-  shared: dict[tuple[int, tuple[int, ...]], Any] = {}
-  for path in [p for p in moments if p in set(wanted)]:
+  order = [path for path in moments if path in wanted]
+  _warn_if_few(moments, order)
+  return _pairs(named, moments, order, centered)
+
+
+def _pairs(
+  named: dict[str, Any], moments: Moments, order: list[str], centered: bool
+) -> Iterator[tuple[str, list[Kernel]]]:
+  last = {moments[path].entry.index: path for path in order}
+  shared: dict[int, dict[tuple[int, ...], _Once]] = {}
+  for path in order:
     moment = moments[path]
-    layout = moment.layout
+    layout, at = moment.layout, moment.entry.index
     leaf = np.asarray(named[path], np.float64)
     if not np.all(np.isfinite(leaf)):
       raise ValueError(f'kernel {path!r} holds NaN or infinite values')
     matrices = layout.to_matrices(leaf)
-    second = moment.covariance if centered else moment.second
-    second = np.asarray(second, np.float64)
-    mean = np.asarray(moment.mean, np.float64)
-    count = np.asarray(moment.count)
-    gradient = moment.grad_second
-    if gradient is not None:
-      gradient = np.asarray(gradient, np.float64)
-      rows = np.asarray(moment.rows_per_example)
-    fisher = moment.row_fisher
-    if fisher is not None:
-      fisher = np.asarray(fisher, np.float64)
-    known = [v for v in (second, mean, gradient, fisher) if v is not None]
-    if not all(np.all(np.isfinite(v)) for v in known):
-      raise ValueError(f'the moments of {path!r} hold NaN or infinite values')
-    members = []
+    count, total, second = (
+      np.asarray(v)
+      for v in (moment.count, moment.sums.total, moment.sums.second)
+    )
+    gradient = None if moment.grad is None else np.asarray(moment.grad)
+    fisher = None if moment.row_grad is None else np.asarray(moment.row_fisher)
+    for known in (total, second, gradient, fisher):
+      if known is not None and not np.all(np.isfinite(known)):
+        raise ValueError(f'the moments of {path!r} hold NaN or infinite values')
+    rows = None if gradient is None else np.asarray(moment.rows_per_example)
+    members, bases = [], shared.setdefault(at, {})
     for index in np.ndindex(*layout.group_shape):
-      key = moment.entry.index, index
-      if key not in shared:
-        shared[key] = functools.cache(
-          functools.partial(subspace.input_basis, second[index])
-        )
+      # What was never reached has no rows: moments of zero, not NaN.
+      n = max(int(count[index]), 1)
+      mean = total[index].astype(np.float64) / n
+      make = functools.partial(
+        _second, second[index], n, mean if centered else None
+      )
+      if index not in bases:
+        bases[index] = _Once(make)
       members.append(
         Kernel(
           path,
           index,
           matrices[index],
-          second[index],
-          mean[index],
+          mean,
           int(count[index]),
-          None if gradient is None else gradient[index],
-          0.0 if gradient is None else float(rows[index]),
-          None if fisher is None else fisher[index],
-          shared[key],
+          0.0 if rows is None else float(rows[index]),
+          None if fisher is None else fisher[index].astype(np.float64),
+          make,
+          None
+          if gradient is None
+          else functools.partial(_second, gradient[index], n, None),
+          bases[index],
         )
       )
+    if last[at] == path:
+      del shared[at]
     yield path, members
+
+
+def _second(sums: np.ndarray, count: int, mean: np.ndarray | None):
+  """Sums of x x^T as a second moment, about the mean if there is one."""
+  second = sums.astype(np.float64) / count
+  return second if mean is None else second - np.outer(mean, mean)
+
+
+class _Once:
+  """The eigenbasis of a moment, made when first called for, by one thread."""
+
+  def __init__(self, second: Callable[[], np.ndarray]):
+    self._second, self._lock = second, threading.Lock()
+    self._basis: subspace.Basis | None = None
+
+  def __call__(self) -> subspace.Basis:
+    with self._lock:
+      if self._basis is None:
+        self._basis = subspace.input_basis(self._second())
+      return self._basis
+
+
+def member_name(path: str, index: tuple[int, ...]) -> str:
+  """A leaf's path, with the place in its stack in brackets if it is one.
+
+  >>> member_name('blocks/kernel', (3,)), member_name('head/kernel', ())
+  ('blocks/kernel[3]', 'head/kernel')
+  """
+  return f'{path}[{",".join(map(str, index))}]' if index else path
 
 
 def to_leaf(matrices: list[np.ndarray], layout: Layout, leaf: Any) -> Any:
@@ -166,19 +228,19 @@ def _check(path: str, named: dict[str, Any], moments: Moments) -> None:
     )
 
 
-def _warn_if_few(moments: list[Any], wanted: list[str]) -> None:
-  short = []
-  for path, moment in zip(wanted, moments, strict=True):
-    d = moment.layout.matrix_shape[0]
-    rows = int(np.min(np.asarray(moment.count)))
-    if rows < d:
-      short.append((rows / d, path, rows, d))
-  if short:
-    _, path, rows, d = min(short)
+def _warn_if_few(moments: Moments, wanted: list[str]) -> None:
+  """One warning for all kernels that were measured on few rows."""
+  few = []
+  for path in wanted:
+    rows = int(np.min(np.asarray(moments[path].count)))
+    d = moments[path].layout.matrix_shape[0]
+    if rows < ENOUGH_ROWS * d:
+      few.append((rows / d, path, rows, d))
+  if few:
+    _, path, rows, d = min(few)
     warnings.warn(
-      f'{len(short)} kernels were measured on fewer rows than they have '
-      f'input features (worst: {path!r}, {rows} rows for {d} features); '
-      f'ranks are then bounded by the rows: collect at least {d}, better '
-      f'{4 * d} rows',
-      stacklevel=3,
+      f'{path!r} was measured on {rows} rows for {d} input features; below '
+      f'{ENOUGH_ROWS} rows each ({len(few)} of {len(wanted)} kernels) moments '
+      'are noisy, and ranks no higher than the rows',
+      stacklevel=4,
     )

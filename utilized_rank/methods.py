@@ -8,6 +8,7 @@ metrics: output energy, or nats of loss.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,17 +27,40 @@ def needs_gradients(path: str) -> ValueError:
   )
 
 
+class Family(NamedTuple):
+  """One kernel factorized at every rank.
+
+  Attributes:
+    factors: a (d, R) and b (R, m); the leading r columns and rows are the pair
+      of rank r. None where only the damages were kept.
+    damages: metric -> (R + 1,), what the pair of each rank costs: 'output',
+      E|x (W - W')|^2; 'relative', that as a share of E|x W|^2; 'loss', nats
+      per example in the Kronecker-factored quadratic approximation (where
+      there are gradients).
+  """
+
+  factors: Factors | None
+  damages: dict[str, np.ndarray]
+
+
+def _output(kernel: Kernel, damping: float) -> Factors:
+  del damping
+  d, m = kernel.w.shape
+  if d < m:
+    return subspace.input_side_factors(kernel.w, kernel.in_basis, None, 0.0)
+  return subspace.output_factors(kernel.w, kernel.out_basis.vectors)
+
+
 def _loss(kernel: Kernel, damping: float) -> Factors:
-  if kernel.gradient is None:
+  gradient = kernel.gradient
+  if gradient is None:
     raise needs_gradients(kernel.path)
-  wide = kernel.w.shape[1] > kernel.w.shape[0]
-  return subspace.loss_factors(
-    kernel.w,
-    kernel.second,
-    kernel.gradient,
-    damping,
-    kernel.in_basis if wide else None,
-  )
+  d, m = kernel.w.shape
+  if d <= m:
+    return subspace.input_side_factors(
+      kernel.w, kernel.in_basis, gradient, damping
+    )
+  return subspace.loss_factors(kernel.w, kernel.second, gradient, damping)
 
 
 def _fisher_rows(kernel: Kernel) -> Factors:
@@ -54,14 +78,13 @@ _METHODS: dict[str, Callable[[Kernel, float], Factors]] = {
     k.w, np.sqrt(np.maximum(np.diagonal(k.second), 0))
   ),
   'fisher_rows': lambda k, damping: _fisher_rows(k),
-  'output': lambda k, damping: subspace.output_factors(
-    k.w, k.out_basis.vectors
-  ),
+  'output': _output,
   'loss': _loss,
 }
 # Its W' of one rank is no truncation of that of another.
 UTILIZED = 'utilized'
-METHODS = (*_METHODS, UTILIZED)
+FAMILIES = tuple(_METHODS)
+METHODS = (*FAMILIES, UTILIZED)
 # Their optimum takes spectra about the mean when the mean is given back.
 CENTERED = ('output', 'loss')
 # They need moments that were collected with a loss.
@@ -74,61 +97,66 @@ def check_method(method: str, known: tuple[str, ...] = METHODS) -> None:
     raise ValueError(f'unknown method {method!r}; known: {sorted(known)}')
 
 
-def family(kernel: Kernel, method: str, damping: float = DAMPING) -> Factors:
-  """Factors of full rank, to be truncated to any rank.
+def family(kernel: Kernel, method: str, damping: float = DAMPING) -> Family:
+  """Factors of full rank, to be truncated to any rank, and what each costs.
 
   Args:
     kernel: the kernel with its moments.
     method: 'weight', 'scaled', 'fisher_rows', 'output' or 'loss'.
     damping: share of the mean of G's diagonal that is added to it.
   """
-  check_method(method, tuple(_METHODS))
-  return _METHODS[method](kernel, damping)
+  check_method(method, FAMILIES)
+  factors = _METHODS[method](kernel, damping)
+  gradient = kernel.gradient
+  weights = (None,) if gradient is None else (None, gradient)
+  output, *loss = subspace.tails(factors, kernel.second, *weights)
+  total = output[0]
+  found = {
+    'output': output,
+    'relative': output / total if total > 0 else np.zeros_like(output),
+  }
+  if loss:
+    found['loss'] = loss[0] * (kernel.rows_per_example / 2)
+  return Family(factors, found)
 
 
-def truncate(factors: Factors, rank: int) -> Factors:
-  return Factors(factors.a[:, :rank], factors.b[:rank])
+def truncate(family: Family, rank: int) -> Factors:
+  if family.factors is None:
+    raise ValueError('these families were made with keep_factors=False')
+  a, b = family.factors
+  return Factors(a[:, :rank], b[:rank])
 
 
-def damages(kernel: Kernel, factors: Factors, metric: str) -> np.ndarray:
-  """What each rank costs.
+def damages(path: str, family: Family, metric: str) -> np.ndarray:
+  """`family.damages[metric]`, or an error that names the kernel."""
+  if metric not in family.damages:
+    raise needs_gradients(path)
+  return family.damages[metric]
 
-  Args:
-    kernel: the kernel with its moments.
-    factors: a family of the kernel.
-    metric: 'loss', nats per example in the Kronecker-factored quadratic
-      approximation; 'output', E|x (W - W')|^2; 'relative', the share of
-      E|x W|^2.
+
+def utilized(kernel: Kernel, rank: int) -> tuple[Factors, float, float]:
+  """The paper's P_S W P_T at the highest shared energy of this rank.
 
   Returns:
-    (R + 1,): entry r is the damage of rank r.
+    The pair; its error E|x (W - W')|^2; and the largest energy that W could
+    have, which bounds what is lost with the eigenvalues taken for zero.
   """
-  if metric == 'loss':
-    if kernel.gradient is None:
-      raise needs_gradients(kernel.path)
-    tails = subspace.tails(factors, kernel.second, kernel.gradient)
-    return tails * (kernel.rows_per_example / 2)
-  tails = subspace.tails(factors, kernel.second, None)
-  if metric == 'relative':
-    total = subspace.output_error(kernel.w, kernel.second)
-    return tails / total if total > 0 else np.zeros_like(tails)
-  return tails
-
-
-def utilized(kernel: Kernel, rank: int) -> Factors:
-  """The paper's P_S W P_T at the highest shared energy of this rank."""
-  bases = kernel.in_basis, kernel.out_basis
+  of_s, of_t = bases = kernel.in_basis, kernel.out_basis
   energies = [subspace.energy(b.values)[rank - 1] for b in bases]
   shared = max(energies)
   if not shared > 0:  # no data: nothing to project on
-    return truncate(subspace.weight_factors(kernel.w), rank)
-  sides = []
-  for basis, at_rank in zip(bases, energies, strict=True):
-    # The side that reaches the energy at this rank sets the rank.
-    k = (
-      rank
-      if at_rank == shared
-      else max(rank, subspace.energy_rank(basis.values, shared))
-    )
-    sides.append(basis.vectors[:, :k])
-  return subspace.utilized_factors(kernel.w, *sides)
+    a, b = subspace.weight_factors(kernel.w)
+    return Factors(a[:, :rank], b[:rank]), 0.0, 0.0
+  # The side that reaches the energy at this rank sets the rank.
+  k_s, k_t = (
+    rank
+    if at_rank == shared
+    else max(rank, subspace.energy_rank(basis.values, shared))
+    for basis, at_rank in zip(bases, energies, strict=True)
+  )
+  v, u = of_s.vectors[:, :k_s], of_t.vectors[:, :k_t]
+  return (
+    subspace.utilized_factors(kernel.w, v, u),
+    subspace.projected_error(kernel.w, of_s, k_s, u),
+    float(of_s.values[0] * np.sum(kernel.w**2)),
+  )

@@ -6,9 +6,11 @@ after a few hundred additions, and a TPU multiplies float32 in bfloat16 passes
 unless told otherwise.
 
 Decompositions of the finished sums are done once per kernel, in float64 with
-LAPACK: the small eigenvalues decide the ranks at 99.9 % energy, and the
-accelerators' solvers are float32, slow to compile at these sizes and known to
-return NaN in silence (jax-ml/jax#1628, #32641).
+LAPACK on the host whatever the backend: the small eigenvalues decide the ranks
+at 99.9 % energy, and the accelerators' solvers are made for float32, slow to
+compile at these sizes and known to return NaN in silence (jax-ml/jax#1628,
+#32641). JAX's own CPU solver calls the same LAPACK, and takes the same time in
+float64. What comes back is looked at, and tried again in another way.
 """
 
 from __future__ import annotations
@@ -96,8 +98,70 @@ def eigh(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
     raise FloatingPointError(
       f'a {matrix.shape} moment holds NaN or infinite numbers'
     )
-  symmetric = (matrix + np.swapaxes(matrix, -1, -2)) / 2
-  values, vectors = np.linalg.eigh(symmetric)
+  values, vectors = symmetric_eigh(matrix)
   values, vectors = values[..., ::-1], vectors[..., ::-1]
   floor = EIGENVALUE_FLOOR * np.maximum(values[..., :1], 0)
   return np.where(values > floor, values, 0.0), vectors
+
+
+def symmetric_eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Eigenvalues, ascending, and eigenvectors of symmetric matrices, checked.
+
+  LAPACK may fail to converge, or return NaN without saying so, for one triangle
+  and not for the other (jax-ml/jax#32641); singular vectors, which are the
+  eigenvectors where no eigenvalue is negative, come from another algorithm.
+
+  Args:
+    matrix: (*groups, d, d) float64, symmetric up to rounding.
+
+  Raises:
+    FloatingPointError: no way gave finite numbers.
+  """
+  symmetric = (matrix + np.swapaxes(matrix, -1, -2)) / 2
+  return _first_finite(
+    'eigendecomposition',
+    symmetric,
+    lambda: np.linalg.eigh(symmetric, 'L'),
+    lambda: np.linalg.eigh(symmetric, 'U'),
+    lambda: _eigh_by_svd(symmetric),
+  )
+
+
+def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Thin singular value decomposition of a float64 matrix, checked.
+
+  Raises:
+    FloatingPointError: neither the matrix nor its transpose gave finite
+      numbers.
+  """
+  transposed = lambda u, sigma, v: (v.T, sigma, u.T)
+  return _first_finite(
+    'singular value decomposition',
+    matrix,
+    lambda: np.linalg.svd(matrix, full_matrices=False),
+    lambda: transposed(*np.linalg.svd(matrix.T, full_matrices=False)),
+  )
+
+
+def _eigh_by_svd(symmetric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  vectors, _, _ = np.linalg.svd(symmetric)
+  values = np.sum(vectors * (symmetric @ vectors), axis=-2)
+  order = np.argsort(values, axis=-1)
+  return (
+    np.take_along_axis(values, order, -1),
+    np.take_along_axis(vectors, order[..., None, :], -1),
+  )
+
+
+def _first_finite(what: str, matrix: np.ndarray, *ways: Callable[[], Any]):
+  for way in ways:
+    try:
+      parts = way()
+    except np.linalg.LinAlgError:
+      continue
+    if all(np.all(np.isfinite(part)) for part in parts):
+      return parts
+  raise FloatingPointError(
+    f'no {what} of a {matrix.shape} matrix with numbers up to '
+    f'{np.abs(matrix).max():.3g} converged'
+  )

@@ -144,7 +144,8 @@ def _heading(
   facts.append(f'{len(layers)} layer' + 's' * (len(layers) != 1))
   rows = sorted({layer.count for layer in layers})
   spread = ' to '.join(f'{count:,}' for count in rows[:: max(1, len(rows) - 1)])
-  facts.append(f'moments over {spread} rows')
+  each = min(layer.rows_per_feature for layer in layers)
+  facts.append(f'moments over {spread} rows, {each:.3g} or more per feature')
   if 'centered' in meta:
     facts.append('centred' if meta['centered'] else 'uncentred')
   facts.append(f'energy {energy:g}')

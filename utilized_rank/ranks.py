@@ -12,6 +12,8 @@ from utilized_rank import allocation
 from utilized_rank import methods
 from utilized_rank import paths
 from utilized_rank import subspace
+from utilized_rank.families import Families
+from utilized_rank.families import decompose
 from utilized_rank.kernels import kernels
 from utilized_rank.layout import Layout
 from utilized_rank.moments import Moments
@@ -133,6 +135,8 @@ def budget_ranks(
   limits: Sequence[tuple[str, tuple[int, int]]] = (),
   compensate_mean: bool = True,
   damping: float = methods.DAMPING,
+  families: Families | None = None,
+  progress: bool = True,
 ) -> dict[str, int]:
   """The ranks of least predicted damage within a budget: the optimum.
 
@@ -159,14 +163,18 @@ def budget_ranks(
     compensate_mean: whether the mean will be compensated; it costs a constant
       where the function adds no bias.
     damping: as for `factorize`.
+    families: what `decompose` made of these parameters and moments, with the
+      same method, `compensate_mean` and `damping`; default to do so here.
+    progress: show a progress bar.
 
   Returns:
     Path to rank; kernels that stay dense are absent.
 
   Raises:
     ValueError: no fraction or two, one outside (0, 1], a budget that the
-      lowest ranks exceed, rules that match nothing, or moments without the
-      gradients that the method or metric needs.
+      lowest ranks exceed, rules that match nothing, moments without the
+      gradients that the method or metric needs, or families made with other
+      options.
   """
   fractions = [f for f in (params_fraction, flops_fraction) if f is not None]
   if len(fractions) != 1 or not 0 < fractions[0] <= 1:
@@ -182,23 +190,26 @@ def budget_ranks(
   if metric not in methods.METRICS:
     raise ValueError(f'unknown metric {metric!r}; known: {methods.METRICS}')
   bounds = _limits(moments, limits)
-  centered = compensate_mean and method in methods.CENTERED
+  if families is None:
+    families = decompose(
+      params,
+      moments,
+      method=method,
+      compensate_mean=compensate_mean,
+      damping=damping,
+      keep_factors=False,
+      progress=progress,
+    )
+  families.check(method, compensate_mean, damping, moments)
   names, offers, ranks, total = [], [], [], 0
-  for path, members in kernels(params, moments, centered=centered):
-    moment = moments[path]
+  for path, moment in moments.items():
     layout = moment.layout
     d, m = layout.matrix_shape
     weight = 1 if flops_fraction is None else int(np.sum(moment.count))
     extra = 0
     if compensate_mean and moment.entry.bias is None and params_fraction:
       extra = m
-    damage = np.sum(
-      [
-        methods.damages(k, methods.family(k, method, damping), metric)
-        for k in members
-      ],
-      axis=0,
-    )
+    damage = families.damages(path, metric)
     low, high = bounds.get(path, (1, layout.full_rank))
     choice = np.arange(multiple_of, layout.full_rank + 1, multiple_of)
     choice = choice[(choice >= low) & (choice <= high)]
@@ -256,6 +267,7 @@ def predict_loss(
   method: str = 'loss',
   compensate_mean: bool = True,
   damping: float = methods.DAMPING,
+  families: Families | None = None,
 ) -> float:
   """Predicted increase of the loss for a set of ranks, in nats per example.
 
@@ -270,15 +282,26 @@ def predict_loss(
     method: how the kernels are factorized.
     compensate_mean: as for `factorize`.
     damping: as for `factorize`.
+    families: as for `budget_ranks`.
   """
   check_ranks(ranks, moments)
-  centered = compensate_mean and method in methods.CENTERED
+  if families is None:
+    families = decompose(
+      params,
+      moments,
+      method=method,
+      compensate_mean=compensate_mean,
+      damping=damping,
+      only=ranks,
+      keep_factors=False,
+      progress=False,
+    )
+  families.check(method, compensate_mean, damping, ranks)
   total = 0.0
-  for path, members in kernels(params, moments, centered=centered, only=ranks):
-    each = per_member(path, ranks[path], moments[path].layout)
-    for kernel, rank in zip(members, each, strict=True):
-      family = methods.family(kernel, method, damping)
-      total += methods.damages(kernel, family, 'loss')[rank]
+  for path, given in ranks.items():
+    each = per_member(path, given, moments[path].layout)
+    for family, rank in zip(families[path], each, strict=True):
+      total += methods.damages(path, family, 'loss')[rank]
   return float(total)
 
 

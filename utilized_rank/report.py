@@ -14,9 +14,12 @@ from utilized_rank import files
 from utilized_rank import paths
 from utilized_rank import subspace
 from utilized_rank import tables
+from utilized_rank import threads
 from utilized_rank.kernels import Kernel
 from utilized_rank.kernels import kernels
+from utilized_rank.kernels import member_name
 from utilized_rank.moments import Moments
+from utilized_rank.progress import track
 from utilized_rank.ranks import check_energy
 
 if TYPE_CHECKING:
@@ -62,8 +65,7 @@ class LayerReport:
   @property
   def name(self) -> str:
     """Path, with the place in the stack in brackets where there is one."""
-    where = ','.join(map(str, self.index))
-    return f'{self.path}[{where}]' if self.index else self.path
+    return member_name(self.path, self.index)
 
   @property
   def rank(self) -> int:
@@ -73,6 +75,11 @@ class LayerReport:
   @property
   def full_rank(self) -> int:
     return min(self.d_in, self.d_out)
+
+  @property
+  def rows_per_feature(self) -> float:
+    """N / d; below 4 the moments are noisy."""
+    return self.count / self.d_in
 
   @property
   def utilization(self) -> float:
@@ -136,9 +143,11 @@ class Report(Mapping[str, LayerReport]):
 
   def __str__(self) -> str:
     about = 'about the mean' if self.centered else 'uncentred'
+    least = min(self.layers, key=lambda layer: layer.rows_per_feature)
     return (
       f'{tables.layer_table(self.layers)}\n'
-      f'energy {self.energy}, spectra {about}'
+      f'energy {self.energy}, spectra {about}; rows per input feature at '
+      f'least {least.rows_per_feature:.3g} ({least.name})'
     )
 
   def html(
@@ -183,6 +192,7 @@ class Report(Mapping[str, LayerReport]):
           'd_in': layer.d_in,
           'd_out': layer.d_out,
           'count': layer.count,
+          'rows_per_feature': layer.rows_per_feature,
           'k_in': layer.k_in,
           'k_out': layer.k_out,
           'rank': layer.rank,
@@ -254,6 +264,7 @@ def measure(
   *,
   energy: float = 0.99,
   centered: bool = False,
+  progress: bool = True,
 ) -> Report:
   """Measures each kernel's utilized rank.
 
@@ -263,6 +274,7 @@ def measure(
     energy: share of each spectrum to keep, in (0, 1].
     centered: take the spectra about the mean; the paper's re-implementation
       does not, and a large mean then dominates the energy.
+    progress: show a progress bar.
 
   Returns:
     A `Report` with k_S, k_T, r, utilization and spectra per layer.
@@ -273,7 +285,7 @@ def measure(
 
   >>> import jax.numpy as jnp, utilized_rank as ur
   >>> params = {'w': jnp.eye(4)}
-  >>> x = jnp.tile(jnp.eye(4)[:1], (8, 1))
+  >>> x = jnp.tile(jnp.eye(4)[:1], (16, 1))
   >>> _, moments = ur.capture(lambda p, x: x @ p['w'])(params, x)
   >>> measure(params, moments)['w'].utilization
   0.25
@@ -281,10 +293,16 @@ def measure(
   Source: arXiv 2407.04797.
   """
   check_energy(energy)
-  layers = []
-  for _, members in kernels(params, moments, centered=centered):
-    layers += [_layer(kernel, energy) for kernel in members]
-  return Report(layers, energy, centered)
+  every = (
+    kernel
+    for _, members in kernels(params, moments, centered=centered)
+    for kernel in members
+  )
+  layers = threads.ordered_map(lambda kernel: _layer(kernel, energy), every)
+  if progress:
+    total = sum(moments[path].layout.num_groups for path in moments)
+    layers = track(layers, total=total, desc='measure', unit='kernel')
+  return Report(list(layers), energy, centered)
 
 
 def _layer(kernel: Kernel, energy: float) -> LayerReport:
@@ -294,8 +312,9 @@ def _layer(kernel: Kernel, energy: float) -> LayerReport:
   total = float(t.values.sum())
   projected = bound = 0.0
   if total > 0:
-    difference = kernel.w - kernel.projected(energy, energy)
-    projected = subspace.output_error(difference, kernel.second) / total
+    projected = (
+      subspace.projected_error(kernel.w, s, k_in, t.vectors[:, :k_out]) / total
+    )
     bound = float(t.values[min(k_in, k_out) :].sum()) / total
   spectrum_out = np.zeros(m)
   spectrum_out[: len(t.values)] = t.values

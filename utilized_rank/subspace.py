@@ -77,18 +77,17 @@ def output_basis(w: np.ndarray, s: np.ndarray, of_s: Basis | None) -> Basis:
     values (min(d, m),) and vectors (m, min(d, m)), orthonormal columns.
   """
   d, m = w.shape
-  # A moment of zeros still needs a positive floor: then W alone decides.
-  floor = _FLOOR * (np.trace(s) or 1.0)
+  floor = _floor(np.trace(s))
   if m <= d:
     t = w.T @ (s @ w)
-    _, vectors = np.linalg.eigh((t + t.T) / 2 + floor * (w.T @ w))
+    _, vectors = numerics.symmetric_eigh(t + floor * (w.T @ w))
     vectors = vectors[:, ::-1]
     values = np.sum(vectors * (t @ vectors), axis=0)
   else:
     basis = input_basis(s) if of_s is None else of_s
     turned = basis.vectors.T @ w
     root = np.sqrt(np.maximum(basis.values, floor))
-    _, _, right = np.linalg.svd(root[:, None] * turned, full_matrices=False)
+    _, _, right = numerics.svd(root[:, None] * turned)
     vectors = right.T
     values = basis.values @ (turned @ vectors) ** 2
   # The floor chose the directions; the values are the data's own.
@@ -120,7 +119,7 @@ def output_factors(w: np.ndarray, u: np.ndarray) -> Factors:
 
 def weight_factors(w: np.ndarray) -> Factors:
   """SVD of W, blind to data: the baseline. Truncate to any rank."""
-  left, sigma, right = np.linalg.svd(w, full_matrices=False)
+  left, sigma, right = numerics.svd(w)
   return Factors(left * sigma, right)
 
 
@@ -133,33 +132,61 @@ def scaled_factors(w: np.ndarray, scale: np.ndarray) -> Factors:
   """
   # A feature that is never on keeps a small weight, so that D is invertible.
   scale = np.maximum(scale, 1e-6 * (scale.max() or 1.0))
-  left, sigma, right = np.linalg.svd(scale[:, None] * w, full_matrices=False)
+  left, sigma, right = numerics.svd(scale[:, None] * w)
   return Factors((left * sigma) / scale[:, None], right)
 
 
 def loss_factors(
-  w: np.ndarray,
-  s: np.ndarray,
-  g: np.ndarray,
-  damping: float,
-  of_s: Basis | None,
+  w: np.ndarray, s: np.ndarray, g: np.ndarray, damping: float
 ) -> Factors:
   """The W' of each rank that minimises tr((W - W')^T S (W - W') G).
 
   G (m, m) is the second moment of the loss's gradient at the outputs, with
   `damping` times the mean of its diagonal added. With G = R R^T the optimum is
   W R U U^T R^-1, U the eigenvectors of R^T W^T S W R: a Kronecker-factored
-  Fisher (GFWSVD; IO-SVD). Truncate to any rank.
+  Fisher (GFWSVD; IO-SVD). For d > m; truncate to any rank.
   """
-  m = len(g)
-  damped = g + (damping * np.trace(g) / m or 1.0) * np.eye(m)
-  values, vectors = np.linalg.eigh((damped + damped.T) / 2)
+  shift = _damping(g, damping)
+  values, vectors = numerics.symmetric_eigh(g + shift * np.eye(len(g)))
   root = np.sqrt(np.maximum(values, np.finfo(np.float64).eps * values[-1]))
   turned = (w @ vectors) * root
-  basis = output_basis(turned, s, of_s)
+  basis = output_basis(turned, s, None)
   return Factors(
     turned @ basis.vectors, (basis.vectors / root[:, None]).T @ vectors.T
   )
+
+
+def input_side_factors(
+  w: np.ndarray, of_s: Basis, g: np.ndarray | None, damping: float
+) -> Factors:
+  """The same optimum as `loss_factors` (`output_factors` where g is None),
+  worked out on (d, d) matrices: for d <= m.
+
+  S^(1/2) W R has the left singular vectors Q, the eigenvectors of
+  S^(1/2) W G W^T S^(1/2), and W' = S^(-1/2) Q Q^T S^(1/2) W: no root of G is
+  needed, and kernels that share an input share the eigenvectors of S.
+  """
+  turned = of_s.vectors.T @ w
+  inner = turned @ turned.T
+  if g is not None:
+    inner = (turned @ g) @ turned.T + _damping(g, damping) * inner
+  root = np.sqrt(np.maximum(of_s.values, _floor(of_s.values.sum())))
+  _, q = numerics.symmetric_eigh(root[:, None] * inner * root)
+  q = q[:, ::-1]
+  return Factors(
+    of_s.vectors @ (q / root[:, None]), (q * root[:, None]).T @ turned
+  )
+
+
+def _damping(g: np.ndarray, damping: float) -> float:
+  """What is added to the diagonal of G; a G of zeros counts as the identity."""
+  trace = float(np.trace(g))
+  return damping * trace / len(g) if trace > 0 else 1.0
+
+
+def _floor(trace: float) -> float:
+  """See `_FLOOR`. A moment of zeros still needs one: then W alone decides."""
+  return _FLOOR * (trace if trace > 0 else 1.0)
 
 
 def balanced(factors: Factors) -> Factors:
@@ -170,24 +197,45 @@ def balanced(factors: Factors) -> Factors:
   """
   q_a, r_a = np.linalg.qr(factors.a)
   q_b, r_b = np.linalg.qr(factors.b.T)
-  left, sigma, right = np.linalg.svd(r_a @ r_b.T)
+  left, sigma, right = numerics.svd(r_a @ r_b.T)
   root = np.sqrt(sigma)
   return Factors(q_a @ (left * root), (root[:, None] * right) @ q_b.T)
 
 
-def tails(factors: Factors, s: np.ndarray, g: np.ndarray | None) -> np.ndarray:
+def tails(
+  factors: Factors, s: np.ndarray, *weights: np.ndarray | None
+) -> list[np.ndarray]:
   """tr(D^T S D G) for D = what each truncation leaves out; G = I if None.
 
   Returns:
-    (R + 1,): entry r is the error of rank r, that of rank R being 0.
+    For each G of `weights` (R + 1,): entry r is the error of rank r, that of
+    rank R being 0.
   """
   cross = factors.a.T @ s @ factors.a
-  right = factors.b if g is None else factors.b @ g
-  pairs = cross * (right @ factors.b.T)
-  # Sum of pairs[r:, r:], for every r.
-  tail = np.cumsum(np.cumsum(pairs[::-1, ::-1], axis=0), axis=1)
-  tail = np.diagonal(tail)[::-1]
-  return np.append(np.maximum(tail, 0.0), 0.0)
+  found = []
+  for g in weights:
+    right = factors.b if g is None else factors.b @ g
+    pairs = cross * (right @ factors.b.T)
+    # Sum of pairs[r:, r:], for every r.
+    tail = np.cumsum(np.cumsum(pairs[::-1, ::-1], axis=0), axis=1)
+    tail = np.diagonal(tail)[::-1]
+    found.append(np.append(np.maximum(tail, 0.0), 0.0))
+  return found
+
+
+def projected_error(
+  w: np.ndarray, of_s: Basis, k_s: int, u: np.ndarray
+) -> float:
+  """E|x (W - P_S W P_T)|^2; P_S of the first k_S directions, P_T of u (m, k_T).
+
+  The directions of S that are kept lose what P_T leaves out, the others all
+  they carry.
+  """
+  turned = of_s.vectors.T @ w
+  energies = np.sum(turned**2, axis=1)
+  kept = energies[:k_s] - np.sum((turned[:k_s] @ u) ** 2, axis=1)
+  energies[:k_s] = np.maximum(kept, 0)
+  return float(of_s.values @ energies)
 
 
 def output_error(difference: np.ndarray, s: np.ndarray) -> float:

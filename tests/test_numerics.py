@@ -1,0 +1,264 @@
+"""Decompositions that fail are tried again, and factors certify themselves."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+
+import utilized_rank as ur
+from utilized_rank import certify
+from utilized_rank import kernels
+from utilized_rank import methods
+from utilized_rank import numerics
+from utilized_rank import subspace
+from utilized_rank import threads
+
+SHAPES = [(12, 20), (20, 12), (16, 16)]
+
+
+def moment(d, seed=0):
+  rng = np.random.default_rng(seed)
+  return references.second_moment(references.correlated_rows(rng, 6 * d, d))
+
+
+def breaking(real, broken, calls):
+  """A solver that fails for some of the ways it is called."""
+
+  def solve(matrix, *args, **kwargs):
+    way = args[0] if args else kwargs.get('UPLO', 'L')
+    calls.append(way)
+    parts = real(matrix, *args, **kwargs)
+    if broken.get(way) == 'nan':
+      return tuple(np.full_like(p, np.nan) for p in parts)
+    if broken.get(way) == 'raise':
+      raise np.linalg.LinAlgError('did not converge')
+    return parts
+
+  return solve
+
+
+@pytest.mark.parametrize(
+  'broken, ways',
+  [
+    ({}, ['L']),
+    ({'L': 'nan'}, ['L', 'U']),
+    ({'L': 'raise'}, ['L', 'U']),
+    ({'L': 'nan', 'U': 'raise'}, ['L', 'U']),  # then the singular vectors
+  ],
+)
+def test_a_failed_eigh_is_tried_in_another_way(monkeypatch, broken, ways):
+  stack = np.stack([moment(9), moment(9, 1)])
+  calls = []
+  monkeypatch.setattr(
+    np.linalg, 'eigh', breaking(np.linalg.eigh, broken, calls)
+  )
+  values, vectors = numerics.symmetric_eigh(stack)
+  assert calls == ways
+  np.testing.assert_allclose(
+    values, np.linalg.eigvalsh(stack), atol=1e-14 * stack.max()
+  )
+  np.testing.assert_allclose(
+    vectors * values[:, None] @ np.swapaxes(vectors, 1, 2), stack, atol=1e-14
+  )
+
+
+def test_what_no_way_decomposes_is_an_error(monkeypatch):
+  def fails(*args, **kwargs):
+    raise np.linalg.LinAlgError('did not converge')
+
+  monkeypatch.setattr(np.linalg, 'eigh', fails)
+  monkeypatch.setattr(np.linalg, 'svd', fails)
+  with pytest.raises(FloatingPointError, match=r'no eigend.* \(4, 4\) matrix'):
+    numerics.symmetric_eigh(moment(4))
+  with pytest.raises(FloatingPointError, match='no singular value'):
+    numerics.svd(moment(4))
+
+
+def test_a_failed_svd_is_tried_on_the_transpose(monkeypatch):
+  real, matrix = np.linalg.svd, np.random.default_rng(0).normal(size=(7, 4))
+
+  def wide_only(a, **kwargs):
+    u, sigma, v = real(a, **kwargs)
+    return u, sigma * (np.nan if a.shape[0] > a.shape[1] else 1), v
+
+  monkeypatch.setattr(np.linalg, 'svd', wide_only)
+  u, sigma, v = numerics.svd(matrix)
+  np.testing.assert_allclose(u * sigma @ v, matrix, atol=1e-14)
+  assert u.shape == (7, 4)
+
+
+@pytest.mark.parametrize('scale', [1e-18, 1.0, 1e18])
+@pytest.mark.parametrize('method', ['output', 'loss', 'scaled'])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_no_cutoff_is_absolute(shape, method, scale):
+  """Inputs and gradients of any scale: the same factors."""
+  rng = np.random.default_rng(0)
+  w = rng.normal(size=shape)
+  s, g = moment(shape[0]), moment(shape[1], 1)
+
+  def product(s, g, damping=0.0):
+    basis = subspace.input_basis(s)
+    if method == 'scaled':
+      a, b = subspace.scaled_factors(w, np.sqrt(np.diagonal(s)))
+    elif method == 'output' and shape[0] < shape[1]:
+      a, b = subspace.input_side_factors(w, basis, None, 0.0)
+    elif method == 'output':
+      a, b = subspace.output_factors(
+        w, subspace.output_basis(w, s, basis).vectors
+      )
+    elif shape[0] <= shape[1]:
+      a, b = subspace.input_side_factors(w, basis, g, damping)
+    else:
+      a, b = subspace.loss_factors(w, s, g, damping)
+    return a[:, :5] @ b[:5]
+
+  for damping in (0.0, 0.01):
+    np.testing.assert_allclose(
+      product(scale * s, scale * g, damping), product(s, g, damping), atol=1e-9
+    )
+
+
+@pytest.mark.parametrize('shape', [(12, 20), (16, 16)])
+def test_the_two_sides_have_one_optimum(shape):
+  """From (d, d) matrices, and from the root of G, which is (m, m)."""
+  rng = np.random.default_rng(0)
+  w = rng.normal(size=shape)
+  s, g = moment(shape[0]), moment(shape[1], 1)
+  basis = subspace.input_basis(s)
+  left = subspace.input_side_factors(w, basis, g, 0.01)
+  right = subspace.loss_factors(w, s, g, 0.01)
+  for rank in range(1, shape[0] + 1):
+    np.testing.assert_allclose(
+      left.a[:, :rank] @ left.b[:rank],
+      right.a[:, :rank] @ right.b[:rank],
+      atol=1e-6,  # the floor, 1e-9 of the trace, is added or is the least
+    )
+
+
+def problem(shape, dtype=jnp.float32, seed=0, n=400):
+  rng = np.random.default_rng(seed)
+  d, m = shape
+  x = references.correlated_rows(rng, n, d, 0.8, 0.5).astype(np.float32)
+  g = references.correlated_rows(rng, n, m, 0.7).astype(np.float32)
+  params = {'layer': {'w': jnp.asarray(rng.normal(size=shape), dtype)}}
+  moments = ur.collect(
+    lambda p, b: b['x'] @ p['layer']['w'].astype(jnp.float32),
+    params,
+    [{'x': jnp.asarray(x), 'g': jnp.asarray(g)}],
+    loss=lambda out, b: jnp.sum(out * b['g'], axis=1),
+    fisher_rows=True,
+    progress=False,
+  )
+  return params, moments
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_stored_factors_of_every_method_certify_themselves(shape, dtype):
+  """They raise nothing, in any dtype, at any rank, and the check is sharp."""
+  params, moments = problem(shape, dtype)
+  for method in methods.METHODS:
+    for rank in (1, 5, min(shape)):
+      ur.factorize(params, moments, {'layer/w': rank}, method=method)
+  ((_, (kernel,)),) = kernels.kernels(params, moments)
+  family = methods.family(kernel, 'output')
+  tails = family.damages['output']
+  for rank in (1, 5, 9):
+    pair = subspace.balanced(methods.truncate(family, rank))
+    stored = subspace.Factors(
+      *(np.asarray(jnp.asarray(f, dtype), np.float64) for f in pair)
+    )
+    check = lambda pair, predicted: certify.check(
+      kernel, pair, predicted, dtype, False, tails[0]
+    )
+    check(stored, tails[rank])
+    # 20 roundings of every number, all in one direction, are too many. What is
+    # left of the energy hides them at low ranks, float32 moments do at any.
+    off = 1 + 20 * float(jnp.finfo(dtype).eps)
+    wrong = subspace.Factors(stored.a * off, stored.b * off)
+    if rank == 9 and dtype != 'float32':
+      with pytest.raises(FloatingPointError, match='was predicted'):
+        check(wrong, tails[rank])
+    for broken in (
+      subspace.Factors(stored.a[:, ::-1] * 1.0, stored.b)
+      if rank > 1
+      else subspace.Factors(-stored.a, stored.b),
+      subspace.Factors(stored.a * np.nan, stored.b),
+      subspace.Factors(stored.a[::-1], stored.b),
+    ):
+      with pytest.raises(FloatingPointError, match=rf"rank-{rank} .*'layer/w'"):
+        check(broken, tails[rank])
+
+
+@pytest.mark.parametrize('method', ['output', 'loss', 'weight'])
+def test_a_corrupted_family_is_noticed_by_name(monkeypatch, method):
+  params, moments = problem((12, 20))
+  real = methods.family
+
+  def corrupted(*args):
+    family = real(*args)
+    a, b = family.factors
+    return family._replace(factors=subspace.Factors(a, b * 1.01))
+
+  monkeypatch.setattr(methods, 'family', corrupted)
+  with pytest.raises(FloatingPointError, match="rank-5 factors of 'layer/w'"):
+    ur.factorize(params, moments, {'layer/w': 5}, method=method)
+
+
+def test_families_of_other_parameters_are_noticed():
+  params, moments = problem((12, 20))
+  other, _ = problem((12, 20), seed=1)
+  families = ur.decompose(params, moments, progress=False)
+  with pytest.raises(FloatingPointError, match='not of these parameters'):
+    ur.factorize(other, moments, {'layer/w': 5}, families=families)
+
+
+def test_families_are_decomposed_once_and_give_the_same(monkeypatch):
+  params, moments = problem((12, 20))
+  options = {'method': 'loss', 'damping': 0.1}
+  budget = {'params_fraction': 0.6}
+  ranks = ur.budget_ranks(params, moments, **budget, **options)
+  small = ur.factorize(params, moments, ranks, **options)
+  nats = ur.predict_loss(params, moments, ranks, **options)
+  families = ur.decompose(params, moments, progress=False, **options)
+  assert list(families) == ['layer/w'] and len(families) == 1
+  monkeypatch.setattr(methods, 'family', None)  # not to be called again
+  with_them = {'families': families, **options}
+  assert ur.budget_ranks(params, moments, **budget, **with_them) == ranks
+  assert ur.predict_loss(params, moments, ranks, **with_them) == nats
+  again = ur.factorize(params, moments, ranks, **with_them)
+  np.testing.assert_array_equal(again['layer']['w'].a, small['layer']['w'].a)
+  with pytest.raises(ValueError, match="'loss', True, 0.1.*'loss', True, 0.01"):
+    ur.factorize(params, moments, ranks, method='loss', families=families)
+  with pytest.raises(KeyError, match="no family of 'layer/v'"):
+    families['layer/v']
+
+
+def test_families_without_factors_or_kernels_say_so():
+  params, moments = problem((12, 20))
+  light = ur.decompose(params, moments, keep_factors=False, progress=False)
+  assert ur.budget_ranks(
+    params, moments, params_fraction=0.6, method='output', families=light
+  )
+  with pytest.raises(ValueError, match='keep_factors=False'):
+    ur.factorize(params, moments, {'layer/w': 5}, families=light)
+  none = ur.decompose(params, moments, only=[], progress=False)
+  with pytest.raises(ValueError, match="no family of 'layer/w'"):
+    ur.factorize(params, moments, {'layer/w': 5}, families=none)
+
+
+def test_a_map_keeps_order_takes_few_at_a_time_and_passes_errors_on():
+  taken = []
+
+  def items():
+    for i in range(20):
+      taken.append(i)
+      yield i
+
+  results = threads.ordered_map(lambda i: i * i, items(), workers=3)
+  assert next(results) == 0
+  assert len(taken) == 4  # one more than there are workers
+  assert list(results) == [i * i for i in range(1, 20)]
+  assert list(threads.ordered_map(str, range(3), workers=1)) == ['0', '1', '2']
+  with pytest.raises(ZeroDivisionError):
+    list(threads.ordered_map(lambda i: 1 // i, [1, 0, 1], workers=2))

@@ -1,0 +1,144 @@
+"""Every kernel factorized at every rank, once, for whoever needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from utilized_rank import methods
+from utilized_rank import paths
+from utilized_rank import threads
+from utilized_rank.kernels import Kernel
+from utilized_rank.kernels import kernels
+from utilized_rank.methods import Family
+from utilized_rank.moments import Moments
+from utilized_rank.progress import track
+
+
+class Families(Mapping[str, list[Family]]):
+  """Path to the families of a leaf's kernels; what `decompose` returns.
+
+  A value: `budget_ranks`, `predict_loss` and `factorize` take it as
+  `families=` and then decompose nothing again.
+
+  Attributes:
+    method: how the kernels were factorized.
+    compensate_mean: whether that counts on the mean being compensated.
+    damping: share of the mean of G's diagonal that was added to it.
+  """
+
+  def __init__(
+    self,
+    found: dict[str, list[Family]],
+    method: str,
+    compensate_mean: bool,
+    damping: float,
+  ):
+    self._found = found
+    self.method = method
+    self.compensate_mean = compensate_mean
+    self.damping = damping
+
+  def __getitem__(self, path: str) -> list[Family]:
+    if path not in self._found:
+      raise KeyError('no family of ' + paths.unknown(path, self._found))
+    return self._found[path]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._found)
+
+  def __len__(self) -> int:
+    return len(self._found)
+
+  def check(
+    self,
+    method: str,
+    compensate_mean: bool,
+    damping: float,
+    wanted: Iterable[str],
+  ) -> None:
+    """Raises ValueError if these families answer another question."""
+    ours = self.method, self.compensate_mean, self.damping
+    asked = method, compensate_mean, damping
+    if ours != asked:
+      raise ValueError(
+        'the families were made with (method, compensate_mean, damping) = '
+        f'{ours}, asked for is {asked}'
+      )
+    for path in wanted:
+      if path not in self._found:
+        raise ValueError('no family of ' + paths.unknown(path, self._found))
+
+  def damages(self, path: str, metric: str) -> np.ndarray:
+    """(R + 1,): what rank r of every kernel of a leaf costs together."""
+    return np.sum(
+      [methods.damages(path, family, metric) for family in self[path]], axis=0
+    )
+
+
+def decompose(
+  params: Any,
+  moments: Moments,
+  *,
+  method: str = 'output',
+  compensate_mean: bool = True,
+  damping: float = methods.DAMPING,
+  only: Iterable[str] | None = None,
+  keep_factors: bool = True,
+  progress: bool = True,
+) -> Families:
+  """Factorizes every kernel at every rank.
+
+  `budget_ranks` and `factorize` do so themselves; with the families in hand
+  several budgets, and the factors of their ranks, cost one decomposition.
+
+  Args:
+    params: dense parameters.
+    moments: moments of their kernels.
+    method: as for `factorize`; all but 'utilized', whose pairs of different
+      ranks are not each other's truncations.
+    compensate_mean: as for `factorize`.
+    damping: as for `factorize`.
+    only: paths to decompose; default all.
+    keep_factors: keep the factors, which `factorize` needs, beside what the
+      ranks cost: two float64 matrices for each kernel.
+    progress: show a progress bar.
+
+  Raises:
+    ValueError: an unknown method or path, or moments without the gradients
+      that the method needs.
+
+  >>> import jax.numpy as jnp, utilized_rank as ur
+  >>> params = {'w': jnp.eye(8)}
+  >>> x = jnp.tile(jnp.eye(8)[:2], (16, 1))
+  >>> moments = ur.capture(lambda p, x: x @ p['w'])(params, x)[1]
+  >>> families = decompose(params, moments, progress=False)
+  >>> ranks = ur.budget_ranks(
+  ...     params, moments, params_fraction=0.75, families=families)
+  >>> small = ur.factorize(params, moments, ranks, families=families)
+  >>> small['w'].rank
+  1
+  """
+  methods.check_method(method, methods.FAMILIES)
+  centered = compensate_mean and method in methods.CENTERED
+  every = (
+    kernel
+    for _, members in kernels(params, moments, centered=centered, only=only)
+    for kernel in members
+  )
+
+  def make(kernel: Kernel) -> tuple[str, Family]:
+    family = methods.family(kernel, method, damping)
+    return kernel.path, family if keep_factors else Family(None, family.damages)
+
+  made = threads.ordered_map(make, every)
+  if progress:
+    wanted = moments if only is None else only
+    total = sum(moments[path].layout.num_groups for path in wanted)
+    made = track(made, total=total, desc='decompose', unit='kernel')
+  found: dict[str, list[Family]] = {}
+  for path, family in made:
+    found.setdefault(path, []).append(family)
+  return Families(found, method, compensate_mean, damping)
