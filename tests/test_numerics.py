@@ -131,7 +131,9 @@ def test_the_two_sides_have_one_optimum(shape):
     np.testing.assert_allclose(
       left.a[:, :rank] @ left.b[:rank],
       right.a[:, :rank] @ right.b[:rank],
-      atol=1e-6,  # the floor, 1e-9 of the trace, is added or is the least
+      # The floor of S, 1e-9 of its trace, is added to one and a bound of the
+      # other: 1e-6 of the least of 16 eigenvalues that fall by 0.64.
+      atol=1e-5,
     )
 
 
