@@ -12,6 +12,11 @@ from utilized_rank import lowrank
 from utilized_rank import methods
 from utilized_rank import paths
 from utilized_rank import subspace
+from utilized_rank.gauge import Order
+from utilized_rank.gauge import check_gauge
+from utilized_rank.gauge import has_identity
+from utilized_rank.gauge import to_identity
+from utilized_rank.gauge import widen
 from utilized_rank.kernels import Kernel
 from utilized_rank.kernels import kernels
 from utilized_rank.kernels import to_leaf
@@ -78,6 +83,7 @@ def factorize(
   method: str = 'output',
   compensate_mean: bool = True,
   damping: float = methods.DAMPING,
+  gauge: str | None = None,
 ) -> Any:
   """Puts `LowRank` pairs in place of kernels.
 
@@ -100,15 +106,22 @@ def factorize(
       the error about the mean, which never raises it.
     damping: for 'loss', share of the mean of the gradient moment's diagonal
       that is added to it; without any, few examples make things worse.
+    gauge: 'identity' stores each pair without the r^2 numbers that it does
+      not need: the same W' in r (d + m) - r^2 of them, and as many
+      multiplications per row. r of the outputs are then x A itself, the
+      others x A B'. At r = m nothing of B is left to store: such a pair
+      stays as without a gauge.
 
   Returns:
     The tree with `LowRank` leaves, for `low_rank(fn)`; factors have the
     kernels' dtype and equal scale (a^T a = b b^T), so that they fine-tune at
-    one learning rate.
+    one learning rate. An identity block fixes the scale instead: the columns
+    of A are columns of W', which train and decay as the dense kernel did,
+    and no entry of B' is above 2.
 
   Raises:
-    ValueError: an unknown method or path, a rank outside [1, min(d, m)], or
-      moments of other shapes.
+    ValueError: an unknown method, gauge or path, a rank outside
+      [1, min(d, m)], or moments of other shapes.
 
   >>> import utilized_rank as ur
   >>> fn = lambda p, x: x @ p['w']
@@ -119,6 +132,7 @@ def factorize(
   True
   """
   methods.check_method(method)
+  check_gauge(gauge)
   check_ranks(ranks, moments)
   named, treedef = paths.flatten(params, lowrank.is_low_rank)
   centered = compensate_mean and method in methods.CENTERED
@@ -141,7 +155,7 @@ def factorize(
     if constant is not None and bias is not None:
       named[bias] = _add_constant(named, path, bias, constant)
       constant = None
-    named[path] = _to_low_rank(pairs, constant, moment.layout, leaf)
+    named[path] = _to_low_rank(pairs, constant, moment.layout, leaf, gauge)
   return paths.unflatten(treedef, named)
 
 
@@ -157,18 +171,28 @@ def _to_low_rank(
   constant: np.ndarray | None,
   layout: Layout,
   leaf: Any,
+  gauge: str | None,
 ) -> LowRank:
   groups, dtype = layout.group_shape, leaf.dtype
-  a, b = pad_factors(pairs)
-  rank = a.shape[-1]
+  rank = max(f.a.shape[1] for f in pairs)
+  order, b_shape = None, layout.output_shape
+  if has_identity(layout, rank, gauge):
+    parts = [to_identity(*f) for f in pairs]
+    wide = [widen(a, b, rank) for a, b, _ in parts]
+    a, b = (np.stack(factor) for factor in zip(*wide, strict=True))
+    orders = np.stack([order for _, _, order in parts])
+    order, b_shape = Order(orders.reshape(*groups, -1)), b.shape[-1:]
+  else:
+    a, b = pad_factors(pairs)
   c = None
   if constant is not None:
     c = jnp.asarray(constant.reshape(groups + layout.output_shape), dtype)
   return LowRank(
     jnp.asarray(a.reshape(groups + layout.input_shape + (rank,)), dtype),
-    jnp.asarray(b.reshape(groups + (rank,) + layout.output_shape), dtype),
+    jnp.asarray(b.reshape(groups + (rank,) + b_shape), dtype),
     c,
     layout,
+    order,
   )
 
 
