@@ -9,7 +9,6 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
-from utilized_rank import compat
 from utilized_rank import gauge
 from utilized_rank.factors import OTHERS
 from utilized_rank.factors import Factors
@@ -112,12 +111,6 @@ def dot(eqn: Any, view: View, which: int) -> Product | str:
     if pair.order is None:
       z = once(left) if not pair.swapped else left()
       y = times(z, lay(pair.second, free, True), at, sharding)
-    elif sharding is not None or compat.has_explicit_axes(x):
-      raise ValueError(
-        f'{view.path!r} has an identity block (gauge), whose outputs are put '
-        'in order by a lookup; with AxisType.Explicit meshes JAX does not say '
-        'how that is sharded: use AxisType.Auto, or factorize with gauge=None'
-      )
     elif pair.swapped:
       flat = x.transpose(*x_batch, *x_free, *x_contract)
       flat = flat.reshape(*flat.shape[: flat.ndim - nc], -1)

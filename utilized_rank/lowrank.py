@@ -354,7 +354,14 @@ class _Substitution:
     elif not products.fits(factors, found):
       reason = f'{eqn.primitive.name} over other axes than it was factored for'
     else:
-      return found.factored(operands[1 - which], factors, lambda make: make())
+      x = operands[1 - which]
+      if factors.order is not None and compat.has_explicit_axes(x):
+        raise ValueError(
+          f'{param.view.path!r} has an identity block, whose outputs are put '
+          'in order by a lookup; on AxisType.Explicit meshes JAX does not say '
+          'how that is sharded: use AxisType.Auto, or gauge=None'
+        )
+      return found.factored(x, factors, lambda make: make())
     plain = list(operands)
     plain[which] = walk.materialise(param, reason)
     return compat.bind(eqn, plain)[0]
