@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank.gauge import Order
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
 from utilized_rank.moments import Entry
@@ -158,7 +159,10 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
     arrays = {'a': tree.a, 'b': tree.b}
     if tree.c is not None:
       arrays['c'] = tree.c
-    return arrays, {'kind': 'low_rank', **dataclasses.asdict(tree.layout)}
+    record = {'kind': 'low_rank', **dataclasses.asdict(tree.layout)}
+    if tree.order is not None:
+      record['order'] = tree.order.array.tolist()
+    return arrays, record
   if isinstance(tree, Moments):
     arrays = {
       str(i): {'count': s.count, 'total': s.total, 'second': s.second}
@@ -218,6 +222,7 @@ def _decode(arrays: Any, structure: Any) -> Any:
       jnp.asarray(arrays['b']),
       jnp.asarray(arrays['c']) if 'c' in arrays else None,
       _layout(structure),
+      Order(structure['order']) if 'order' in structure else None,
     )
   if kind == 'moments':
     table = tuple(

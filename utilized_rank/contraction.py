@@ -9,6 +9,8 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
+from utilized_rank import gauge
+from utilized_rank.factors import OTHERS
 from utilized_rank.factors import Factors
 from utilized_rank.factors import as_output
 from utilized_rank.factors import oriented
@@ -63,24 +65,16 @@ def dot(eqn: Any, view: View, which: int) -> Product | str:
     taken=view.taken + tuple((a, 'contracted') for a in atoms(kernel_contract)),
   )
 
-  def factored(x, factors: Factors):
-    a, b, c = oriented(factors, layout, view)
-    batch_sizes = [view.sizes[i] for i in kernel_batch]
-    a = place(
-      a,
-      [view.axes[i] for i in kernel_batch],
-      [view.axes[i] for i in kernel_contract],
-      batch_sizes,
-      [view.sizes[i] for i in kernel_contract],
-    )
-    b = place(
-      b,
-      [view.axes[i] for i in kernel_batch],
-      [view.axes[i] for i in free],
-      batch_sizes,
-      [view.sizes[i] for i in free],
-      rank_first=True,
-    )
+  kernel_sizes = lambda axes: [view.sizes[i] for i in axes]
+  kernel_axes = lambda axes: [view.axes[i] for i in axes]
+
+  def factored(x, factors: Factors, once):
+    pair = oriented(factors, layout, view)
+
+    def lay(factor, axes, rank_first=False):
+      kept = kernel_axes(axes), kernel_sizes(kernel_batch), kernel_sizes(axes)
+      return place(factor, kernel_axes(kernel_batch), *kept, rank_first)
+
     nb, nc = len(kernel_batch), len(kernel_contract)
     kwargs = dict(
       precision=eqn.params['precision'],
@@ -90,38 +84,68 @@ def dot(eqn: Any, view: View, which: int) -> Product | str:
     a_dims = (tuple(range(nb, nb + nc)), lead)
     x_dims = (x_contract, x_batch)
     sharding = eqn.params.get('out_sharding')
-    if which:
-      z = jax.lax.dot_general(
-        x,
-        a,
-        _paired(x_dims, a_dims),
-        out_sharding=_with_rank(sharding, nb + len(x_free), len(free)),
+    at = nb + len(x_free) if which else nb  # where z has the rank
+
+    def times(z, b, inner, out_sharding, over=nb):
+      """z b over z's axis `inner`, on the side where the kernel was."""
+      z_dims, b_dims = ((inner,), lead), ((over,), lead)
+      operands, dims = ((z, b), (z_dims, b_dims))
+      if not which:
+        operands, dims = (b, z), (b_dims, z_dims)
+      return jax.lax.dot_general(
+        *operands, _paired(*dims), out_sharding=out_sharding, **kwargs
+      )
+
+    def left():
+      a = lay(pair.first, kernel_contract)
+      operands, dims = ((x, a), (x_dims, a_dims))
+      if not which:
+        operands, dims = (a, x), (a_dims, x_dims)
+      return jax.lax.dot_general(
+        *operands,
+        _paired(*dims),
+        out_sharding=_with_rank(sharding, at, len(free)),
         **kwargs,
       )
-      y = jax.lax.dot_general(
-        z,
-        b,
-        (((z.ndim - 1,), (nb,)), (lead, lead)),
-        out_sharding=sharding,
-        **kwargs,
+
+    if pair.order is None:
+      z = once(left) if not pair.swapped else left()
+      y = times(z, lay(pair.second, free, True), at, sharding)
+    elif pair.swapped:
+      flat = x.transpose(*x_batch, *x_free, *x_contract)
+      flat = flat.reshape(*flat.shape[: flat.ndim - nc], -1)
+      order = lay(pair.order, kernel_contract)
+      first, others = gauge.part(
+        flat, order.reshape(*order.shape[:nb], -1), pair.first.rank
       )
+      b = place(
+        pair.first,
+        kernel_axes(kernel_batch),
+        [(OTHERS,)],
+        kernel_sizes(kernel_batch),
+        [others.shape[-1]],
+      )
+      z = first + jax.lax.dot_general(
+        others, b, (((others.ndim - 1,), (nb,)), (lead, lead)), **kwargs
+      )
+      y = times(z, lay(pair.second, free, True), z.ndim - 1, None)
     else:
-      z = jax.lax.dot_general(
-        a,
-        x,
-        _paired(a_dims, x_dims),
-        out_sharding=_with_rank(sharding, nb, len(free)),
-        **kwargs,
+      z = once(left)
+      b = place(
+        pair.second,
+        kernel_axes(kernel_batch),
+        [(OTHERS,)],
+        kernel_sizes(kernel_batch),
+        [pair.second.array.shape[-1]],
+        rank_first=True,
       )
-      y = jax.lax.dot_general(
-        b,
-        z,
-        (((nb,), (nb,)), (lead, lead)),
-        out_sharding=sharding,
-        **kwargs,
+      order = lay(pair.order, free)
+      y = gauge.join(
+        z, times(z, b, at, None), order.reshape(*order.shape[:nb], -1), at
       )
-    if c is not None:
-      y = y + as_output(c, output).astype(y.dtype)
+      y = y.reshape(output.sizes)
+    if pair.c is not None:
+      y = y + as_output(pair.c, output).astype(y.dtype)
     return y
 
   return Product(

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank import gauge
+from utilized_rank.factors import OTHERS
 from utilized_rank.factors import Factors
 from utilized_rank.factors import as_output
 from utilized_rank.factors import oriented
@@ -80,60 +82,73 @@ def convolution(eqn: Any, view: View, which: int) -> Product | str:
     taken=view.taken + tuple((a, 'contracted') for a in inputs),
   )
 
-  def factored(x, factors: Factors):
-    a, b, c = oriented(factors, layout, view)
-    rank = a.rank
+  def factored(x, factors: Factors, once):
+    pair = oriented(factors, layout, view)
+    rank = pair.first.rank
     group_axes = [] if group_axis is None else [view.axes[group_axis]]
     group_sizes = [] if group_axis is None else [groups]
     kernel_axes = [in_dim, *window_dims]
-    a = place(
-      a,
-      group_axes,
-      [view.axes[i] for i in kernel_axes],
-      group_sizes,
-      [view.sizes[i] for i in kernel_axes],
-    )
-    # (groups?, in, *window, rank) -> the equation's own kernel layout, with
-    # groups * rank outputs.
-    if group_axis is not None:
-      a = jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], groups * rank)
-    order = np.argsort(
-      [numbers.rhs_spec[1], *numbers.rhs_spec[2:], numbers.rhs_spec[0]]
-    )
-    z = jax.lax.conv_general_dilated(
-      x,
-      a.transpose(order),
-      p['window_strides'],
-      p['padding'],
-      p['lhs_dilation'],
-      p['rhs_dilation'],
-      numbers,
-      groups,
-      precision=p['precision'],
-      preferred_element_type=p['preferred_element_type'],
-    )
-    z = jnp.moveaxis(z, o_feature, -1)
-    b = place(
-      b,
-      group_axes,
-      [view.axes[out_dim]],
-      group_sizes,
-      [view.sizes[out_dim]],
-      rank_first=True,
-    )
     kwargs = dict(
       precision=p['precision'],
       preferred_element_type=p['preferred_element_type'],
     )
-    if group_axis is None:
-      y = jnp.matmul(z, b, **kwargs)
-    else:
+
+    def left():
+      a = place(
+        pair.first,
+        group_axes,
+        [view.axes[i] for i in kernel_axes],
+        group_sizes,
+        [view.sizes[i] for i in kernel_axes],
+      )
+      # (groups?, in, *window, rank) -> the equation's own kernel layout, with
+      # groups * rank outputs.
+      if group_axis is not None:
+        a = jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], groups * rank)
+      own = np.argsort(
+        [numbers.rhs_spec[1], *numbers.rhs_spec[2:], numbers.rhs_spec[0]]
+      )
+      z = jax.lax.conv_general_dilated(
+        x,
+        a.transpose(own),
+        p['window_strides'],
+        p['padding'],
+        p['lhs_dilation'],
+        p['rhs_dilation'],
+        numbers,
+        groups,
+        **kwargs,
+      )
+      z = jnp.moveaxis(z, o_feature, -1)
+      if group_axis is None:
+        return z
+      # Groups lead, as they do in the factors.
       z = z.reshape(*z.shape[:-1], groups, rank)
-      y = jnp.einsum('...gr,grm->...gm', z, b, **kwargs)
+      return jnp.moveaxis(z, -2, 0)
+
+    z = once(left) if not pair.swapped else left()
+    order = pair.order
+    width = view.sizes[out_dim]
+    b = place(
+      pair.second,
+      group_axes,
+      [view.axes[out_dim] if order is None else (OTHERS,)],
+      group_sizes,
+      [width if order is None else width - rank],
+      rank_first=True,
+    )
+    nb, inner = len(group_axes), z.ndim - 1
+    lead = tuple(range(nb))
+    y = jax.lax.dot_general(z, b, (((inner,), (nb,)), (lead, lead)), **kwargs)
+    if order is not None:
+      at = place(order, group_axes, [view.axes[out_dim]], group_sizes, [width])
+      y = gauge.join(z, y, at, inner)
+    if group_axis is not None:
+      y = jnp.moveaxis(y, 0, -2)
       y = y.reshape(*y.shape[:-2], -1)
     y = jnp.moveaxis(y, -1, o_feature)
-    if c is not None:
-      y = y + as_output(c, output).astype(y.dtype)
+    if pair.c is not None:
+      y = y + as_output(pair.c, output).astype(y.dtype)
     return y
 
   geometry = (

@@ -16,6 +16,11 @@ from utilized_rank import paths
 from utilized_rank import subspace
 from utilized_rank import threads
 from utilized_rank.families import Families
+from utilized_rank.gauge import Order
+from utilized_rank.gauge import check_gauge
+from utilized_rank.gauge import has_identity
+from utilized_rank.gauge import to_identity
+from utilized_rank.gauge import widen
 from utilized_rank.kernels import Kernel
 from utilized_rank.kernels import kernels
 from utilized_rank.kernels import to_leaf
@@ -83,6 +88,7 @@ def factorize(
   method: str = 'output',
   compensate_mean: bool = True,
   damping: float = methods.DAMPING,
+  gauge: str | None = None,
   families: Families | None = None,
   progress: bool = True,
 ) -> Any:
@@ -110,6 +116,11 @@ def factorize(
       the error about the mean, which never raises it.
     damping: for 'loss', share of the mean of the gradient moment's diagonal
       that is added to it; without any, few examples make things worse.
+    gauge: 'identity' stores each pair without the r^2 numbers that it does
+      not need: the same W' in r (d + m) - r^2 of them, and as many
+      multiplications per row. r of the outputs are then x A itself, the
+      others x A B'. At r = m nothing of B is left to store: such a pair
+      stays as without a gauge.
     families: what `decompose` made of these parameters and moments, with the
       same three options; default to decompose here.
     progress: show a progress bar.
@@ -117,11 +128,14 @@ def factorize(
   Returns:
     The tree with `LowRank` leaves, for `low_rank(fn)`; factors have the
     kernels' dtype and equal scale (a^T a = b b^T), so that they fine-tune at
-    one learning rate.
+    one learning rate. An identity block fixes the scale instead: the columns
+    of A are columns of W', which train and decay as the dense kernel did,
+    and no entry of B' is above 2.
 
   Raises:
-    ValueError: an unknown method or path, a rank outside [1, min(d, m)], or
-      moments of other shapes, or families made with other options.
+    ValueError: an unknown method, gauge or path, a rank outside
+      [1, min(d, m)], moments of other shapes, or families made with other
+      options.
     FloatingPointError: factors do not leave the error that was predicted for
       them; see `certify`.
 
@@ -134,6 +148,7 @@ def factorize(
   True
   """
   methods.check_method(method)
+  check_gauge(gauge)
   check_ranks(ranks, moments)
   named, treedef = paths.flatten(params, lowrank.is_low_rank)
   centered = compensate_mean and method in methods.CENTERED
@@ -155,7 +170,7 @@ def factorize(
         zip(members, per_member(path, ranks[path], layout), strict=True)
       )
     ]
-    leaf = _to_low_rank([s.pair for s in solved], layout, named[path])
+    leaf = _to_low_rank([s.pair for s in solved], layout, named[path], gauge)
     stored = _matrices(leaf)
     for kernel, solution, pair in zip(members, solved, stored, strict=True):
       certify.check(
@@ -218,15 +233,26 @@ def _solve(
   return _Solution(pair, float(tails[rank]), float(tails[0]), weighted)
 
 
-def _to_low_rank(pairs: list[Factors], layout: Layout, leaf: Any) -> LowRank:
+def _to_low_rank(
+  pairs: list[Factors], layout: Layout, leaf: Any, gauge: str | None
+) -> LowRank:
   groups, dtype = layout.group_shape, leaf.dtype
-  a, b = pad_factors(pairs)
-  rank = a.shape[-1]
+  rank = max(f.a.shape[1] for f in pairs)
+  order, b_shape = None, layout.output_shape
+  if has_identity(layout, rank, gauge):
+    parts = [to_identity(*f) for f in pairs]
+    wide = [widen(a, b, rank) for a, b, _ in parts]
+    a, b = (np.stack(factor) for factor in zip(*wide, strict=True))
+    orders = np.stack([order for _, _, order in parts])
+    order, b_shape = Order(orders.reshape(*groups, -1)), b.shape[-1:]
+  else:
+    a, b = pad_factors(pairs)
   return LowRank(
     jnp.asarray(a.reshape(groups + layout.input_shape + (rank,)), dtype),
-    jnp.asarray(b.reshape(groups + (rank,) + layout.output_shape), dtype),
+    jnp.asarray(b.reshape(groups + (rank,) + b_shape), dtype),
     None,
     layout,
+    order,
   )
 
 
@@ -234,7 +260,11 @@ def _matrices(leaf: LowRank) -> list[Factors]:
   """The factors of every member of a leaf, as they are stored."""
   (d, m), rank = leaf.layout.matrix_shape, leaf.rank
   a = np.asarray(leaf.a, np.float64).reshape(-1, d, rank)
-  b = np.asarray(leaf.b, np.float64).reshape(-1, rank, m)
+  b = np.asarray(leaf.b, np.float64).reshape(len(a), rank, -1)
+  if leaf.order is not None:
+    orders = leaf.order.array.reshape(len(a), m)
+    whole = [np.hstack([np.eye(rank), part]) for part in b]
+    b = np.stack([w[:, o] for w, o in zip(whole, orders, strict=True)])
   return [Factors(*pair) for pair in zip(a, b, strict=True)]
 
 

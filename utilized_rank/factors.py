@@ -13,13 +13,19 @@ from utilized_rank.layout import Layout
 from utilized_rank.layout import View
 from utilized_rank.layout import pieces_of
 
+# Names of axes that are no atom: the rank, and in a pair with an identity
+# block the outputs that are no pivots.
+RANK, OTHERS = -1, -2
+
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
   """Arrays of a factored kernel, laid out as in `LowRank`.
 
   `layout` is over the leaf's atoms; `present` names the group atoms that are
-  still axes of the arrays (a loop may have sliced others away).
+  still axes of the arrays (a loop may have sliced others away). `order` is
+  None, or the outputs' order where the pair has an identity block,
+  (*present, m).
   """
 
   a: Any
@@ -27,58 +33,60 @@ class Factors:
   c: Any
   layout: Layout
   present: Atoms
+  order: Any = None
 
 
-def oriented(
-  factors: Factors, layout: Layout, view: View
-) -> tuple[Any, Any, Any]:
-  """(a, b, c) with one named axis per atom, for a product's roles.
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """Factors as a product meets them, one named axis per atom.
 
-  A kernel that was factored for x @ W serves x @ W.T as well: the pair swaps.
-  Each array comes as a dict-like pair (array, atoms of its axes); the rank
-  axis carries the name -1.
+  A kernel that was factored for x @ W serves x @ W.T as well: the factors are
+  then met the other way round, `first` being the one that x meets first.
   """
+
+  first: Named
+  second: Named
+  c: Named | None
+  order: Named | None
+  swapped: bool
+
+
+def oriented(factors: Factors, layout: Layout, view: View) -> Pair:
+  """The factors for a product's roles, in its dtype."""
   fine = factors.layout.refine(layout.atoms)
   pieces = pieces_of(factors.layout.atoms, layout.atoms)
   present = tuple(p for a in factors.present for p in pieces[a])
-  shape = lambda atoms: tuple(layout.atoms[a] for a in atoms)
-  rank = factors.a.shape[-1]
-  a = Named(
-    factors.a.reshape(shape(present + fine.inputs) + (rank,)),
-    present + fine.inputs + (-1,),
+  special = {
+    RANK: factors.b.shape[len(factors.present)],
+    OTHERS: factors.b.shape[-1],
+  }
+  named = lambda array, names: Named(
+    array.reshape([special[n] if n < 0 else layout.atoms[n] for n in names]),
+    names,
   )
-  b = Named(
-    factors.b.reshape(shape(present) + (rank,) + shape(fine.outputs)),
-    present + (-1,) + fine.outputs,
-  )
-  c = None
+  free = fine.outputs if factors.order is None else (OTHERS,)
+  a = named(factors.a, present + fine.inputs + (RANK,))
+  b = named(factors.b, present + (RANK,) + free)
+  a, b = a.astype(view.dtype), b.astype(view.dtype)
+  c = order = None
   if factors.c is not None:
-    c = Named(
-      factors.c.reshape(shape(present + fine.outputs)),
-      present + fine.outputs,
-    )
-  if fine.inputs == layout.inputs and fine.outputs == layout.outputs:
-    pair = a, b
-  else:
-    pair = b, a
-  dtype = view.dtype
-  return (
-    pair[0].astype(dtype),
-    pair[1].astype(dtype),
-    c,
-  )
+    c = named(factors.c, present + fine.outputs)
+  if factors.order is not None:
+    order = named(factors.order, present + fine.outputs)
+  swapped = (fine.inputs, fine.outputs) != (layout.inputs, layout.outputs)
+  return Pair(b if swapped else a, a if swapped else b, c, order, swapped)
 
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-  """An array whose axes are named by atoms; -1 names the rank."""
+  """An array whose axes are named by atoms, or by RANK or OTHERS."""
 
   array: Any
   atoms: Atoms
 
   @property
   def rank(self) -> int:
-    return self.array.shape[self.atoms.index(-1)]
+    return self.array.shape[self.atoms.index(RANK)]
 
   def astype(self, dtype: Any) -> Named:
     return Named(self.array.astype(dtype), self.atoms)
@@ -92,15 +100,18 @@ def place(
   kept_sizes: Sequence[int],
   rank_first: bool = False,
 ) -> Any:
-  """Lays a factor out as (*batch, *kept, rank) or (*batch, rank, *kept)."""
+  """Lays a factor out as (*batch, *kept, rank) or (*batch, rank, *kept).
+
+  What has no rank (an order) is laid out as (*batch, *kept).
+  """
+  rank = [RANK] if RANK in factor.atoms else []
+  ranks = [factor.rank] if rank else []
   flat = [a for axis in batch for a in axis]
   inner = [a for axis in kept for a in axis]
-  names = flat + ([-1] + inner if rank_first else inner + [-1])
+  names = flat + (rank + inner if rank_first else inner + rank)
   array = factor.array.transpose([factor.atoms.index(a) for a in names])
   sizes = [s if a else 1 for a, s in zip(batch, batch_sizes, strict=True)]
-  tail = (
-    [factor.rank, *kept_sizes] if rank_first else [*kept_sizes, factor.rank]
-  )
+  tail = [*ranks, *kept_sizes] if rank_first else [*kept_sizes, *ranks]
   array = array.reshape(*sizes, *tail)
   return jnp.broadcast_to(array, (*batch_sizes, *tail))
 

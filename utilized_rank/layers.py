@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank.gauge import Order
+from utilized_rank.gauge import widen
 from utilized_rank.layout import Layout
 from utilized_rank.layout import pieces_of
 from utilized_rank.lowrank import LowRank
@@ -185,7 +187,8 @@ def _layer(leaf: Any, i: int) -> Any:
     less(layout.outputs),
   )
   c = None if leaf.c is None else leaf.c[i]
-  return LowRank(leaf.a[i], leaf.b[i], c, inner)
+  order = None if leaf.order is None else Order(leaf.order.array[i])
+  return LowRank(leaf.a[i], leaf.b[i], c, inner, order)
 
 
 def _join(leaves: Sequence[Any]) -> Any:
@@ -197,12 +200,14 @@ def _join(leaves: Sequence[Any]) -> Any:
     is_low_rank(v)
     and v.layout == first.layout
     and (v.c is None) == (first.c is None)
+    and (v.order is None) == (first.order is None)
     for v in leaves
   )
   if not same:
     raise ValueError(
       'low-rank layers can be stacked with others that are factored over the '
-      f'same axes of shape {first.shape} and all have a constant, or none'
+      f'same axes of shape {first.shape} and all have a constant, or none, '
+      'and an identity block, or none'
     )
   layout, n = first.layout, len(leaves)
   more = lambda atoms: tuple(a + 1 for a in atoms)
@@ -213,17 +218,26 @@ def _join(leaves: Sequence[Any]) -> Any:
     more(layout.inputs),
     more(layout.outputs),
   )
-  rank, lead = max(v.rank for v in leaves), len(layout.groups)
-  pad = lambda v, axis: jnp.pad(
-    v,
-    [
-      (0, rank - v.shape[i] if i == axis % v.ndim else 0) for i in range(v.ndim)
-    ],
-  )
+  rank = max(v.rank for v in leaves)
+  order = None
+  if first.order is not None:
+    order = Order(np.stack([v.order.array for v in leaves]))
   c = None if first.c is None else jnp.stack([v.c for v in leaves])
-  return LowRank(
-    jnp.stack([pad(v.a, -1) for v in leaves]),
-    jnp.stack([pad(v.b, lead) for v in leaves]),
-    c,
-    outer,
+  pairs = [_at_rank(v, rank) for v in leaves]
+  a, b = (jnp.stack(factor) for factor in zip(*pairs, strict=True))
+  return LowRank(a, b, c, outer, order)
+
+
+def _at_rank(leaf: LowRank, rank: int) -> tuple[Any, Any]:
+  """The factors of a leaf, enlarged to a rank; they are the same kernel."""
+  more = rank - leaf.rank
+  if not more:
+    return leaf.a, leaf.b
+  if leaf.order is not None:
+    matrices = leaf.layout.group_shape + (-1, leaf.rank)
+    a, b = widen(leaf.a.reshape(matrices), leaf.b, rank)
+    return a.reshape(*leaf.a.shape[:-1], rank), b
+  pad = lambda v, axis: jnp.pad(
+    v, [(0, more if i == axis else 0) for i in range(v.ndim)]
   )
+  return pad(leaf.a, leaf.a.ndim - 1), pad(leaf.b, len(leaf.layout.groups))

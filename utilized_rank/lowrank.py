@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from utilized_rank import compat
+from utilized_rank import gauge
 from utilized_rank import paths
 from utilized_rank import products
 from utilized_rank import tracing
@@ -35,15 +36,17 @@ class LowRank:
   Invariant: `layout.to_matrices(dense)` equals the matrix product of `a` and
   `b` over the rank. The factors keep the kernel's own axes, in the kernel's
   order, so that sharding rules for its heads, experts and channels still
-  apply.
+  apply. With an `order`, r of the outputs are x A itself, and
+  W = [A, A B'][:, order] with B' (r, m - r): `factorize(gauge='identity')`.
 
   Attributes:
     a: (*groups, *inputs, r).
-    b: (*groups, r, *outputs).
+    b: (*groups, r, *outputs), or with an order B', (*groups, r, m - r).
     c: None, or a constant added to the product's output, (*groups, *outputs):
       the mean of what the factors leave out, where the kernel has no bias
       to take it.
     layout: how the dense leaf is read as matrices (static).
+    order: None, or where each output is, (*groups, m) (static).
 
   >>> layout = Layout.of((4, 3), inputs=(0,), outputs=(1,))
   >>> w = LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), None, layout)
@@ -55,10 +58,11 @@ class LowRank:
   b: Any
   c: Any
   layout: Layout
+  order: gauge.Order | None = None
 
   @property
   def rank(self) -> int:
-    return self.a.shape[-1]
+    return self.b.shape[len(self.layout.groups)]
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -67,23 +71,23 @@ class LowRank:
 
   @property
   def dtype(self) -> Any:
-    return self.a.dtype
+    return self.b.dtype
 
   def dense(self) -> jax.Array:
     """The kernel multiplied out; `c` is not part of it."""
-    return _dense(self.a, self.b, self.layout)
+    factors = Factored.of(self).factors
+    return self.layout.from_matrices(_multiply(factors))
 
   def tree_flatten_with_keys(self):
     key = jax.tree_util.GetAttrKey
     return (
       ((key('a'), self.a), (key('b'), self.b), (key('c'), self.c)),
-      self.layout,
+      (self.layout, self.order),
     )
 
   @classmethod
-  def tree_unflatten(cls, layout, children) -> LowRank:
-    a, b, c = children
-    return cls(a, b, c, layout)
+  def tree_unflatten(cls, static, children) -> LowRank:
+    return cls(*children, *static)
 
 
 def is_low_rank(leaf: Any) -> bool:
@@ -91,21 +95,17 @@ def is_low_rank(leaf: Any) -> bool:
   return isinstance(leaf, LowRank)
 
 
-def _dense(a: Any, b: Any, layout: Layout) -> Any:
-  return layout.from_matrices(_multiply(a, b, layout.group_shape, layout))
-
-
-def _multiply(
-  a: Any, b: Any, groups: tuple[int, ...], layout: Layout
-) -> jax.Array:
-  """The matrices (*groups, d, m) of a pair whose groups are these."""
-  d, m = layout.matrix_shape
-  rank = a.shape[-1]
-  return jnp.matmul(
-    a.reshape(*groups, d, rank),
-    b.reshape(*groups, rank, m),
-    precision=jax.lax.Precision.HIGHEST,
-  )
+def _multiply(factors: Factors) -> jax.Array:
+  """The matrices (*present, d, m) of a pair."""
+  f, (d, _) = factors, factors.layout.matrix_shape
+  groups = f.layout.sizes(f.present)
+  rank = f.b.shape[len(groups)]
+  a = f.a.reshape(*groups, d, rank)
+  b = f.b.reshape(*groups, rank, -1)
+  product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+  if f.order is None:
+    return product
+  return gauge.join(a, product, f.order, product.ndim - 1)
 
 
 def merge(tree: Any) -> Any:
@@ -213,15 +213,27 @@ class Factored:
 
   @classmethod
   def of(cls, leaf: LowRank) -> Factored:
-    return cls(Factors(leaf.a, leaf.b, leaf.c, leaf.layout, leaf.layout.groups))
+    order = None if leaf.order is None else leaf.order.array
+    layout = leaf.layout
+    return cls(Factors(leaf.a, leaf.b, leaf.c, layout, layout.groups, order))
+
+  @property
+  def arrays(self) -> tuple[Any, ...]:
+    f = self.factors
+    return f.a, f.b, f.c, f.order
+
+  def _with(self, arrays: Any, present: Atoms) -> Factored:
+    a, b, c, order = arrays
+    layout = self.factors.layout
+    return Factored(Factors(a, b, c, layout, present, order))
 
   def tree_flatten(self):
-    f = self.factors
-    return (f.a, f.b, f.c), (f.layout, f.present)
+    return self.arrays, (self.factors.layout, self.factors.present)
 
   @classmethod
   def tree_unflatten(cls, static, children) -> Factored:
-    return cls(Factors(*children, *static))
+    (a, b, c, order), (layout, present) = children, static
+    return cls(Factors(a, b, c, layout, present, order))
 
   def relayout(self, eqn: Any, view: View) -> Factored:
     del view
@@ -239,10 +251,9 @@ class Factored:
     return None
 
   def _without(self, axis: int, pick: Callable[[Any], Any]) -> Factored:
-    f = self.factors
-    present: Atoms = f.present[:axis] + f.present[axis + 1 :]
-    a, b, c = jax.tree.map(pick, (f.a, f.b, f.c))
-    return Factored(Factors(a, b, c, f.layout, present))
+    present = self.factors.present
+    left: Atoms = present[:axis] + present[axis + 1 :]
+    return self._with(jax.tree.map(pick, self.arrays), left)
 
   def index(self, cut: View, axis: int, at: Any) -> Factored | None:
     group = self._group_axis(cut, axis)
@@ -263,39 +274,33 @@ class Factored:
     group = self._group_axis(view, 0)
     if group is None:
       return None
-    f = self.factors
     arrays = jax.tree.map(
-      lambda array: jnp.moveaxis(array, group, 0), (f.a, f.b, f.c)
+      lambda array: jnp.moveaxis(array, group, 0), self.arrays
     )
-    present = f.present[:group] + f.present[group + 1 :]
-
-    def read(x):
-      a, b, c = x
-      return Factored(Factors(a, b, c, f.layout, present))
-
-    return arrays, read
+    present = self.factors.present
+    left = present[:group] + present[group + 1 :]
+    return arrays, lambda x: self._with(x, left)
 
   def shard(self, cut: View, spec: Any, parts: dict[int, Any]):
     del spec
-    f = self.factors
+    present = self.factors.present
     where = {self._group_axis(cut, axis): n for axis, n in parts.items()}
     if None in where:
       return None
-    specs = PartitionSpec(*(where.get(i) for i in range(len(f.present))))
-    left = tuple(g for i, g in enumerate(f.present) if i not in where)
-    arrays = (f.a, f.b, f.c)
+    specs = PartitionSpec(*(where.get(i) for i in range(len(present))))
+    left = tuple(g for i, g in enumerate(present) if i not in where)
 
     def read(local):
       # Each device holds one of as many groups as there are devices.
       local = jax.tree.map(lambda v: jnp.squeeze(v, tuple(where)), local)
-      return Factored(Factors(*local, f.layout, left))
+      return self._with(local, left)
 
-    return arrays, jax.tree.map(lambda _: specs, arrays), read
+    return self.arrays, jax.tree.map(lambda _: specs, self.arrays), read
 
   def materialise(self, view: View) -> Any:
     f = self.factors
     sizes = f.layout.sizes
-    matrices = _multiply(f.a, f.b, sizes(f.present), f.layout)
+    matrices = _multiply(f)
     order = f.present + f.layout.inputs + f.layout.outputs
     left = sorted(order)
     array = matrices.reshape(sizes(order))
@@ -349,7 +354,14 @@ class _Substitution:
     elif not products.fits(factors, found):
       reason = f'{eqn.primitive.name} over other axes than it was factored for'
     else:
-      return found.factored(operands[1 - which], factors)
+      x = operands[1 - which]
+      if factors.order is not None and compat.has_explicit_axes(x):
+        raise ValueError(
+          f'{param.view.path!r} has an identity block, whose outputs are put '
+          'in order by a lookup; on AxisType.Explicit meshes JAX does not say '
+          'how that is sharded: use AxisType.Auto, or gauge=None'
+        )
+      return found.factored(x, factors, lambda make: make())
     plain = list(operands)
     plain[which] = walk.materialise(param, reason)
     return compat.bind(eqn, plain)[0]

@@ -36,7 +36,8 @@ class Product:
     rows_shape: shape of what `rows` returns.
     geometry: what else the rows depend on (a convolution's window).
     output: the product's output as a view over the kernel's atoms.
-    factored: runs the product with factors instead.
+    factored: runs the product with factors instead; `once(make)` makes x A,
+      or gives it back where it was made before.
   """
 
   kind: str
@@ -47,7 +48,7 @@ class Product:
   rows_shape: tuple[int, ...]
   geometry: Hashable
   output: View
-  factored: Callable[[Any, Factors], Any]
+  factored: Callable[[Any, Factors, Callable[[Callable[[], Any]], Any]], Any]
 
   @property
   def present(self) -> Atoms:

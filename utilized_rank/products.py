@@ -37,4 +37,7 @@ def fits(factors: Factors, product: Product) -> bool:
   mine = (product.layout.inputs, product.layout.outputs)
   if (fine.inputs, fine.outputs) == mine:
     return True
-  return (fine.outputs, fine.inputs) == mine and factors.c is None
+  if (fine.outputs, fine.inputs) != mine or factors.c is not None:
+    return False
+  # An identity block stands among a convolution's outputs, not in its window.
+  return factors.order is None or product.kind == 'dot'

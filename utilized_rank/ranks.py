@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import math
 import re
 from typing import Any
 
@@ -14,6 +15,8 @@ from utilized_rank import paths
 from utilized_rank import subspace
 from utilized_rank.families import Families
 from utilized_rank.families import decompose
+from utilized_rank.gauge import check_gauge
+from utilized_rank.gauge import pair_cost
 from utilized_rank.kernels import kernels
 from utilized_rank.layout import Layout
 from utilized_rank.moments import Moments
@@ -29,10 +32,9 @@ def check_energy(energy: float) -> float:
   return energy
 
 
-def saves(layout: Layout, rank: int) -> bool:
-  """Whether a pair of this rank has fewer parameters, r (d + m) < d m."""
-  d, m = layout.matrix_shape
-  return rank * (d + m) < d * m
+def saves(layout: Layout, rank: int, gauge: str | None = None) -> bool:
+  """Whether a pair of this rank has fewer parameters than the kernel."""
+  return pair_cost(layout, rank, gauge) < math.prod(layout.matrix_shape)
 
 
 def energy_ranks(
@@ -41,6 +43,7 @@ def energy_ranks(
   *,
   energy: float = 0.99,
   centered: bool = False,
+  gauge: str | None = None,
 ) -> dict[str, int]:
   """The utilized rank r = min(k_S, k_T) wherever it saves parameters.
 
@@ -52,6 +55,7 @@ def energy_ranks(
     moments: moments of their kernels.
     energy: share of each spectrum to keep, in (0, 1].
     centered: take the spectra about the mean.
+    gauge: as for `factorize`; with 'identity' every r < min(d, m) saves.
 
   Returns:
     Path to rank; kernels that a pair would not make smaller are absent.
@@ -59,6 +63,7 @@ def energy_ranks(
   Source: arXiv 2407.04797, r = min(k_S, k_T).
   """
   check_energy(energy)
+  check_gauge(gauge)
   ranks = {}
   for path, members in kernels(params, moments, centered=centered):
     rank = max(
@@ -69,13 +74,17 @@ def energy_ranks(
       for k in members
     )
     rank = max(rank, 1)
-    if saves(moments[path].layout, rank):
+    if saves(moments[path].layout, rank, gauge):
       ranks[path] = rank
   return ranks
 
 
 def uniform_ranks(
-  params: Any, moments: Moments, *, params_fraction: float
+  params: Any,
+  moments: Moments,
+  *,
+  params_fraction: float,
+  gauge: str | None = None,
 ) -> dict[str, int]:
   """Every kernel keeps the same share of its own parameters.
 
@@ -84,9 +93,11 @@ def uniform_ranks(
     moments: moments of the kernels to shrink.
     params_fraction: share of the kernels' parameters to keep, in (0, 1]; the
       pairs never have more.
+    gauge: as for `factorize`; the same share then holds higher ranks.
 
   Returns:
-    Path to rank r = floor(fraction d m / (d + m)), at least 1; empty for 1.
+    Path to the highest rank whose pair keeps no more than the share, at least
+    1: without a gauge floor(fraction d m / (d + m)). Empty for 1.
 
   Raises:
     ValueError: the fraction is outside (0, 1], or below what rank 1 costs.
@@ -94,9 +105,12 @@ def uniform_ranks(
   >>> import jax.numpy as jnp, utilized_rank as ur
   >>> w = jnp.ones((8, 8))
   >>> _, moments = ur.capture(lambda p, x: x @ p['w'])({'w': w}, w)
-  >>> uniform_ranks({'w': w}, moments, params_fraction=0.5)
-  {'w': 2}
+  >>> uniform_ranks({'w': w}, moments, params_fraction=0.75)
+  {'w': 3}
+  >>> uniform_ranks({'w': w}, moments, params_fraction=0.75, gauge='identity')
+  {'w': 4}
   """
+  check_gauge(gauge)
   if not 0 < params_fraction <= 1:
     raise ValueError(
       f'params_fraction is a share in (0, 1], got {params_fraction!r}'
@@ -107,13 +121,15 @@ def uniform_ranks(
   total = cost = 0
   for path in moments:
     layout = moments[path].layout
-    d, m = layout.matrix_shape
-    rank = max(1, int(params_fraction * d * m / (d + m)))
-    total += layout.num_groups * d * m
-    cost += layout.num_groups * (
-      rank * (d + m) if rank * (d + m) < d * m else d * m
-    )
-    if saves(layout, rank):
+    dense = math.prod(layout.matrix_shape)
+    rank = 1
+    for higher in range(2, layout.full_rank + 1):
+      if pair_cost(layout, higher, gauge) <= params_fraction * dense:
+        rank = higher
+    pair = pair_cost(layout, rank, gauge)
+    total += layout.num_groups * dense
+    cost += layout.num_groups * min(pair, dense)
+    if pair < dense:
       ranks[path] = rank
   if cost > params_fraction * total:
     raise ValueError(
@@ -135,6 +151,7 @@ def budget_ranks(
   limits: Sequence[tuple[str, tuple[int, int]]] = (),
   compensate_mean: bool = True,
   damping: float = methods.DAMPING,
+  gauge: str | None = None,
   families: Families | None = None,
   progress: bool = True,
 ) -> dict[str, int]:
@@ -163,6 +180,7 @@ def budget_ranks(
     compensate_mean: whether the mean will be compensated; it costs a constant
       where the function adds no bias.
     damping: as for `factorize`.
+    gauge: as for `factorize`; what it saves is counted.
     families: what `decompose` made of these parameters and moments, with the
       same method, `compensate_mean` and `damping`; default to do so here.
     progress: show a progress bar.
@@ -182,6 +200,7 @@ def budget_ranks(
       f'params_fraction={params_fraction}, flops_fraction={flops_fraction}: '
       'give one of them, a share in (0, 1]'
     )
+  check_gauge(gauge)
   if multiple_of < 1:
     raise ValueError(f'multiple_of={multiple_of}: at least 1')
   has_gradients = moments.grads is not None
@@ -214,7 +233,8 @@ def budget_ranks(
     choice = np.arange(multiple_of, layout.full_rank + 1, multiple_of)
     choice = choice[(choice >= low) & (choice <= high)]
     each = weight * (layout.num_groups if flops_fraction is None else 1)
-    costs = each * (choice * (d + m) + extra)
+    pairs = np.array([pair_cost(layout, int(r), gauge) for r in choice])
+    costs = each * (pairs + extra)
     damage = damage[choice]
     dense = each * d * m
     total += dense

@@ -12,6 +12,7 @@ from typing import Any
 
 from utilized_rank import files
 from utilized_rank import paths
+from utilized_rank.gauge import check_gauge
 from utilized_rank.kernels import Kernel
 from utilized_rank.kernels import kernels
 from utilized_rank.kernels import to_leaf
@@ -88,6 +89,7 @@ def search_ranks(
   centered: bool = False,
   group: Callable[[str], str] | None = None,
   checkpoint: str | os.PathLike[str] | None = None,
+  gauge: str | None = None,
   progress: bool = True,
 ) -> SearchedRanks:
   """Searches the energies of each kernel as the paper does.
@@ -111,6 +113,7 @@ def search_ranks(
       share an energy; for large models.
     checkpoint: JSON file of the evaluations made so far. A search that finds
       it goes on where it stopped, to the same result.
+    gauge: as for `factorize`; with 'identity' every r < min(d, m) saves.
     progress: show a progress bar; its total is the most evaluations that can
       be needed, see `count_evaluations`.
 
@@ -126,6 +129,7 @@ def search_ranks(
   re-implementation.
   """
   low, high = energy_range
+  check_gauge(gauge)
   check_energy(low)
   check_energy(high)
   if not low < high or steps < 2 or tolerance < 0:
@@ -161,7 +165,7 @@ def search_ranks(
   ranks = {}
   for path, (e_s, e_t) in energies.items():
     rank = max(max(1, min(k.ranks(e_s, e_t))) for k in members[path])
-    if saves(moments[path].layout, rank):
+    if saves(moments[path].layout, rank, gauge):
       ranks[path] = rank
   return SearchedRanks(ranks, run.baseline, energies, run.trials)
 
