@@ -13,7 +13,7 @@ ROOT = pathlib.Path(utilized_rank.__file__).parent
 
 # Lower rows may be imported by higher ones, not the other way round.
 LAYERS = [
-  'compat progress files layout paths depth look svg',
+  'compat progress files layout paths depth look svg divergence',
   'tracing numerics tables factors gauge',
   'product',
   'contraction convolution',
@@ -24,9 +24,9 @@ LAYERS = [
   'capture kernels allocation',
   'checkpoint methods plots gradients certify',
   'families',
-  'ranks',
+  'ranks trials',
   'collect fisher factorize search',
-  'page report',
+  'page report tune',
   'compress',
 ]
 # They need flax, optax, TFDS or absl, and are imported by name.

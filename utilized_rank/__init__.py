@@ -15,6 +15,8 @@ from utilized_rank.checkpoint import load
 from utilized_rank.checkpoint import save
 from utilized_rank.collect import collect
 from utilized_rank.compress import compress
+from utilized_rank.divergence import kl_divergence
+from utilized_rank.divergence import squared_error
 from utilized_rank.factorize import factorize
 from utilized_rank.factorize import project
 from utilized_rank.families import Families
@@ -40,5 +42,7 @@ from utilized_rank.report import measure
 from utilized_rank.search import SearchedRanks
 from utilized_rank.search import search_ranks
 from utilized_rank.sites import Sites
+from utilized_rank.tune import TunedRanks
+from utilized_rank.tune import tune_ranks
 
 __version__ = '0.1.0'

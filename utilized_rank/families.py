@@ -71,11 +71,30 @@ class Families(Mapping[str, list[Family]]):
       if path not in self._found:
         raise ValueError('no family of ' + paths.unknown(path, self._found))
 
+  @property
+  def metrics(self) -> tuple[str, ...]:
+    """The metrics that damages are known in, for every kernel."""
+    return tuple(next(iter(self._found.values()))[0].damages)
+
   def damages(self, path: str, metric: str) -> np.ndarray:
     """(R + 1,): what rank r of every kernel of a leaf costs together."""
     return np.sum(
       [methods.damages(path, family, metric) for family in self[path]], axis=0
     )
+
+  def scaled(self, factors: Mapping[str, float]) -> Families:
+    """The same with the damages of each kernel times a factor.
+
+    Args:
+      factors: path to factor; other paths keep their damages.
+    """
+    found = dict(self._found)
+    for path, factor in factors.items():
+      found[path] = [
+        Family(f.factors, {k: factor * v for k, v in f.damages.items()})
+        for f in self[path]
+      ]
+    return Families(found, self.method, self.compensate_mean, self.damping)
 
 
 def decompose(

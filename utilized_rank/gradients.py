@@ -21,6 +21,9 @@ from utilized_rank import numerics
 from utilized_rank import products
 from utilized_rank import tracing
 from utilized_rank.dense import Dense
+from utilized_rank.divergence import Divergence
+from utilized_rank.divergence import identity
+from utilized_rank.divergence import kl_divergence
 from utilized_rank.factors import Factors
 from utilized_rank.interpret import Walk
 from utilized_rank.layout import Layout
@@ -189,11 +192,37 @@ def _tap_backward(rows, _, cotangent):
 _tap.defvjp(_tap_forward, _tap_backward)
 
 
+@dataclasses.dataclass(frozen=True)
+class SampledCrossEntropy:
+  """See `sampled_cross_entropy`."""
+
+  logits: Callable[[Any], jax.Array]
+  seed: int
+
+  def __call__(self, outputs: Any, batch: Any) -> jax.Array:
+    del batch
+    scores = self.logits(outputs).astype(jnp.float32)
+    mix = jax.lax.bitcast_convert_type(
+      jax.lax.stop_gradient(scores).sum(), jnp.uint32
+    )
+    key = jax.random.fold_in(jax.random.key(self.seed), mix)
+    drawn = jax.random.categorical(key, jax.lax.stop_gradient(scores))
+    nats = -jnp.take_along_axis(
+      jax.nn.log_softmax(scores), drawn[..., None], axis=-1
+    )[..., 0]
+    return nats.reshape(len(nats), -1).sum(1)
+
+  @property
+  def divergence(self) -> Divergence:
+    """What its expectation rises by: the KL divergence of the logits."""
+    return kl_divergence(self.logits)
+
+
 def sampled_cross_entropy(
-  logits: Callable[[Any], jax.Array] = lambda outputs: outputs,
+  logits: Callable[[Any], jax.Array] = identity,
   *,
   seed: int = 0,
-) -> LossFn:
+) -> SampledCrossEntropy:
   """The loss whose gradient moments are the true Fisher's: labels are drawn
   from the model's own distribution, so none are needed.
 
@@ -210,18 +239,4 @@ def sampled_cross_entropy(
   >>> loss(jnp.zeros((3, 5)), None).shape
   (3,)
   """
-
-  def loss(outputs, batch):
-    del batch
-    scores = logits(outputs).astype(jnp.float32)
-    mix = jax.lax.bitcast_convert_type(
-      jax.lax.stop_gradient(scores).sum(), jnp.uint32
-    )
-    key = jax.random.fold_in(jax.random.key(seed), mix)
-    drawn = jax.random.categorical(key, jax.lax.stop_gradient(scores))
-    nats = -jnp.take_along_axis(
-      jax.nn.log_softmax(scores), drawn[..., None], axis=-1
-    )[..., 0]
-    return nats.reshape(len(nats), -1).sum(1)
-
-  return loss
+  return SampledCrossEntropy(logits, seed)

@@ -16,7 +16,7 @@ from utilized_rank import subspace
 from utilized_rank.kernels import Kernel
 from utilized_rank.subspace import Factors
 
-METRICS = ('loss', 'output', 'relative')
+METRICS = ('loss', 'output', 'relative', 'geometric')
 DAMPING = 0.01
 
 
@@ -36,7 +36,7 @@ class Family(NamedTuple):
     damages: metric -> (R + 1,), what the pair of each rank costs: 'output',
       E|x (W - W')|^2; 'relative', that as a share of E|x W|^2; 'loss', nats
       per example in the Kronecker-factored quadratic approximation (where
-      there are gradients).
+      there are gradients); 'geometric', the geometric mean of the last two.
   """
 
   factors: Factors | None
@@ -117,6 +117,7 @@ def family(kernel: Kernel, method: str, damping: float = DAMPING) -> Family:
   }
   if loss:
     found['loss'] = loss[0] * (kernel.rows_per_example / 2)
+    found['geometric'] = np.sqrt(found['loss'] * found['relative'])
   return Family(factors, found)
 
 

@@ -170,8 +170,9 @@ def budget_ranks(
       moments have gradients, else 'output'.
     metric: unit of damage that is added up over kernels: 'loss' in nats per
       example (the default where there are gradients), 'relative', the share
-      of each kernel's output energy (the default else), or 'output', that
-      energy itself.
+      of each kernel's output energy (the default else), 'output', that
+      energy itself, or 'geometric', the geometric mean of nats and share:
+      where much is cut, nats are wrong by the most and shares are not.
     multiple_of: ranks are multiples of this, as matrix units like them (8 on
       a GPU, 128 on a TPU).
     limits: ordered `(regex, (lowest, highest))` rules over paths, full match,

@@ -1,0 +1,245 @@
+"""Ranks tried on data: masks stand for factors, and trials pay."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import utilized_rank as ur
+from utilized_rank.families import decompose
+from utilized_rank.trials import Trials
+
+
+class Model(nn.Module):
+  """A convolution, heads without biases, and a scanned stack."""
+
+  @nn.compact
+  def __call__(self, images):
+    x = nn.relu(nn.Conv(12, (3, 3), name='conv')(images))
+    x = x.reshape(len(x), -1, 12)
+    y = nn.MultiHeadDotProductAttention(2, use_bias=False, name='heads')(x)
+    stack = nn.scan(
+      Block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      length=2,
+    )
+    x, _ = stack(name='blocks')(x + y, None)
+    return nn.Dense(6, name='top')(x.mean(1))
+
+
+class Block(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    return x + jnp.tanh(nn.Dense(12, name='dense')(x)), None
+
+
+KERNELS = [('.*kernel', True), ('.*', False)]
+
+
+@pytest.fixture(scope='module')
+def problem():
+  rng = np.random.default_rng(0)
+  # A few directions carry most of what the images differ in.
+  basis = rng.normal(size=(6, 4 * 4 * 3)) * 0.6 ** np.arange(6)[:, None]
+  images = (rng.normal(size=(64, 6)) @ basis).reshape(64, 4, 4, 3) + 0.2
+  batches = list(jnp.asarray(images, jnp.float32).reshape(2, 32, 4, 4, 3))
+  model = Model()
+  params = model.init(jax.random.key(0), batches[0])
+  params = jax.tree.map(lambda a: 2 * a, params)
+  moments = ur.collect(
+    model.apply,
+    params,
+    batches,
+    loss=ur.sampled_cross_entropy(),
+    select=KERNELS,
+    progress=False,
+  )
+  return model.apply, params, moments, batches
+
+
+def measured(fn, params, tree, batches):
+  """Mean KL divergence of a tree with low-rank leaves."""
+  small = jax.jit(ur.low_rank(fn))
+  each = [
+    ur.kl_divergence()(fn(params, x), small(tree, x), None) for x in batches
+  ]
+  return float(jnp.concatenate(each).mean())
+
+
+@pytest.mark.parametrize('method', ['weight', 'output', 'loss'])
+@pytest.mark.parametrize('mean', [True, False])
+def test_masks_stand_for_factors_of_those_ranks(problem, method, mean):
+  fn, params, moments, batches = problem
+  families = decompose(
+    params, moments, method=method, compensate_mean=mean, progress=False
+  )
+  trials = Trials(fn, params, moments, batches, ur.kl_divergence(), at_once=3)
+  device = trials.on_device(families)
+  rng = np.random.default_rng(1)
+  full = {p: moments[p].layout.full_rank for p in moments}
+  candidates = [
+    {
+      p: int(rng.integers(1, r + 1))
+      for p, r in full.items()
+      if rng.random() < s
+    }
+    for s in (0.3, 0.8, 1.0, 0.6)
+  ]
+  found = trials.measure(candidates, device).mean(1)
+  for ranks, value in zip(candidates, found, strict=True):
+    tree = ur.factorize(
+      params,
+      moments,
+      ranks,
+      method=method,
+      compensate_mean=mean,
+      families=families,
+      progress=False,
+    )
+    # Factors in float32, balanced and not.
+    assert value == pytest.approx(
+      measured(fn, params, tree, batches), rel=1e-3, abs=1e-6
+    )
+  (nothing,) = trials.measure([{}], device)
+  assert nothing.max() < 1e-6
+
+
+def test_slopes_are_derivatives_by_the_masks(problem):
+  fn, params, moments, batches = problem
+  families = decompose(params, moments, method='loss', progress=False)
+  trials = Trials(fn, params, moments, batches, ur.kl_divergence())
+  device = trials.on_device(families)
+  ranks = {p: moments[p].layout.full_rank // 2 for p in moments}
+  slopes = trials.slopes(ranks, device)
+  masks = trials.masks(ranks)
+
+  def value(masks):
+    stacked = jax.tree.map(lambda m: m[None], masks)
+    parts = [trials._each(stacked, device, *pair) for pair in trials._data]
+    return float(np.concatenate(parts, axis=1).mean())
+
+  for path, (group, direction) in zip(slopes, [(0, 0), (0, 5), (-1, 3)]):
+    ends = []
+    for step in (1e-2, -1e-2):
+      moved = dict(masks) | {path: masks[path].copy()}
+      moved[path][group, direction] += step
+      ends.append(value(moved))
+    # The second difference and float32 outputs: a percent of the largest.
+    assert slopes[path][group, direction] == pytest.approx(
+      (ends[0] - ends[1]) / 2e-2, rel=0.05, abs=1e-4
+    )
+
+
+def kept(tree, moments):
+  named, _ = ur.paths.flatten(tree, lambda v: isinstance(v, ur.LowRank))
+  whole = sum(int(np.prod(moments[p].layout.shape)) for p in moments)
+  return sum(ur.count_params(named[p]) for p in moments) / whole
+
+
+@pytest.mark.parametrize('gauge', [None, 'identity'])
+def test_tuned_ranks_are_no_worse_than_any_prediction(problem, gauge):
+  fn, params, moments, batches = problem
+  tuned = ur.tune_ranks(
+    fn,
+    params,
+    moments,
+    batches,
+    divergence=ur.kl_divergence(),
+    params_fraction=0.5,
+    gauge=gauge,
+    progress=False,
+  )
+  families = tuned.families
+  tree = ur.factorize(
+    params,
+    moments,
+    tuned,
+    method=families.method,
+    damping=families.damping,
+    families=families,
+    gauge=gauge,
+    progress=False,
+  )
+  assert kept(tree, moments) <= 0.5
+  ours = measured(fn, params, tree, batches)
+  assert ours == pytest.approx(tuned.divergence, rel=1e-3)
+  assert tuned.divergence == min(
+    t.divergence for t in tuned.trials if t.accepted
+  )
+  for method, metric in (('output', 'relative'), ('loss', 'loss')):
+    ranks = ur.budget_ranks(
+      params,
+      moments,
+      params_fraction=0.5,
+      method=method,
+      metric=metric,
+      gauge=gauge,
+      progress=False,
+    )
+    other = ur.factorize(
+      params, moments, ranks, method=method, gauge=gauge, progress=False
+    )
+    assert ours <= measured(fn, params, other, batches) * (1 + 1e-3)
+
+
+def test_a_correction_moves_ranks_to_where_they_matter():
+  """One kernel's outputs are scaled away again: predictions by output energy
+  are fooled, slopes are not."""
+  rng = np.random.default_rng(0)
+  params = {
+    name: jnp.asarray(rng.normal(size=(16, 16)), jnp.float32)
+    for name in ('loud', 'quiet')
+  }
+  x = jnp.asarray(
+    rng.normal(size=(256, 16)) * 0.8 ** np.arange(16), jnp.float32
+  )
+
+  def fn(p, x):
+    return 1e-3 * (100 * x @ p['loud']) + x @ p['quiet']
+
+  moments = ur.collect(fn, params, [x], progress=False)
+  options = dict(params_fraction=0.5, progress=False)
+  predicted = ur.budget_ranks(params, moments, metric='output', **options)
+  tuned = ur.tune_ranks(
+    fn, params, moments, [x], divergence=ur.squared_error, **options
+  )
+  assert tuned['loud'] < predicted['loud']
+  assert tuned['quiet'] > predicted['quiet']
+  assert any(t.accepted and t.allocation == 'corrected' for t in tuned.trials)
+
+
+def test_tuning_needs_data(problem):
+  fn, params, moments, _ = problem
+  with pytest.raises(ValueError, match='at least one batch'):
+    ur.tune_ranks(
+      fn,
+      params,
+      moments,
+      [],
+      divergence=ur.squared_error,
+      params_fraction=0.5,
+    )
+
+
+def test_compress_reads_an_iterator_once_and_keeps_the_budget(problem):
+  fn, params, _, batches = problem
+  results = [
+    ur.compress(
+      fn,
+      params,
+      source,
+      params_fraction=0.4,
+      loss=ur.sampled_cross_entropy(),
+      select=KERNELS,
+      trial_examples=32,
+      progress=False,
+    )[0]
+    for source in (batches, iter(batches))
+  ]
+  named, _ = ur.paths.flatten(results[0], lambda v: isinstance(v, ur.LowRank))
+  paths = [p for p in named if p.endswith('kernel')]
+  whole = sum(int(np.prod(named[p].shape)) for p in paths)
+  assert sum(ur.count_params(named[p]) for p in paths) <= 0.4 * whole
+  jax.tree.map(np.testing.assert_array_equal, *results)

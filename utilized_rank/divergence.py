@@ -1,0 +1,76 @@
+"""How far a compressed function's outputs are from the dense one's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# divergence(dense outputs, outputs, batch) -> (B,), not negative, 0 where the
+# two agree.
+Divergence = Callable[[Any, Any, Any], jax.Array]
+
+
+def identity(outputs: Any) -> Any:
+  """The outputs themselves, where they are the logits."""
+  return outputs
+
+
+def kl_divergence(
+  logits: Callable[[Any], jax.Array] = identity,
+) -> Divergence:
+  """KL(dense || compressed) of the distributions that logits stand for.
+
+  Args:
+    logits: the logits (B, ..., K) among the outputs; the divergences of an
+      example's positions are added up.
+
+  Returns:
+    `divergence(dense, outputs, batch) -> (B,)`, nats per example.
+
+  >>> one, two = jnp.array([[0.0, 0.0]]), jnp.array([[jnp.log(3.0), 0.0]])
+  >>> kl_divergence()(one, two, None).round(4).tolist()
+  [0.1438]
+  """
+
+  def divergence(dense, outputs, batch):
+    del batch
+    p, q = (
+      jax.nn.log_softmax(logits(o).astype(jnp.float32))
+      for o in (dense, outputs)
+    )
+    nats = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    return nats.reshape(len(nats), -1).sum(1)
+
+  return divergence
+
+
+def squared_error(dense: Any, outputs: Any, batch: Any) -> jax.Array:
+  """Squared difference of every output, as a share of the dense ones' energy.
+
+  Args:
+    dense: pytree of the dense outputs, arrays that lead with the batch axis.
+    outputs: the same of the compressed function.
+    batch: not looked at.
+
+  Returns:
+    (B,): for each example its share, added up over the floating arrays.
+
+  >>> squared_error(jnp.ones((2, 4)), jnp.zeros((2, 4)), None).tolist()
+  [1.0, 1.0]
+  """
+  del batch
+  parts = []
+  for y, z in zip(jax.tree.leaves(dense), jax.tree.leaves(outputs)):
+    if jnp.issubdtype(y.dtype, jnp.floating):
+      y, z = (v.astype(jnp.float32).reshape(len(v), -1) for v in (y, z))
+      energy = jnp.mean(jnp.sum(jnp.square(y), axis=1))
+      error = jnp.sum(jnp.square(y - z), axis=1)
+      parts.append(error / jnp.where(energy > 0, energy, 1.0))
+  if not parts:
+    raise ValueError(
+      'the function has no floating output to compare; pass divergence='
+    )
+  return sum(parts[1:], parts[0])

@@ -1,0 +1,250 @@
+"""Ranks chosen by what they do to the outputs, not by predictions alone.
+
+Predicted damages (`budget_ranks`) are quadratic and take every kernel alone;
+where much is cut both fail, and which prediction fails least differs from
+network to network. So the allocations that several predictions ask for are
+tried on data, and the best is then corrected: one backward pass through the
+compressed function tells what each kernel's discarded directions cost where
+the network now is, the predictions are scaled to it, and the budget is spent
+anew, as long as the outputs come closer to the dense function's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from utilized_rank import methods
+from utilized_rank.divergence import Divergence
+from utilized_rank.families import Families
+from utilized_rank.families import decompose
+from utilized_rank.moments import Moments
+from utilized_rank.progress import track
+from utilized_rank.ranks import budget_ranks
+from utilized_rank.trials import OnDevice
+from utilized_rank.trials import Trials
+
+# Of the gradient moment's mean diagonal. Little trusts the quadratic
+# approximation of the loss, much tends to 'output'; no value is best for all.
+DAMPINGS = (0.01, 0.1, 1.0)
+# Predictions of damage whose allocations are tried.
+METRICS = ('loss', 'geometric', 'relative')
+# Shares of the correction that are tried, the boldest first.
+_STEPS = (1.0, 0.5, 0.25)
+# No kernel counts for less than this share of the mean effect: a slope at one
+# point says little about a kernel that seems not to matter there.
+_LEAST_EFFECT = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """One set of ranks that was tried.
+
+  Attributes:
+    method: of the factors.
+    damping: of the factors.
+    allocation: what chose the ranks: a metric of `budget_ranks`, or
+      'corrected'.
+    divergence: mean over the examples.
+    accepted: whether it was the best so far.
+  """
+
+  method: str
+  damping: float
+  allocation: str
+  divergence: float
+  accepted: bool
+
+
+class TunedRanks(dict[str, int]):
+  """Ranks by path, with the factors they were tried with.
+
+  Attributes:
+    families: the factors; pass them to `factorize(families=)`.
+    trials: every set of ranks tried, in order.
+  """
+
+  def __init__(
+    self, ranks: Mapping[str, int], families: Families, trials: list[Trial]
+  ):
+    super().__init__(ranks)
+    self.families = families
+    self.trials = trials
+
+  @property
+  def divergence(self) -> float:
+    """Mean divergence per example on the data that were tried on."""
+    return [t for t in self.trials if t.accepted][-1].divergence
+
+
+def tune_ranks(
+  fn: Callable[[Any, Any], Any],
+  params: Any,
+  moments: Moments,
+  batches: Sequence[Any],
+  *,
+  divergence: Divergence,
+  params_fraction: float | None = None,
+  flops_fraction: float | None = None,
+  multiple_of: int = 1,
+  limits: Sequence[tuple[str, tuple[int, int]]] = (),
+  gauge: str | None = None,
+  rounds: int = 4,
+  at_once: int = 1,
+  progress: bool = True,
+) -> TunedRanks:
+  """The ranks and the method, of those tried, that change the outputs least.
+
+  Args:
+    fn: `fn(params, batch) -> outputs`.
+    params: dense parameters.
+    moments: moments of the kernels to shrink; with gradients 'loss' factors
+      are tried beside those of 'output'.
+    batches: data to try on, kept in memory with the dense outputs; batches of
+      one size compile once.
+    divergence: `divergence(dense outputs, outputs, batch) -> (B,)`, such as
+      `kl_divergence()` or `squared_error`.
+    params_fraction: as for `budget_ranks`.
+    flops_fraction: as for `budget_ranks`.
+    multiple_of: as for `budget_ranks`.
+    limits: as for `budget_ranks`.
+    gauge: as for `factorize`.
+    rounds: corrections of the best allocation; each takes one backward pass
+      and up to three trials, and ends the search if it brings nothing.
+    at_once: sets of ranks tried in one call; more fill a large accelerator.
+    progress: show a progress bar.
+
+  Returns:
+    `TunedRanks`: a corrected allocation only where it beats the one before
+    by more than the standard error of the difference over the examples.
+
+  Raises:
+    ValueError: as `budget_ranks`; no batches.
+  """
+  if not batches:
+    raise ValueError('tune_ranks needs at least one batch to try ranks on')
+  allocate = functools.partial(
+    budget_ranks,
+    params,
+    moments,
+    params_fraction=params_fraction,
+    flops_fraction=flops_fraction,
+    multiple_of=multiple_of,
+    limits=limits,
+    gauge=gauge,
+    progress=False,
+  )
+  trials = Trials(fn, params, moments, batches, divergence, at_once=at_once)
+  search = _Search(trials, allocate)
+  recipes = [('output', methods.DAMPING)]
+  if moments.grads is not None:
+    recipes += [('loss', damping) for damping in DAMPINGS]
+  steps: Iterable[int] = range(len(recipes) + rounds)
+  if progress:
+    steps = track(
+      steps,
+      total=len(recipes) + rounds,
+      desc='ranks',
+      unit='step',
+      status=lambda: f'divergence {search.best.mean():.3g}',
+    )
+  step = iter(steps)
+  for method, damping in recipes:
+    next(step)
+    search.try_predictions(
+      decompose(params, moments, method=method, damping=damping, progress=False)
+    )
+  for _ in range(rounds):
+    next(step)
+    if not search.correct():
+      break
+  return TunedRanks(search.ranks, search.families, search.log)
+
+
+class _Search:
+  """The best set of ranks so far, and how to look for a better one."""
+
+  best: np.ndarray  # divergence of every example
+  ranks: dict[str, int]
+  families: Families
+  _metric: str
+  _family: OnDevice  # the same on the device
+
+  def __init__(self, trials: Trials, allocate: Callable[..., dict[str, int]]):
+    self._trials, self._allocate = trials, allocate
+    self.best = np.array([np.inf])
+    self.log: list[Trial] = []
+
+  def try_predictions(self, families: Families) -> None:
+    """Tries the allocations that each prediction of damage asks for."""
+    metrics = [m for m in METRICS if m in families.metrics]
+    candidates = [self._spend(families, metric) for metric in metrics]
+    family = self._trials.on_device(families)
+    found = self._trials.measure(candidates, family)
+    for metric, ranks, each in zip(metrics, candidates, found, strict=True):
+      better = each.mean() < self.best.mean()
+      self._note(families, metric, each, better)
+      if better:
+        self.best, self.ranks, self.families = each, ranks, families
+        self._family, self._metric = family, metric
+        self._scale = dict.fromkeys(families, 0.0)
+
+  def correct(self) -> bool:
+    """Scales the predictions to what is seen; whether that helped."""
+    slopes = self._trials.slopes(self.ranks, self._family)
+    effects = {
+      path: max(0.0, -float(slopes[path][:, rank:].sum()))
+      for path, rank in self.ranks.items()
+    }
+    least = _LEAST_EFFECT * sum(effects.values()) / max(len(effects), 1)
+    wanted = {}
+    for path, rank in self.ranks.items():
+      predicted = self.families.damages(path, self._metric)[rank]
+      if predicted > 0 and least > 0:
+        wanted[path] = np.log(max(effects[path], least) / predicted)
+    if not wanted:
+      return False
+    # Only ratios between kernels matter; a dense one is taken as predicted.
+    middle = float(np.mean(list(wanted.values())))
+    goal = {p: wanted.get(p, middle) - middle for p in self.families}
+    for share in _STEPS:
+      scale = {
+        p: (1 - share) * old + share * goal[p] for p, old in self._scale.items()
+      }
+      factors = {p: float(np.exp(v)) for p, v in scale.items()}
+      ranks = self._spend(self.families.scaled(factors), self._metric)
+      if ranks == self.ranks:
+        continue
+      (each,) = self._trials.measure([ranks], self._family)
+      gain = self.best - each
+      better = gain.mean() > gain.std() / len(gain) ** 0.5
+      self._note(self.families, 'corrected', each, better)
+      if better:
+        self.best, self.ranks, self._scale = each, ranks, scale
+        return True
+    return False
+
+  def _spend(self, families: Families, metric: str) -> dict[str, int]:
+    return self._allocate(
+      families=families,
+      method=families.method,
+      damping=families.damping,
+      metric=metric,
+    )
+
+  def _note(
+    self, families: Families, allocation: str, each: np.ndarray, better: bool
+  ) -> None:
+    self.log.append(
+      Trial(
+        families.method,
+        families.damping,
+        allocation,
+        float(each.mean()),
+        bool(better),
+      )
+    )
