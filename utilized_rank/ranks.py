@@ -11,7 +11,7 @@ import numpy as np
 from utilized_rank import allocation
 from utilized_rank import methods
 from utilized_rank import paths
-from utilized_rank import subspace
+from utilized_rank import threads
 from utilized_rank.families import Families
 from utilized_rank.families import decompose
 from utilized_rank.kernels import kernels
@@ -61,14 +61,11 @@ def energy_ranks(
   """
   check_energy(energy)
   ranks = {}
-  for path, members in kernels(params, moments, centered=centered):
-    rank = max(
-      min(
-        subspace.energy_rank(k.in_basis.values, energy),
-        subspace.energy_rank(k.out_basis.values, energy),
-      )
-      for k in members
-    )
+  most = threads.ordered_map(
+    lambda item: (item[0], max(min(k.ranks(energy, energy)) for k in item[1])),
+    kernels(params, moments, centered=centered),
+  )
+  for path, rank in most:
     rank = max(rank, 1)
     if saves(moments[path].layout, rank):
       ranks[path] = rank
