@@ -50,9 +50,9 @@ def peak_gib() -> float:
   return round(used / 2**20, 2)
 
 
-def problem(variant: str, images: int, size: int, batch_size: int):
+def problem(sizes: dict[str, int], images: int, size: int, batch_size: int):
   """Random parameters, and moments of random images with a loss."""
-  model = vit.ViT(num_classes=1000, **vit.VARIANTS[variant])
+  model = vit.ViT(num_classes=1000, **sizes)
   rng = np.random.default_rng(0)
   data = rng.normal(size=(images, size, size, 3)).astype(np.float32)
   params = jax.jit(model.init)(jax.random.key(0), jnp.asarray(data[:1]))
@@ -170,6 +170,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--out')
   parser.add_argument('--variant', default='B/16', choices=sorted(vit.VARIANTS))
+  parser.add_argument('--depth', type=int, help='blocks, if not all')
   parser.add_argument('--images', type=int, default=32)
   parser.add_argument('--image_size', type=int, default=224)
   parser.add_argument('--batch_size', type=int, default=8)
@@ -177,8 +178,10 @@ def main():
     '--methods', nargs='+', default=['output', 'loss'], choices=methods.FAMILIES
   )
   args = parser.parse_args()
+  sizes = dict(vit.VARIANTS[args.variant])
+  sizes['depth'] = args.depth or sizes['depth']
   collecting, (params, moments) = seconds(
-    lambda: problem(args.variant, args.images, args.image_size, args.batch_size)
+    lambda: problem(sizes, args.images, args.image_size, args.batch_size)
   )
   collected = peak_gib()
   # Few images are known to be few; the work is the same.
@@ -204,6 +207,7 @@ def main():
     },
     'load': os.getloadavg(),
     'variant': args.variant,
+    'depth': sizes['depth'],
     'images': args.images,
     'rows_per_kernel': int(np.max([np.max(moments[p].count) for p in moments])),
     'fraction': FRACTION,

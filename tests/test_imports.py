@@ -23,7 +23,7 @@ LAYERS = [
   'collector',
   'capture kernels allocation',
   'checkpoint methods plots gradients certify',
-  'families',
+  'families latency',
   'ranks trials',
   'collect fisher factorize search',
   'page report tune',

@@ -23,6 +23,8 @@ from utilized_rank.families import Families
 from utilized_rank.families import decompose
 from utilized_rank.gradients import sampled_cross_entropy
 from utilized_rank.interpret import UnsupportedError
+from utilized_rank.latency import LatencyTable
+from utilized_rank.latency import measure_latency
 from utilized_rank.layers import stack
 from utilized_rank.layers import unstack
 from utilized_rank.layout import Layout

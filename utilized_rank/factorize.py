@@ -68,15 +68,20 @@ def project(
     energy if isinstance(energy, Mapping) else dict.fromkeys(moments, energy)
   )
   named, treedef = paths.flatten(params, lowrank.is_low_rank)
-  for path, members in kernels(
-    params, moments, centered=centered, only=per_path
-  ):
+
+  def solve(item: tuple[str, list[Kernel]]) -> tuple[str, Any]:
+    path, members = item
     share = per_path[path]
     e_s, e_t = share if isinstance(share, tuple) else (share, share)
     projected = [
       k.projected(check_energy(e_s), check_energy(e_t)) for k in members
     ]
-    named[path] = to_leaf(projected, moments[path].layout, named[path])
+    return path, to_leaf(projected, moments[path].layout, named[path])
+
+  for path, leaf in threads.ordered_map(
+    solve, kernels(params, moments, centered=centered, only=per_path)
+  ):
+    named[path] = leaf
   return paths.unflatten(treedef, named)
 
 

@@ -12,12 +12,13 @@ import numpy as np
 from utilized_rank import allocation
 from utilized_rank import methods
 from utilized_rank import paths
-from utilized_rank import subspace
+from utilized_rank import threads
 from utilized_rank.families import Families
 from utilized_rank.families import decompose
 from utilized_rank.gauge import check_gauge
 from utilized_rank.gauge import pair_cost
 from utilized_rank.kernels import kernels
+from utilized_rank.latency import LatencyTable
 from utilized_rank.layout import Layout
 from utilized_rank.moments import Moments
 
@@ -65,14 +66,11 @@ def energy_ranks(
   check_energy(energy)
   check_gauge(gauge)
   ranks = {}
-  for path, members in kernels(params, moments, centered=centered):
-    rank = max(
-      min(
-        subspace.energy_rank(k.in_basis.values, energy),
-        subspace.energy_rank(k.out_basis.values, energy),
-      )
-      for k in members
-    )
+  most = threads.ordered_map(
+    lambda item: (item[0], max(min(k.ranks(energy, energy)) for k in item[1])),
+    kernels(params, moments, centered=centered),
+  )
+  for path, rank in most:
     rank = max(rank, 1)
     if saves(moments[path].layout, rank, gauge):
       ranks[path] = rank
@@ -145,6 +143,8 @@ def budget_ranks(
   *,
   params_fraction: float | None = None,
   flops_fraction: float | None = None,
+  latency_fraction: float | None = None,
+  latency: LatencyTable | None = None,
   method: str | None = None,
   metric: str | None = None,
   multiple_of: int = 1,
@@ -165,7 +165,10 @@ def budget_ranks(
     params: dense parameters.
     moments: moments of the kernels to shrink.
     params_fraction: share of the kernels' parameters to keep, in (0, 1]; or
-    flops_fraction: share of the kernels' multiplications; one of the two.
+    flops_fraction: share of the kernels' multiplications; or
+    latency_fraction: share of the time that the kernels' products take; one of
+      the three.
+    latency: for `latency_fraction`, what `measure_latency` timed.
     method: how the kernels will be factorized; default 'loss' where the
       moments have gradients, else 'output'.
     metric: unit of damage that is added up over kernels: 'loss' in nats per
@@ -190,18 +193,32 @@ def budget_ranks(
     Path to rank; kernels that stay dense are absent.
 
   Raises:
-    ValueError: no fraction or two, one outside (0, 1], a budget that the
-      lowest ranks exceed, rules that match nothing, moments without the
-      gradients that the method or metric needs, or families made with other
-      options.
+    ValueError: not one fraction, one outside (0, 1], a share of latency
+      without its table, a budget that the lowest ranks exceed, rules that match
+      nothing, moments without the gradients that the method or metric needs,
+      or families made with other options.
   """
-  fractions = [f for f in (params_fraction, flops_fraction) if f is not None]
+  fractions = [
+    f
+    for f in (params_fraction, flops_fraction, latency_fraction)
+    if f is not None
+  ]
   if len(fractions) != 1 or not 0 < fractions[0] <= 1:
     raise ValueError(
-      f'params_fraction={params_fraction}, flops_fraction={flops_fraction}: '
-      'give one of them, a share in (0, 1]'
+      f'params_fraction={params_fraction}, flops_fraction={flops_fraction}, '
+      f'latency_fraction={latency_fraction}: give one of them, a share in '
+      '(0, 1]'
+    )
+  if (latency_fraction is None) != (latency is None):
+    raise ValueError(
+      'latency_fraction= and latency= go together: a share of the time, and '
+      'what measure_latency timed'
     )
   check_gauge(gauge)
+  if latency is not None and gauge is not None:
+    raise ValueError(
+      f'gauge={gauge!r} with a latency table: pairs were timed without a gauge'
+    )
   if multiple_of < 1:
     raise ValueError(f'multiple_of={multiple_of}: at least 1')
   has_gradients = moments.grads is not None
@@ -236,8 +253,10 @@ def budget_ranks(
     each = weight * (layout.num_groups if flops_fraction is None else 1)
     pairs = np.array([pair_cost(layout, int(r), gauge) for r in choice])
     costs = each * (pairs + extra)
-    damage = damage[choice]
     dense = each * d * m
+    if latency is not None:
+      costs, dense = latency.pairs(path, choice), latency.dense(path)
+    damage = damage[choice]
     total += dense
     if high >= layout.full_rank:
       # Where a pair costs as much as the kernel, the kernel is better.
