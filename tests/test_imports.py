@@ -23,6 +23,8 @@ LAYERS = [
   'collector',
   'capture kernels allocation',
   'checkpoint methods plots gradients',
+  'shared',
+  'offers',
   'ranks',
   'collect factorize search',
   'page report',

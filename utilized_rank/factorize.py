@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 from utilized_rank import lowrank
 from utilized_rank import methods
 from utilized_rank import paths
+from utilized_rank import shared
 from utilized_rank import subspace
 from utilized_rank.gauge import Order
 from utilized_rank.gauge import check_gauge
@@ -24,10 +26,10 @@ from utilized_rank.layers import pad_factors
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
 from utilized_rank.moments import Moments
-from utilized_rank.ranks import Ranks
 from utilized_rank.ranks import check_energy
-from utilized_rank.ranks import check_ranks
-from utilized_rank.ranks import per_member
+from utilized_rank.shared import Ranks
+from utilized_rank.shared import check_ranks
+from utilized_rank.shared import per_member
 from utilized_rank.subspace import Factors
 
 Energies = float | Mapping[str, float | tuple[float, float]]
@@ -92,6 +94,9 @@ def factorize(
     moments: moments of their kernels.
     ranks: path to rank; other kernels stay dense. A stack of kernels has one
       rank, or a tuple of one for each: smaller pairs are padded with zeros.
+      Kernels that read the same value can be given one rank under a tuple of
+      their paths, such as `('q', 'k', 'v')`: then they have one left factor,
+      which the leaf of the first holds.
     method: which W' of that rank.
       'weight': truncated SVD of W, blind to data.
       'scaled': the same with inputs scaled by their root mean square (ASVD).
@@ -134,36 +139,49 @@ def factorize(
   methods.check_method(method)
   check_gauge(gauge)
   check_ranks(ranks, moments)
+  if gauge is not None and any(not isinstance(key, str) for key in ranks):
+    raise ValueError(
+      f'gauge={gauge!r} is for kernels with factors of their own; ranks has '
+      'kernels that share one: use gauge=None, or a rank for each path'
+    )
   named, treedef = paths.flatten(params, lowrank.is_low_rank)
   centered = compensate_mean and method in methods.CENTERED
-  for path, members in kernels(params, moments, centered=centered, only=ranks):
-    moment, leaf = moments[path], named[path]
-    each = per_member(path, ranks[path], moment.layout)
-    pairs = [
-      _pair(k, method, int(rank), damping)
-      for k, rank in zip(members, each, strict=True)
+  for key, groups in shared.units(params, moments, ranks, centered=centered):
+    names = shared.names_of(key)
+    each = per_member(key, ranks[key], moments[names[0]].layout)
+    found = [
+      _pairs(group, method, int(rank), damping)
+      for group, rank in zip(groups, each, strict=True)
     ]
-    constant = None
-    if compensate_mean:
-      constant = np.stack(
-        [
-          k.mean @ (k.w - f.a @ f.b)
-          for k, f in zip(members, pairs, strict=True)
-        ]
-      )
-    bias = moment.entry.bias
-    if constant is not None and bias is not None:
-      named[bias] = _add_constant(named, path, bias, constant)
+    for i, path in enumerate(names):
+      moment, leaf = moments[path], named[path]
+      pairs = [pair[i] for pair in found]
       constant = None
-    named[path] = _to_low_rank(pairs, constant, moment.layout, leaf, gauge)
+      if compensate_mean:
+        members = [group[i] for group in groups]
+        constant = np.stack(
+          [
+            k.mean @ (k.w - f.a @ f.b)
+            for k, f in zip(members, pairs, strict=True)
+          ]
+        )
+      bias = moment.entry.bias
+      if constant is not None and bias is not None:
+        named[bias] = _add_constant(named, path, bias, constant)
+        constant = None
+      small = _to_low_rank(pairs, constant, moment.layout, leaf, gauge)
+      if i:  # the first of a set holds the left factor
+        small = dataclasses.replace(small, a=None, left=names[0])
+      named[path] = small
   return paths.unflatten(treedef, named)
 
 
-def _pair(kernel: Kernel, method: str, rank: int, damping: float) -> Factors:
-  if method == methods.UTILIZED:
-    return subspace.balanced(methods.utilized(kernel, rank))
-  family = methods.family(kernel, method, damping)
-  return subspace.balanced(methods.truncate(family, rank))
+def _pairs(
+  group: Sequence[Kernel], method: str, rank: int, damping: float
+) -> list[Factors]:
+  if len(group) > 1 or method != methods.UTILIZED:
+    return shared.pairs(group, method, rank, damping)
+  return [subspace.balanced(methods.utilized(group[0], rank))]
 
 
 def _to_low_rank(

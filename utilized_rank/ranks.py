@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import math
 import re
 from typing import Any
 
-import numpy as np
-
 from utilized_rank import allocation
 from utilized_rank import methods
-from utilized_rank import paths
+from utilized_rank import offers
+from utilized_rank import shared
 from utilized_rank import subspace
 from utilized_rank.gauge import check_gauge
 from utilized_rank.gauge import pair_cost
 from utilized_rank.kernels import kernels
 from utilized_rank.layout import Layout
 from utilized_rank.moments import Moments
-
-# A stack of kernels has one rank, or one for each of its members.
-Ranks = Mapping[str, int | tuple[int, ...]]
+from utilized_rank.shared import Ranks
+from utilized_rank.shared import check_ranks
+from utilized_rank.shared import per_member
 
 
 def check_energy(energy: float) -> float:
@@ -150,7 +149,8 @@ def budget_ranks(
   compensate_mean: bool = True,
   damping: float = methods.DAMPING,
   gauge: str | None = None,
-) -> dict[str, int]:
+  share: bool = False,
+) -> dict[Any, int]:
   """The ranks of least predicted damage within a budget: the optimum.
 
   Staying dense is one of the choices of every kernel; a stack of kernels has
@@ -177,14 +177,17 @@ def budget_ranks(
       where the function adds no bias.
     damping: as for `factorize`.
     gauge: as for `factorize`; what it saves is counted.
+    share: offer each set of kernels that read one value (q, k and v, say)
+      one left factor for all of them as well.
 
   Returns:
-    Path to rank; kernels that stay dense are absent.
+    Path to rank; kernels that stay dense are absent. With `share` a key may
+    be a tuple of paths, as for `factorize`.
 
   Raises:
-    ValueError: no fraction or two, one outside (0, 1], a budget that the
-      lowest ranks exceed, rules that match nothing, or moments without the
-      gradients that the method or metric needs.
+    ValueError: both a gauge and `share`, no fraction or two, one outside
+      (0, 1], a budget that the lowest ranks exceed, rules that match nothing,
+      or moments without the gradients that the method or metric needs.
   """
   fractions = [f for f in (params_fraction, flops_fraction) if f is not None]
   if len(fractions) != 1 or not 0 < fractions[0] <= 1:
@@ -200,53 +203,37 @@ def budget_ranks(
   metric = metric or ('loss' if has_gradients else 'relative')
   if metric not in methods.METRICS:
     raise ValueError(f'unknown metric {metric!r}; known: {methods.METRICS}')
-  bounds = _limits(moments, limits)
-  centered = compensate_mean and method in methods.CENTERED
-  names, offers, ranks, total = [], [], [], 0
-  for path, members in kernels(params, moments, centered=centered):
-    moment = moments[path]
-    layout = moment.layout
-    d, m = layout.matrix_shape
-    weight = 1 if flops_fraction is None else int(np.sum(moment.count))
-    extra = 0
-    if compensate_mean and moment.entry.bias is None and params_fraction:
-      extra = m
-    damage = np.sum(
-      [
-        methods.damages(k, methods.family(k, method, damping), metric)
-        for k in members
-      ],
-      axis=0,
+  if share and gauge is not None:
+    raise ValueError(
+      f'gauge={gauge!r} is for kernels with factors of their own: give it, or '
+      'share=True'
     )
-    low, high = bounds.get(path, (1, layout.full_rank))
-    choice = np.arange(multiple_of, layout.full_rank + 1, multiple_of)
-    choice = choice[(choice >= low) & (choice <= high)]
-    each = weight * (layout.num_groups if flops_fraction is None else 1)
-    pairs = np.array([pair_cost(layout, int(r), gauge) for r in choice])
-    costs = each * (pairs + extra)
-    damage = damage[choice]
-    dense = each * d * m
-    total += dense
-    if high >= layout.full_rank:
-      # Where a pair costs as much as the kernel, the kernel is better.
-      cheaper = costs < dense
-      choice = np.append(choice[cheaper], 0)
-      costs = np.append(costs[cheaper], dense)
-      damage = np.append(damage[cheaper], 0.0)
-    if not len(choice):
-      raise ValueError(
-        f'{path!r} has no rank that is a multiple of {multiple_of} within '
-        f'its limits [{low}, {high}]'
-      )
-    names.append(path)
-    ranks.append(choice)
-    offers.append(allocation.Choices(costs.astype(np.int64), damage))
-  solution = allocation.allocate(offers, int(fractions[0] * total))
-  picked = {
-    path: int(choice[i])
-    for path, choice, i in zip(names, ranks, solution.picks, strict=True)
-  }
-  return {path: rank for path, rank in picked.items() if rank}
+  terms = offers.Terms(
+    moments,
+    method=method,
+    metric=metric,
+    damping=damping,
+    gauge=gauge,
+    by_flops=flops_fraction is not None,
+    compensate_mean=compensate_mean,
+    multiple_of=multiple_of,
+    limits=_limits(moments, limits),
+  )
+  found, total = [], 0
+  sets = shared.sets(moments) if share else []
+  set_of = {name: names for names in sets for name in names}
+  keys = list(dict.fromkeys(set_of.get(path, path) for path in moments))
+  centered = compensate_mean and method in methods.CENTERED
+  for key, groups in shared.units(params, moments, keys, centered=centered):
+    found.append(offers.offer(terms, key, groups))
+    total += terms.dense_cost(key)
+  solution = allocation.allocate(
+    [o.choices for o in found], int(fractions[0] * total)
+  )
+  ranks: dict[Any, int] = {}
+  for choices, pick in zip(found, solution.picks, strict=True):
+    ranks.update(choices.ranks[pick])
+  return ranks
 
 
 def _limits(
@@ -286,7 +273,7 @@ def predict_loss(
   Args:
     params: dense parameters.
     moments: moments that were collected with a loss.
-    ranks: path to rank.
+    ranks: path to rank, as for `factorize`.
     method: how the kernels are factorized.
     compensate_mean: as for `factorize`.
     damping: as for `factorize`.
@@ -294,37 +281,9 @@ def predict_loss(
   check_ranks(ranks, moments)
   centered = compensate_mean and method in methods.CENTERED
   total = 0.0
-  for path, members in kernels(params, moments, centered=centered, only=ranks):
-    each = per_member(path, ranks[path], moments[path].layout)
-    for kernel, rank in zip(members, each, strict=True):
-      family = methods.family(kernel, method, damping)
-      total += methods.damages(kernel, family, 'loss')[rank]
+  for key, groups in shared.units(params, moments, ranks, centered=centered):
+    layout = moments[shared.names_of(key)[0]].layout
+    each = per_member(key, ranks[key], layout)
+    for group, rank in zip(groups, each, strict=True):
+      total += shared.damages(group, method, damping, 'loss')[rank]
   return float(total)
-
-
-def check_ranks(ranks: Ranks, moments: Moments) -> None:
-  """Raises ValueError for a rank that its kernel cannot have."""
-  for path, given in ranks.items():
-    if path not in moments:
-      raise ValueError('a rank is given for ' + paths.unknown(path, moments))
-    layout = moments[path].layout
-    for rank in per_member(path, given, layout):
-      if not 1 <= rank <= layout.full_rank or rank != int(rank):
-        raise ValueError(
-          f'rank {rank!r} for {path!r}: a {layout.matrix_shape} kernel has '
-          f'ranks from 1 to {layout.full_rank}'
-        )
-
-
-def per_member(
-  path: str, given: int | tuple[int, ...], layout: Layout
-) -> tuple[int, ...]:
-  """The rank of every matrix of a leaf, in the order of its groups."""
-  if not isinstance(given, tuple):
-    return (given,) * layout.num_groups
-  if len(given) != layout.num_groups:
-    raise ValueError(
-      f'{len(given)} ranks for {path!r}, which holds {layout.num_groups} '
-      'kernels: give one, or one for each'
-    )
-  return given

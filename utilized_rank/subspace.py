@@ -150,15 +150,20 @@ def loss_factors(
   W R U U^T R^-1, U the eigenvectors of R^T W^T S W R: a Kronecker-factored
   Fisher (GFWSVD; IO-SVD). Truncate to any rank.
   """
-  m = len(g)
-  damped = g + (damping * np.trace(g) / m or 1.0) * np.eye(m)
-  values, vectors = np.linalg.eigh((damped + damped.T) / 2)
-  root = np.sqrt(np.maximum(values, np.finfo(np.float64).eps * values[-1]))
+  vectors, root = damped_root(g, damping * np.trace(g) / len(g) or 1.0)
   turned = (w @ vectors) * root
   basis = output_basis(turned, s, of_s)
   return Factors(
     turned @ basis.vectors, (basis.vectors / root[:, None]).T @ vectors.T
   )
+
+
+def damped_root(g: np.ndarray, added: float) -> tuple[np.ndarray, np.ndarray]:
+  """R = vectors * root with R R^T = G + added I, root being positive."""
+  damped = g + added * np.eye(len(g))
+  values, vectors = np.linalg.eigh((damped + damped.T) / 2)
+  floor = np.finfo(np.float64).eps * values[-1]
+  return vectors, np.sqrt(np.maximum(values, floor))
 
 
 def balanced(factors: Factors) -> Factors:
