@@ -24,7 +24,7 @@ LAYERS = [
   'capture kernels allocation',
   'checkpoint methods plots gradients',
   'shared',
-  'offers',
+  'offers recipe',
   'ranks',
   'collect factorize search',
   'page report',
