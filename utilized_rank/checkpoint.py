@@ -156,12 +156,13 @@ def _leaves(tree: Any, prefix: str = '') -> Iterator[tuple[str, np.ndarray]]:
 def _encode(tree: Any, where: str) -> tuple[Any, Any]:
   """(arrays, structure); containers without arrays leave no trace in arrays."""
   if isinstance(tree, LowRank):
-    arrays = {'a': tree.a, 'b': tree.b}
-    if tree.c is not None:
-      arrays['c'] = tree.c
+    factors = {'a': tree.a, 'b': tree.b, 'c': tree.c}
+    arrays = {name: v for name, v in factors.items() if v is not None}
     record = {'kind': 'low_rank', **dataclasses.asdict(tree.layout)}
     if tree.order is not None:
       record['order'] = tree.order.array.tolist()
+    if tree.left is not None:
+      record['left'] = tree.left
     return arrays, record
   if isinstance(tree, Moments):
     arrays = {
@@ -217,12 +218,14 @@ def _decode(arrays: Any, structure: Any) -> Any:
   if kind == 'none':
     return None
   if kind == 'low_rank':
+    a, b, c = (jnp.asarray(arrays[k]) if k in arrays else None for k in 'abc')
     return LowRank(
-      jnp.asarray(arrays['a']),
-      jnp.asarray(arrays['b']),
-      jnp.asarray(arrays['c']) if 'c' in arrays else None,
+      a,
+      b,
+      c,
       _layout(structure),
       Order(structure['order']) if 'order' in structure else None,
+      structure.get('left'),
     )
   if kind == 'moments':
     table = tuple(

@@ -13,6 +13,7 @@ from utilized_rank import certify
 from utilized_rank import lowrank
 from utilized_rank import methods
 from utilized_rank import paths
+from utilized_rank import shared
 from utilized_rank import subspace
 from utilized_rank import threads
 from utilized_rank.families import Families
@@ -29,10 +30,11 @@ from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
 from utilized_rank.moments import Moments
 from utilized_rank.progress import track
-from utilized_rank.ranks import Ranks
 from utilized_rank.ranks import check_energy
-from utilized_rank.ranks import check_ranks
-from utilized_rank.ranks import per_member
+from utilized_rank.shared import Key
+from utilized_rank.shared import Ranks
+from utilized_rank.shared import check_ranks
+from utilized_rank.shared import per_member
 from utilized_rank.subspace import Factors
 
 Energies = float | Mapping[str, float | tuple[float, float]]
@@ -104,6 +106,9 @@ def factorize(
     moments: moments of their kernels.
     ranks: path to rank; other kernels stay dense. A stack of kernels has one
       rank, or a tuple of one for each: smaller pairs are padded with zeros.
+      Kernels that read the same value can be given one rank under a tuple of
+      their paths, such as `('q', 'k', 'v')`: then they have one left factor,
+      which the leaf of the first holds.
     method: which W' of that rank.
       'weight': truncated SVD of W, blind to data.
       'scaled': the same with inputs scaled by their root mean square (ASVD).
@@ -155,58 +160,82 @@ def factorize(
   methods.check_method(method)
   check_gauge(gauge)
   check_ranks(ranks, moments)
+  if gauge is not None and any(not isinstance(key, str) for key in ranks):
+    raise ValueError(
+      f'gauge={gauge!r} is for kernels with factors of their own; ranks has '
+      'kernels that share one: use gauge=None, or a rank for each path'
+    )
   named, treedef = paths.flatten(params, lowrank.is_low_rank)
   centered = compensate_mean and method in methods.CENTERED
   if families is not None:
     families.check(method, compensate_mean, damping, ranks)
 
-  def solve(item: tuple[str, list[Kernel]]) -> tuple[str, LowRank, np.ndarray]:
-    path, members = item
-    layout = moments[path].layout
+  def solve(item: tuple[Key, list[tuple[Kernel, ...]]]) -> list[_Leaf]:
+    key, groups = item
+    names = shared.names_of(key)
+    each = per_member(key, ranks[key], moments[names[0]].layout)
     solved = [
       _solve(
-        kernel,
+        group,
         method,
         int(rank),
         damping,
-        None if families is None else families[path][place],
+        None if families is None else families[key][place],
       )
-      for place, (kernel, rank) in enumerate(
-        zip(members, per_member(path, ranks[path], layout), strict=True)
-      )
+      for place, (group, rank) in enumerate(zip(groups, each, strict=True))
     ]
-    leaf = _to_low_rank([s.pair for s in solved], layout, named[path], gauge)
-    stored = _matrices(leaf)
-    for kernel, solution, pair in zip(members, solved, stored, strict=True):
+    made = []
+    for i, path in enumerate(names):
+      pairs = [
+        Factors(s.pair.a, shared.split(s.pair.b, group)[i])
+        for s, group in zip(solved, groups, strict=True)
+      ]
+      layout = moments[path].layout
+      leaf = _to_low_rank(pairs, layout, named[path], gauge)
+      stored = _matrices(leaf)
+      discarded = [
+        group[i].mean @ (group[i].w - f.a @ f.b)
+        for group, f in zip(groups, stored, strict=True)
+      ]
+      made.append(_Leaf(path, leaf, np.stack(discarded), stored))
+    for place, (group, solution) in enumerate(zip(groups, solved, strict=True)):
+      parts = [leaf.stored[place] for leaf in made]
       certify.check(
-        kernel,
-        pair,
+        shared.joint(group),
+        Factors(parts[0].a, np.concatenate([f.b for f in parts], axis=1)),
         solution.error,
-        leaf.dtype,
+        made[0].leaf.dtype,
         solution.weighted,
         solution.energy,
       )
-    discarded = [
-      k.mean @ (k.w - f.a @ f.b) for k, f in zip(members, stored, strict=True)
-    ]
-    return path, leaf, np.stack(discarded)
+    return made
 
-  # The kernels' float64 moments are made, used and dropped leaf by leaf.
+  # The kernels' float64 moments are made, used and dropped key by key.
   leaves = threads.ordered_map(
-    solve, kernels(params, moments, centered=centered, only=ranks)
+    solve, shared.units(params, moments, ranks, centered=centered)
   )
   if progress:
     leaves = track(leaves, total=len(ranks), desc='factorize', unit='leaf')
-  for path, leaf, discarded in leaves:
-    bias = moments[path].entry.bias
-    if compensate_mean and bias is not None:
-      named[bias] = _add_constant(named, path, bias, discarded)
-    elif compensate_mean:
-      shape = leaf.layout.group_shape + leaf.layout.output_shape
-      c = jnp.asarray(discarded.reshape(shape), leaf.dtype)
-      leaf = dataclasses.replace(leaf, c=c)
-    named[path] = leaf
+  for made in leaves:
+    for i, (path, leaf, discarded, _) in enumerate(made):
+      bias = moments[path].entry.bias
+      if compensate_mean and bias is not None:
+        named[bias] = _add_constant(named, path, bias, discarded)
+      elif compensate_mean:
+        shape = leaf.layout.group_shape + leaf.layout.output_shape
+        c = jnp.asarray(discarded.reshape(shape), leaf.dtype)
+        leaf = dataclasses.replace(leaf, c=c)
+      if i:  # the first of a set holds the left factor
+        leaf = dataclasses.replace(leaf, a=None, left=made[0].path)
+      named[path] = leaf
   return paths.unflatten(treedef, named)
+
+
+class _Leaf(NamedTuple):
+  path: str
+  leaf: LowRank
+  discarded: np.ndarray  # mu (W - W') of every member
+  stored: list[Factors]
 
 
 class _Solution(NamedTuple):
@@ -219,17 +248,18 @@ class _Solution(NamedTuple):
 
 
 def _solve(
-  kernel: Kernel,
+  group: tuple[Kernel, ...],
   method: str,
   rank: int,
   damping: float,
   family: methods.Family | None,
 ) -> _Solution:
-  if method == methods.UTILIZED:
+  kernel = group[0]
+  if method == methods.UTILIZED and len(group) == 1:
     pair, error, energy = methods.utilized(kernel, rank)
     return _Solution(subspace.balanced(pair), error, energy, False)
   if family is None:
-    family = methods.family(kernel, method, damping)
+    family = shared.family(group, method, damping)
   pair = subspace.balanced(methods.truncate(family, rank))
   weighted = method == 'loss' and kernel.rows_per_example > 0
   tails = family.damages['loss' if weighted else 'output']

@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 
 from utilized_rank import methods
-from utilized_rank import paths
+from utilized_rank import shared
 from utilized_rank import threads
 from utilized_rank.kernels import Kernel
-from utilized_rank.kernels import kernels
 from utilized_rank.methods import Family
 from utilized_rank.moments import Moments
 from utilized_rank.progress import track
+from utilized_rank.shared import Key
 
 
-class Families(Mapping[str, list[Family]]):
-  """Path to the families of a leaf's kernels; what `decompose` returns.
+class Families(Mapping[Key, list[Family]]):
+  """Families of the kernels of a leaf, by path; what `decompose` returns.
+
+  A key may be a tuple of paths: those kernels have one left factor.
 
   A value: `budget_ranks`, `predict_loss` and `factorize` take it as
   `families=` and then decompose nothing again.
@@ -31,7 +33,7 @@ class Families(Mapping[str, list[Family]]):
 
   def __init__(
     self,
-    found: dict[str, list[Family]],
+    found: dict[Key, list[Family]],
     method: str,
     compensate_mean: bool,
     damping: float,
@@ -41,12 +43,12 @@ class Families(Mapping[str, list[Family]]):
     self.compensate_mean = compensate_mean
     self.damping = damping
 
-  def __getitem__(self, path: str) -> list[Family]:
-    if path not in self._found:
-      raise KeyError('no family of ' + paths.unknown(path, self._found))
-    return self._found[path]
+  def __getitem__(self, key: Key) -> list[Family]:
+    if key not in self._found:
+      raise KeyError(f'no family of {key!r}; there are {list(self)[:4]}')
+    return self._found[key]
 
-  def __iter__(self) -> Iterator[str]:
+  def __iter__(self) -> Iterator[Key]:
     return iter(self._found)
 
   def __len__(self) -> int:
@@ -57,7 +59,7 @@ class Families(Mapping[str, list[Family]]):
     method: str,
     compensate_mean: bool,
     damping: float,
-    wanted: Iterable[str],
+    wanted: Iterable[Key],
   ) -> None:
     """Raises ValueError if these families answer another question."""
     ours = self.method, self.compensate_mean, self.damping
@@ -67,32 +69,33 @@ class Families(Mapping[str, list[Family]]):
         'the families were made with (method, compensate_mean, damping) = '
         f'{ours}, asked for is {asked}'
       )
-    for path in wanted:
-      if path not in self._found:
-        raise ValueError('no family of ' + paths.unknown(path, self._found))
+    for key in wanted:
+      if key not in self._found:
+        raise ValueError(f'no family of {key!r}; there are {list(self)[:4]}')
 
   @property
   def metrics(self) -> tuple[str, ...]:
     """The metrics that damages are known in, for every kernel."""
     return tuple(next(iter(self._found.values()))[0].damages)
 
-  def damages(self, path: str, metric: str) -> np.ndarray:
+  def damages(self, key: Key, metric: str) -> np.ndarray:
     """(R + 1,): what rank r of every kernel of a leaf costs together."""
+    name = shared.names_of(key)[0]
     return np.sum(
-      [methods.damages(path, family, metric) for family in self[path]], axis=0
+      [methods.damages(name, family, metric) for family in self[key]], axis=0
     )
 
-  def scaled(self, factors: Mapping[str, float]) -> Families:
+  def scaled(self, factors: Mapping[Key, float]) -> Families:
     """The same with the damages of each kernel times a factor.
 
     Args:
-      factors: path to factor; other paths keep their damages.
+      factors: path to factor; other kernels keep their damages.
     """
     found = dict(self._found)
-    for path, factor in factors.items():
-      found[path] = [
+    for key, factor in factors.items():
+      found[key] = [
         Family(f.factors, {k: factor * v for k, v in f.damages.items()})
-        for f in self[path]
+        for f in self[key]
       ]
     return Families(found, self.method, self.compensate_mean, self.damping)
 
@@ -104,7 +107,7 @@ def decompose(
   method: str = 'output',
   compensate_mean: bool = True,
   damping: float = methods.DAMPING,
-  only: Iterable[str] | None = None,
+  only: Iterable[Key] | None = None,
   keep_factors: bool = True,
   progress: bool = True,
 ) -> Families:
@@ -120,7 +123,8 @@ def decompose(
       ranks are not each other's truncations.
     compensate_mean: as for `factorize`.
     damping: as for `factorize`.
-    only: paths to decompose; default all.
+    only: what to decompose; default all paths. A tuple of paths of kernels
+      that read one value stands for one left factor for all of them.
     keep_factors: keep the factors, which `factorize` needs, beside what the
       ranks cost: two float64 matrices for each kernel.
     progress: show a progress bar.
@@ -142,22 +146,25 @@ def decompose(
   """
   methods.check_method(method, methods.FAMILIES)
   centered = compensate_mean and method in methods.CENTERED
+  keys = list(moments if only is None else only)
   every = (
-    kernel
-    for _, members in kernels(params, moments, centered=centered, only=only)
-    for kernel in members
+    (key, group)
+    for key, groups in shared.units(params, moments, keys, centered=centered)
+    for group in groups
   )
 
-  def make(kernel: Kernel) -> tuple[str, Family]:
-    family = methods.family(kernel, method, damping)
-    return kernel.path, family if keep_factors else Family(None, family.damages)
+  def make(item: tuple[Key, tuple[Kernel, ...]]) -> tuple[Key, Family]:
+    key, group = item
+    family = shared.family(group, method, damping)
+    return key, family if keep_factors else Family(None, family.damages)
 
   made = threads.ordered_map(make, every)
   if progress:
-    wanted = moments if only is None else only
-    total = sum(moments[path].layout.num_groups for path in wanted)
+    total = sum(
+      moments[shared.names_of(key)[0]].layout.num_groups for key in keys
+    )
     made = track(made, total=total, desc='decompose', unit='kernel')
-  found: dict[str, list[Family]] = {}
-  for path, family in made:
-    found.setdefault(path, []).append(family)
+  found: dict[Key, list[Family]] = {}
+  for key, family in made:
+    found.setdefault(key, []).append(family)
   return Families(found, method, compensate_mean, damping)

@@ -14,7 +14,7 @@ stops being a leaf is recorded.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 import itertools
 from typing import Any
 
@@ -79,6 +79,13 @@ class Walk:
     # is kept so that its id stays its own.
     self._origins: dict[int, tuple[Hashable, Any]] = {}
     self._serial = itertools.count()
+    self._made: dict[Hashable, Any] = {}
+
+  def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    """Makes a value the first time that its key is seen in this scope."""
+    if key not in self._made:
+      self._made[key] = make()
+    return self._made[key]
 
   def origin(self, value: Any) -> Hashable:
     """A key that two values share if one computation made both.

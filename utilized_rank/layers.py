@@ -8,6 +8,7 @@ computes the same function; `unstack` gives every layer a leaf of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 from typing import Any
 
 import jax
@@ -94,7 +95,11 @@ def unstack(tree: Any, path: str, name: str) -> Any:
     ((count,),) = sizes
     layers = {
       name.format(i): jax.tree.map(
-        lambda v, i=i: _layer(v, i), part, is_leaf=is_low_rank
+        lambda v, i=i: _moved(
+          _layer(v, i), path, '/'.join([*parents, name.format(i)])
+        ),
+        part,
+        is_leaf=is_low_rank,
       )
       for i in range(count)
     }
@@ -139,7 +144,14 @@ def stack(tree: Any, path: str, name: str) -> Any:
       keys.append(name.format(i))
     if not keys:
       raise KeyError(f'no layers named {name!r} at {path!r}: {list(node)[:6]}')
-    layers = [node[k] for k in keys]
+    layers = [
+      jax.tree.map(
+        lambda v, k=k: _moved(v, '/'.join([*parents, k]), path),
+        node[k],
+        is_leaf=is_low_rank,
+      )
+      for k in keys
+    ]
     shapes = [
       jax.tree.map(lambda v: v.shape, layer, is_leaf=is_low_rank)
       for layer in layers
@@ -168,6 +180,18 @@ def _at(tree: Any, parents: Sequence[str], path: str, edit: Any) -> Any:
   return {k: child if k == first else v for k, v in tree.items()}
 
 
+def _moved(leaf: Any, old: str, new: str) -> Any:
+  """The leaf, the one that holds its left factor having moved with it."""
+  if not is_low_rank(leaf) or leaf.left is None:
+    return leaf
+  inside = leaf.left.removeprefix(f'{old}/')
+  if inside == leaf.left:
+    raise ValueError(
+      f'a leaf below {old!r} has its left factor in {leaf.left!r}, outside'
+    )
+  return dataclasses.replace(leaf, left=f'{new}/{inside}')
+
+
 def _layer(leaf: Any, i: int) -> Any:
   if not is_low_rank(leaf):
     return leaf[i]
@@ -188,7 +212,8 @@ def _layer(leaf: Any, i: int) -> Any:
   )
   c = None if leaf.c is None else leaf.c[i]
   order = None if leaf.order is None else Order(leaf.order.array[i])
-  return LowRank(leaf.a[i], leaf.b[i], c, inner, order)
+  a = None if leaf.a is None else leaf.a[i]
+  return LowRank(a, leaf.b[i], c, inner, order, leaf.left)
 
 
 def _join(leaves: Sequence[Any]) -> Any:
@@ -201,6 +226,7 @@ def _join(leaves: Sequence[Any]) -> Any:
     and v.layout == first.layout
     and (v.c is None) == (first.c is None)
     and (v.order is None) == (first.order is None)
+    and (v.a is None, v.left) == (first.a is None, first.left)
     for v in leaves
   )
   if not same:
@@ -224,8 +250,11 @@ def _join(leaves: Sequence[Any]) -> Any:
     order = Order(np.stack([v.order.array for v in leaves]))
   c = None if first.c is None else jnp.stack([v.c for v in leaves])
   pairs = [_at_rank(v, rank) for v in leaves]
-  a, b = (jnp.stack(factor) for factor in zip(*pairs, strict=True))
-  return LowRank(a, b, c, outer, order)
+  a, b = (
+    None if factor[0] is None else jnp.stack(factor)
+    for factor in zip(*pairs, strict=True)
+  )
+  return LowRank(a, b, c, outer, order, first.left)
 
 
 def _at_rank(leaf: LowRank, rank: int) -> tuple[Any, Any]:
@@ -240,4 +269,5 @@ def _at_rank(leaf: LowRank, rank: int) -> tuple[Any, Any]:
   pad = lambda v, axis: jnp.pad(
     v, [(0, more if i == axis else 0) for i in range(v.ndim)]
   )
-  return pad(leaf.a, leaf.a.ndim - 1), pad(leaf.b, len(leaf.layout.groups))
+  a = None if leaf.a is None else pad(leaf.a, leaf.a.ndim - 1)
+  return a, pad(leaf.b, len(leaf.layout.groups))

@@ -47,6 +47,8 @@ class LowRank:
       to take it.
     layout: how the dense leaf is read as matrices (static).
     order: None, or where each output is, (*groups, m) (static).
+    left: None, or the path of the leaf that holds this kernel's A as well as
+      its own; `a` is then None here (static).
 
   >>> layout = Layout.of((4, 3), inputs=(0,), outputs=(1,))
   >>> w = LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), None, layout)
@@ -59,6 +61,7 @@ class LowRank:
   c: Any
   layout: Layout
   order: gauge.Order | None = None
+  left: str | None = None
 
   @property
   def rank(self) -> int:
@@ -74,7 +77,16 @@ class LowRank:
     return self.b.dtype
 
   def dense(self) -> jax.Array:
-    """The kernel multiplied out; `c` is not part of it."""
+    """The kernel multiplied out; `c` is not part of it.
+
+    Raises:
+      ValueError: the left factor is another leaf's; `merge` the tree instead.
+    """
+    if self.a is None:
+      raise ValueError(
+        f'the left factor of this kernel is held by {self.left!r}: multiply '
+        'the whole tree out, with merge'
+      )
     factors = Factored.of(self).factors
     return self.layout.from_matrices(_multiply(factors))
 
@@ -82,7 +94,7 @@ class LowRank:
     key = jax.tree_util.GetAttrKey
     return (
       ((key('a'), self.a), (key('b'), self.b), (key('c'), self.c)),
-      (self.layout, self.order),
+      (self.layout, self.order, self.left),
     )
 
   @classmethod
@@ -93,6 +105,27 @@ class LowRank:
 def is_low_rank(leaf: Any) -> bool:
   """Whether a leaf is a `LowRank`; for `is_leaf=` of tree functions."""
   return isinstance(leaf, LowRank)
+
+
+def with_left(named: dict[str, Any]) -> dict[str, Any]:
+  """Gives every `LowRank` leaf its A, also where another leaf holds it.
+
+  Raises:
+    ValueError: the leaf that should hold it is not there, or does not.
+  """
+  whole = dict(named)
+  for path, leaf in named.items():
+    if is_low_rank(leaf) and leaf.a is None:
+      holder: Any = named.get(leaf.left)
+      if not is_low_rank(holder) or holder.a is None:
+        raise ValueError(
+          f'{path!r} has its left factor in {leaf.left!r}, which holds none '
+          'here: pass the whole tree that was factorized'
+        )
+      shape = leaf.layout.group_shape + leaf.layout.input_shape
+      a = holder.a.reshape(*shape, leaf.rank)
+      whole[path] = dataclasses.replace(leaf, a=a)
+  return whole
 
 
 def _multiply(factors: Factors) -> jax.Array:
@@ -126,6 +159,7 @@ def merge(tree: Any) -> Any:
   (4, 3)
   """
   named, treedef = paths.flatten(tree, is_low_rank)
+  named = with_left(named)
   for path, leaf in named.items():
     if is_low_rank(leaf):
       if leaf.c is not None:
@@ -186,6 +220,10 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
         else leaf
       ),
     )
+    params = with_left(traced.params)
+    holds = {
+      leaf.left for leaf in params.values() if is_low_rank(leaf)
+    } & params.keys()
     values = [
       Param(
         View.of_leaf(p, leaf.shape, leaf.dtype, leaf.layout.atoms),
@@ -193,9 +231,14 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
       )
       if is_low_rank(leaf)
       else leaf
-      for p, leaf in traced.params.items()
+      for p, leaf in params.items()
     ]
-    walk = Walk(_Substitution())
+    lefts = {p: p for p in holds} | {
+      p: leaf.left
+      for p, leaf in params.items()
+      if is_low_rank(leaf) and leaf.left is not None
+    }
+    walk = Walk(_Substitution(lefts))
     outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
     return jax.tree.unflatten(
       traced.out_tree, [walk.materialise(v, 'output') for v in outs]
@@ -329,8 +372,19 @@ def _lay_out(
   return jnp.broadcast_to(array, view.sizes).astype(view.dtype)
 
 
+def _token(by: Any) -> Any:
+  """What took an atom, without the traced value of an index."""
+  return by[0] if isinstance(by, tuple) else by
+
+
 class _Substitution:
-  """Visitor that runs products with factors."""
+  """Visitor that runs products with factors.
+
+  `lefts` maps the paths of kernels that share an A to the one that holds it.
+  """
+
+  def __init__(self, lefts: dict[str, str]):
+    self._lefts = lefts
 
   def wants(self, view: View) -> bool:
     return True
@@ -361,7 +415,19 @@ class _Substitution:
           'in order by a lookup; on AxisType.Explicit meshes JAX does not say '
           'how that is sharded: use AxisType.Auto, or gauge=None'
         )
-      return found.factored(x, factors, lambda make: make())
+      left = self._lefts.get(param.view.path)
+      if left is None:
+        return found.factored(x, factors, lambda make: make())
+      key = (
+        left,
+        tuple(_token(by) for a, by in sorted(param.view.taken)),
+        walk.origin(x),
+        found.key,
+        param.view.dtype,
+        which,
+        compat.params_key(eqn),
+      )
+      return found.factored(x, factors, lambda make: walk.once(key, make))
     plain = list(operands)
     plain[which] = walk.materialise(param, reason)
     return compat.bind(eqn, plain)[0]

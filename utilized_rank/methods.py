@@ -105,20 +105,29 @@ def family(kernel: Kernel, method: str, damping: float = DAMPING) -> Family:
     method: 'weight', 'scaled', 'fisher_rows', 'output' or 'loss'.
     damping: share of the mean of G's diagonal that is added to it.
   """
+  found = factors(kernel, method, damping)
+  return Family(found, costs(kernel, found))
+
+
+def factors(kernel: Kernel, method: str, damping: float) -> Factors:
   check_method(method, FAMILIES)
-  factors = _METHODS[method](kernel, damping)
+  return _METHODS[method](kernel, damping)
+
+
+def costs(kernel: Kernel, found: Factors) -> dict[str, np.ndarray]:
+  """`Family.damages` of factors, whatever made them."""
   gradient = kernel.gradient
   weights = (None,) if gradient is None else (None, gradient)
-  output, *loss = subspace.tails(factors, kernel.second, *weights)
+  output, *loss = subspace.tails(found, kernel.second, *weights)
   total = output[0]
-  found = {
+  damages = {
     'output': output,
     'relative': output / total if total > 0 else np.zeros_like(output),
   }
   if loss:
-    found['loss'] = loss[0] * (kernel.rows_per_example / 2)
-    found['geometric'] = np.sqrt(found['loss'] * found['relative'])
-  return Family(factors, found)
+    damages['loss'] = loss[0] * (kernel.rows_per_example / 2)
+    damages['geometric'] = np.sqrt(damages['loss'] * damages['relative'])
+  return damages
 
 
 def truncate(family: Family, rank: int) -> Factors:

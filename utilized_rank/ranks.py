@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import math
 import re
 from typing import Any
 
-import numpy as np
-
 from utilized_rank import allocation
 from utilized_rank import methods
-from utilized_rank import paths
+from utilized_rank import offers
+from utilized_rank import shared
 from utilized_rank import threads
 from utilized_rank.families import Families
 from utilized_rank.families import decompose
@@ -21,9 +20,9 @@ from utilized_rank.kernels import kernels
 from utilized_rank.latency import LatencyTable
 from utilized_rank.layout import Layout
 from utilized_rank.moments import Moments
-
-# A stack of kernels has one rank, or one for each of its members.
-Ranks = Mapping[str, int | tuple[int, ...]]
+from utilized_rank.shared import Ranks
+from utilized_rank.shared import check_ranks
+from utilized_rank.shared import per_member
 
 
 def check_energy(energy: float) -> float:
@@ -152,9 +151,10 @@ def budget_ranks(
   compensate_mean: bool = True,
   damping: float = methods.DAMPING,
   gauge: str | None = None,
+  share: bool = False,
   families: Families | None = None,
   progress: bool = True,
-) -> dict[str, int]:
+) -> dict[Any, int]:
   """The ranks of least predicted damage within a budget: the optimum.
 
   Staying dense is one of the choices of every kernel; a stack of kernels has
@@ -185,18 +185,22 @@ def budget_ranks(
       where the function adds no bias.
     damping: as for `factorize`.
     gauge: as for `factorize`; what it saves is counted.
+    share: offer each set of kernels that read one value (q, k and v, say)
+      one left factor for all of them as well.
     families: what `decompose` made of these parameters and moments, with the
-      same method, `compensate_mean` and `damping`; default to do so here.
+      same method, `compensate_mean` and `damping`; default to do so here. With
+      `share`, of those sets as well (`shared.sets`).
     progress: show a progress bar.
 
   Returns:
-    Path to rank; kernels that stay dense are absent.
+    Path to rank; kernels that stay dense are absent. With `share` a key may
+    be a tuple of paths, as for `factorize`.
 
   Raises:
-    ValueError: not one fraction, one outside (0, 1], a share of latency
-      without its table, a budget that the lowest ranks exceed, rules that match
-      nothing, moments without the gradients that the method or metric needs,
-      or families made with other options.
+    ValueError: both a gauge and `share`, not one fraction, one outside
+      (0, 1], a share of latency without its table, a budget that the lowest
+      ranks exceed, rules that match nothing, moments without the gradients
+      that the method or metric needs, or families made with other options.
   """
   fractions = [
     f
@@ -215,9 +219,15 @@ def budget_ranks(
       'what measure_latency timed'
     )
   check_gauge(gauge)
-  if latency is not None and gauge is not None:
+  if latency is not None and (share or gauge is not None):
     raise ValueError(
-      f'gauge={gauge!r} with a latency table: pairs were timed without a gauge'
+      f'gauge={gauge!r}, share={share} with a latency table: pairs of their '
+      'own were timed, without a gauge'
+    )
+  if share and gauge is not None:
+    raise ValueError(
+      f'gauge={gauge!r} is for kernels with factors of their own: give it, or '
+      'share=True'
     )
   if multiple_of < 1:
     raise ValueError(f'multiple_of={multiple_of}: at least 1')
@@ -227,6 +237,10 @@ def budget_ranks(
   if metric not in methods.METRICS:
     raise ValueError(f'unknown metric {metric!r}; known: {methods.METRICS}')
   bounds = _limits(moments, limits)
+  sets = shared.sets(moments) if share else []
+  set_of = {name: names for names in sets for name in names}
+  keys = list(dict.fromkeys(set_of.get(path, path) for path in moments))
+  wanted = [*moments, *sets]
   if families is None:
     families = decompose(
       params,
@@ -234,50 +248,30 @@ def budget_ranks(
       method=method,
       compensate_mean=compensate_mean,
       damping=damping,
+      only=wanted,
       keep_factors=False,
       progress=progress,
     )
-  families.check(method, compensate_mean, damping, moments)
-  names, offers, ranks, total = [], [], [], 0
-  for path, moment in moments.items():
-    layout = moment.layout
-    d, m = layout.matrix_shape
-    weight = 1 if flops_fraction is None else int(np.sum(moment.count))
-    extra = 0
-    if compensate_mean and moment.entry.bias is None and params_fraction:
-      extra = m
-    damage = families.damages(path, metric)
-    low, high = bounds.get(path, (1, layout.full_rank))
-    choice = np.arange(multiple_of, layout.full_rank + 1, multiple_of)
-    choice = choice[(choice >= low) & (choice <= high)]
-    each = weight * (layout.num_groups if flops_fraction is None else 1)
-    pairs = np.array([pair_cost(layout, int(r), gauge) for r in choice])
-    costs = each * (pairs + extra)
-    dense = each * d * m
-    if latency is not None:
-      costs, dense = latency.pairs(path, choice), latency.dense(path)
-    damage = damage[choice]
-    total += dense
-    if high >= layout.full_rank:
-      # Where a pair costs as much as the kernel, the kernel is better.
-      cheaper = costs < dense
-      choice = np.append(choice[cheaper], 0)
-      costs = np.append(costs[cheaper], dense)
-      damage = np.append(damage[cheaper], 0.0)
-    if not len(choice):
-      raise ValueError(
-        f'{path!r} has no rank that is a multiple of {multiple_of} within '
-        f'its limits [{low}, {high}]'
-      )
-    names.append(path)
-    ranks.append(choice)
-    offers.append(allocation.Choices(costs.astype(np.int64), damage))
-  solution = allocation.allocate(offers, int(fractions[0] * total))
-  picked = {
-    path: int(choice[i])
-    for path, choice, i in zip(names, ranks, solution.picks, strict=True)
-  }
-  return {path: rank for path, rank in picked.items() if rank}
+  families.check(method, compensate_mean, damping, wanted)
+  terms = offers.Terms(
+    moments,
+    metric=metric,
+    gauge=gauge,
+    by_flops=flops_fraction is not None,
+    latency=latency,
+    compensate_mean=compensate_mean,
+    multiple_of=multiple_of,
+    limits=bounds,
+  )
+  found = [offers.offer(terms, key, families) for key in keys]
+  total = sum(terms.dense_cost(key) for key in keys)
+  solution = allocation.allocate(
+    [o.choices for o in found], int(fractions[0] * total)
+  )
+  ranks: dict[Any, int] = {}
+  for choices, pick in zip(found, solution.picks, strict=True):
+    ranks.update(choices.ranks[pick])
+  return ranks
 
 
 def _limits(
@@ -338,36 +332,9 @@ def predict_loss(
     )
   families.check(method, compensate_mean, damping, ranks)
   total = 0.0
-  for path, given in ranks.items():
-    each = per_member(path, given, moments[path].layout)
-    for family, rank in zip(families[path], each, strict=True):
-      total += methods.damages(path, family, 'loss')[rank]
+  for key, given in ranks.items():
+    names = shared.names_of(key)
+    each = per_member(key, given, moments[names[0]].layout)
+    for family, rank in zip(families[key], each, strict=True):
+      total += methods.damages(names[0], family, 'loss')[rank]
   return float(total)
-
-
-def check_ranks(ranks: Ranks, moments: Moments) -> None:
-  """Raises ValueError for a rank that its kernel cannot have."""
-  for path, given in ranks.items():
-    if path not in moments:
-      raise ValueError('a rank is given for ' + paths.unknown(path, moments))
-    layout = moments[path].layout
-    for rank in per_member(path, given, layout):
-      if not 1 <= rank <= layout.full_rank or rank != int(rank):
-        raise ValueError(
-          f'rank {rank!r} for {path!r}: a {layout.matrix_shape} kernel has '
-          f'ranks from 1 to {layout.full_rank}'
-        )
-
-
-def per_member(
-  path: str, given: int | tuple[int, ...], layout: Layout
-) -> tuple[int, ...]:
-  """The rank of every matrix of a leaf, in the order of its groups."""
-  if not isinstance(given, tuple):
-    return (given,) * layout.num_groups
-  if len(given) != layout.num_groups:
-    raise ValueError(
-      f'{len(given)} ranks for {path!r}, which holds {layout.num_groups} '
-      'kernels: give one, or one for each'
-    )
-  return given

@@ -82,7 +82,8 @@ class Trials:
   def on_device(self, families: Families) -> OnDevice:
     """Puts factors of full rank on the device."""
     made: OnDevice = {}
-    for path, found in families.items():
+    for path in self._moments:
+      found = families[path]
       moment, dtype = self._moments[path], self._named[path].dtype
       a, b = pad_factors([f.factors for f in found if f.factors is not None])
       mean = np.asarray(moment.mean, np.float64).reshape(len(found), 1, -1)

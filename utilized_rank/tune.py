@@ -201,7 +201,7 @@ class _Search:
       for path, rank in self.ranks.items()
     }
     least = _LEAST_EFFECT * sum(effects.values()) / max(len(effects), 1)
-    wanted = {}
+    wanted: dict[Any, float] = {}
     for path, rank in self.ranks.items():
       predicted = self.families.damages(path, self._metric)[rank]
       if predicted > 0 and least > 0:

@@ -1,0 +1,157 @@
+"""What each kernel offers a budget: ranks, what they cost, what they damage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from utilized_rank import shared
+from utilized_rank.allocation import Choices
+from utilized_rank.families import Families
+from utilized_rank.gauge import pair_cost
+from utilized_rank.latency import LatencyTable
+from utilized_rank.moments import Moments
+from utilized_rank.shared import Key
+
+# Combinations that are looked at together, for memory's sake.
+_BLOCK = 4_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+  """How ranks are to be paid for; see `budget_ranks`."""
+
+  moments: Moments
+  metric: str
+  gauge: str | None
+  by_flops: bool
+  latency: LatencyTable | None
+  compensate_mean: bool
+  multiple_of: int
+  limits: Mapping[str, tuple[int, int]]
+
+  def times(self, key: Key) -> int:
+    """How often a matrix is paid for: once each, or once per row."""
+    moment = self.moments[shared.names_of(key)[0]]
+    if self.by_flops:
+      return int(np.sum(moment.count))
+    return moment.layout.num_groups
+
+  def dense_cost(self, key: Key) -> int:
+    if self.latency is not None:
+      return sum(self.latency.dense(name) for name in shared.names_of(key))
+    return self.times(key) * math.prod(shared.matrix_shape(key, self.moments))
+
+  def costs(self, key: Key, ranks: np.ndarray) -> np.ndarray:
+    """Of pairs, and of the constants that have no bias to go to."""
+    names = shared.names_of(key)
+    if self.latency is not None:
+      return self.latency.pairs(names[0], ranks)
+    extra = 0
+    for name in names:
+      moment = self.moments[name]
+      if self.compensate_mean and not self.by_flops:
+        extra += moment.layout.matrix_shape[1] * (moment.entry.bias is None)
+    if len(names) > 1:
+      pairs = ranks * sum(shared.matrix_shape(key, self.moments))
+    else:
+      layout = self.moments[names[0]].layout
+      pairs = np.array([pair_cost(layout, int(r), self.gauge) for r in ranks])
+    return (self.times(key) * (pairs + extra)).astype(np.int64)
+
+
+class Offer(NamedTuple):
+  """Sets of ranks, of which a budget takes one.
+
+  Attributes:
+    ranks: for each choice, the ranks that it stands for.
+    choices: their costs and damages.
+  """
+
+  ranks: list[dict[Key, int]]
+  choices: Choices
+
+
+def offer(terms: Terms, key: Key, families: Families) -> Offer:
+  """What a kernel offers, or kernels that may share a left factor.
+
+  Such kernels offer every combination of ranks of their own that no other
+  beats in both cost and damage, and every rank of a factor for all of them.
+
+  Raises:
+    ValueError: a kernel's limits hold no rank that it can have.
+  """
+  names = shared.names_of(key)
+  alone = []
+  for name in names:
+    alone.append(_ranks(terms, name, families))
+    if not alone[-1].ranks:
+      raise ValueError(
+        f'{name!r} has no rank that is a multiple of {terms.multiple_of} '
+        f'within its limits {list(terms.limits[name])}'
+      )
+  if len(names) == 1:
+    return alone[0]
+  return _either(functools.reduce(_both, alone), _ranks(terms, key, families))
+
+
+def _ranks(terms: Terms, key: Key, families: Families) -> Offer:
+  """The ranks that a key can have, dense among them if it is one kernel."""
+  names = shared.names_of(key)
+  full = min(shared.matrix_shape(key, terms.moments))
+  limits = [terms.limits[name] for name in names if name in terms.limits]
+  low = max([1, *(low for low, _ in limits)])
+  high = min([full, *(high for _, high in limits)])
+  ranks = np.arange(terms.multiple_of, high + 1, terms.multiple_of)
+  ranks = ranks[ranks >= low]
+  costs = terms.costs(key, ranks)
+  damages = families.damages(key, terms.metric)[ranks]
+  if len(names) == 1 and high == full:
+    # Where a pair costs as much as the kernel, the kernel is better.
+    dense = terms.dense_cost(key)
+    cheaper = costs < dense
+    ranks = np.append(ranks[cheaper], 0)
+    costs = np.append(costs[cheaper], dense)
+    damages = np.append(damages[cheaper], 0.0)
+  return Offer(
+    [{key: int(r)} if r else {} for r in ranks], Choices(costs, damages)
+  )
+
+
+def _both(one: Offer, two: Offer) -> Offer:
+  """Every choice of one with every choice of the other, but beaten ones."""
+  (costs, damages), (more_costs, more_damages) = one.choices, two.choices
+  rows = max(1, _BLOCK // len(more_costs))
+  kept: list[np.ndarray] = []
+  for start in range(0, len(costs), rows):
+    here = slice(start, start + rows)
+    cost = np.add.outer(costs[here], more_costs).ravel()
+    damage = np.add.outer(damages[here], more_damages).ravel()
+    kept.append(_unbeaten(cost, damage) + start * len(more_costs))
+  i, j = np.divmod(np.concatenate(kept), len(more_costs))
+  cost, damage = costs[i] + more_costs[j], damages[i] + more_damages[j]
+  best = _unbeaten(cost, damage)
+  return Offer(
+    [{**one.ranks[a], **two.ranks[b]} for a, b in zip(i[best], j[best])],
+    Choices(cost[best], damage[best]),
+  )
+
+
+def _either(one: Offer, two: Offer) -> Offer:
+  ranks = one.ranks + two.ranks
+  cost = np.r_[one.choices.costs, two.choices.costs]
+  damage = np.r_[one.choices.damages, two.choices.damages]
+  best = _unbeaten(cost, damage)
+  return Offer([ranks[i] for i in best], Choices(cost[best], damage[best]))
+
+
+def _unbeaten(costs: np.ndarray, damages: np.ndarray) -> np.ndarray:
+  """Choices than which none is cheaper and as good, cheapest first."""
+  order = np.lexsort((damages, costs))
+  lowest = np.minimum.accumulate(damages[order])
+  return order[np.r_[True, damages[order][1:] < lowest[:-1]]]

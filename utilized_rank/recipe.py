@@ -1,0 +1,298 @@
+"""What a compressed tree is made of, in a file: its shapes without its data.
+
+A compressed checkpoint can be read by any tool that is told the tree to expect.
+A recipe tells it: which leaves are factored, at what ranks, how, and on which
+calibration data. A step function can be compiled, and memory laid out, before
+there are any weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import hashlib
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from utilized_rank import files
+from utilized_rank import lowrank
+from utilized_rank import methods
+from utilized_rank import paths
+from utilized_rank import shared
+from utilized_rank import tracing
+from utilized_rank.gauge import Order
+from utilized_rank.layout import Layout
+from utilized_rank.lowrank import LowRank
+from utilized_rank.moments import Moments
+
+_FORMAT = 1
+_KIND = 'utilized_rank recipe'
+
+
+@dataclasses.dataclass(frozen=True)
+class FactoredLeaf:
+  """The static part of a `LowRank` leaf; see there."""
+
+  layout: Layout
+  rank: int
+  has_constant: bool
+  order: Order | None
+  left: str | None
+
+  @classmethod
+  def of(cls, leaf: LowRank) -> FactoredLeaf:
+    return cls(
+      leaf.layout, leaf.rank, leaf.c is not None, leaf.order, leaf.left
+    )
+
+  def abstract(self, dtype: Any) -> LowRank:
+    """The leaf with shapes in place of arrays."""
+    layout = self.layout
+    groups, outputs = layout.group_shape, layout.output_shape
+    own = outputs
+    if self.order is not None:
+      own = (layout.matrix_shape[1] - self.rank,)
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+    return LowRank(
+      None
+      if self.left is not None
+      else shape(*groups, *layout.input_shape, self.rank),
+      shape(*groups, self.rank, *own),
+      shape(*groups, *outputs) if self.has_constant else None,
+      layout,
+      self.order,
+      self.left,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How a tree was compressed, enough to know its structure.
+
+  Attributes:
+    ranks: as they were given to `factorize`.
+    method: as it was given to `factorize`.
+    compensate_mean: as it was given to `factorize`.
+    damping: as it was given to `factorize`.
+    calibration: `fingerprint` of the moments.
+    versions: of utilized_rank, jax and numpy.
+    leaves: for each factored leaf's path, what is static in it.
+
+  >>> import tempfile, utilized_rank as ur
+  >>> fn = lambda p, x: x @ p['w']
+  >>> params = {'w': jnp.eye(4)}
+  >>> moments = ur.capture(fn)(params, jnp.eye(4))[1]
+  >>> small = ur.factorize(params, moments, {'w': 2}, gauge='identity')
+  >>> recipe = Recipe.of(small, moments, {'w': 2})
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   recipe.save(folder + '/recipe.json')
+  ...   again = Recipe.load(folder + '/recipe.json')
+  >>> leaf = again.abstract(jax.eval_shape(lambda: params))['w']
+  >>> leaf.a.shape, leaf.b.shape
+  ((4, 2), (2, 2))
+  """
+
+  ranks: shared.Ranks
+  method: str
+  compensate_mean: bool
+  damping: float
+  calibration: str
+  versions: Mapping[str, str]
+  leaves: Mapping[str, FactoredLeaf]
+
+  @property
+  def gauge(self) -> str | None:
+    """As it was given to `factorize`."""
+    has_order = any(leaf.order is not None for leaf in self.leaves.values())
+    return 'identity' if has_order else None
+
+  @classmethod
+  def of(
+    cls,
+    small: Any,
+    moments: Moments,
+    ranks: shared.Ranks,
+    *,
+    method: str = 'output',
+    compensate_mean: bool = True,
+    damping: float = methods.DAMPING,
+  ) -> Recipe:
+    """The recipe of a tree that `factorize` made with these arguments.
+
+    Args:
+      small: the tree, or its shapes.
+      moments: as for `factorize`; only their fingerprint is kept.
+      ranks: as for `factorize`, and likewise
+      method:
+      compensate_mean:
+      damping:
+
+    Raises:
+      ValueError: the tree's factored leaves are not those of `ranks`.
+    """
+    import utilized_rank  # its version, once it is whole
+
+    methods.check_method(method)
+    named, _ = paths.flatten(small, lowrank.is_low_rank)
+    leaves = {
+      path: FactoredLeaf.of(leaf)
+      for path, leaf in named.items()
+      if lowrank.is_low_rank(leaf)
+    }
+    given = {
+      name: int(np.max(rank))
+      for key, rank in ranks.items()
+      for name in shared.names_of(key)
+    }
+    for path in [*leaves, *given]:
+      has = leaves[path].rank if path in leaves else None
+      if given.get(path) != has:
+        raise ValueError(
+          f'{path!r} has rank {has} in the tree and {given.get(path)} in '
+          'ranks: give what factorize was given'
+        )
+    return cls(
+      dict(ranks),
+      method,
+      compensate_mean,
+      damping,
+      fingerprint(moments),
+      {
+        'utilized_rank': utilized_rank.__version__,
+        'jax': jax.__version__,
+        'numpy': np.__version__,
+      },
+      leaves,
+    )
+
+  def abstract(self, params: Any) -> Any:
+    """The compressed tree's shapes, from the dense tree's.
+
+    Args:
+      params: dense parameters, or their shapes (`jax.eval_shape`).
+
+    Returns:
+      `params` with `ShapeDtypeStruct`s in place of arrays, those of `LowRank`
+      leaves in place of kernels: a target for orbax, and what `jax.jit(
+      low_rank(fn)).lower` compiles for.
+
+    Raises:
+      ValueError: a factored leaf is not there, or has another shape.
+    """
+    named, treedef = paths.flatten(params, lowrank.is_low_rank)
+    shapes = {
+      path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+      if tracing.is_array(leaf)
+      else leaf
+      for path, leaf in named.items()
+    }
+    for path, leaf in self.leaves.items():
+      if path not in named:
+        raise ValueError(
+          'the recipe is of other parameters: these lack '
+          + paths.unknown(path, named)
+        )
+      found = getattr(named[path], 'shape', None)
+      if found != leaf.layout.shape or lowrank.is_low_rank(named[path]):
+        raise ValueError(
+          f'the recipe is of other parameters: it wants a dense {path!r} of '
+          f'shape {leaf.layout.shape}, these have '
+          f'{type(named[path]).__name__} of shape {found}'
+        )
+      shapes[path] = leaf.abstract(named[path].dtype)
+    return paths.unflatten(treedef, shapes)
+
+  def save(self, path: str | os.PathLike[str]) -> None:
+    """Writes JSON: all of it, or nothing."""
+    record = {
+      'kind': _KIND,
+      'format': _FORMAT,
+      'method': self.method,
+      'gauge': self.gauge,
+      'compensate_mean': self.compensate_mean,
+      'damping': self.damping,
+      'calibration': self.calibration,
+      'versions': dict(self.versions),
+      'ranks': [
+        {'paths': shared.names_of(key), 'rank': np.asarray(rank).tolist()}
+        for key, rank in self.ranks.items()
+      ],
+      'leaves': {name: _record(leaf) for name, leaf in self.leaves.items()},
+    }
+    files.write_text(path, json.dumps(record, indent=1) + '\n')
+
+  @classmethod
+  def load(cls, path: str | os.PathLike[str]) -> Recipe:
+    """Reads what `save` wrote.
+
+    Raises:
+      FileNotFoundError: there is no file.
+      ValueError: it holds no recipe, or one of another format.
+    """
+    with open(path, encoding='utf-8') as f:
+      text = f.read()
+    try:
+      record = json.loads(text)
+      known = record['kind'], record['format']
+      if known != (_KIND, _FORMAT):
+        raise ValueError(f'it holds {known}, not {(_KIND, _FORMAT)}')
+      return cls(
+        {_key(r['paths']): _rank(r['rank']) for r in record['ranks']},
+        record['method'],
+        record['compensate_mean'],
+        record['damping'],
+        record['calibration'],
+        record['versions'],
+        {name: _leaf(leaf) for name, leaf in record['leaves'].items()},
+      )
+    except (KeyError, TypeError, ValueError) as error:
+      raise ValueError(
+        f'{os.fspath(path)!r} holds no recipe, or a damaged one: {error}'
+      ) from error
+
+
+def fingerprint(moments: Moments) -> str:
+  """A digest of everything that factors are computed from but the weights."""
+  digest = hashlib.sha256()
+  for path in moments:
+    moment = moments[path]
+    digest.update(repr((path, moment.layout, moment.entry.bias)).encode())
+    for array in jax.tree.leaves((moment.sums, moment.grad, moment.examples)):
+      array = np.ascontiguousarray(array)
+      digest.update(f'{array.dtype.name}{array.shape}'.encode())
+      digest.update(array.tobytes())
+  return digest.hexdigest()
+
+
+def _record(leaf: FactoredLeaf) -> dict[str, Any]:
+  return {
+    'layout': dataclasses.asdict(leaf.layout),
+    'rank': leaf.rank,
+    'has_constant': leaf.has_constant,
+    'order': None if leaf.order is None else leaf.order.array.tolist(),
+    'left': leaf.left,
+  }
+
+
+def _leaf(record: dict[str, Any]) -> FactoredLeaf:
+  layout = {name: tuple(v) for name, v in record['layout'].items()}
+  order = record['order']
+  return FactoredLeaf(
+    Layout(**layout),
+    record['rank'],
+    record['has_constant'],
+    None if order is None else Order(order),
+    record['left'],
+  )
+
+
+def _key(names: list[str]) -> shared.Key:
+  return names[0] if len(names) == 1 else tuple(names)
+
+
+def _rank(rank: int | list[int]) -> int | tuple[int, ...]:
+  return tuple(rank) if isinstance(rank, list) else rank
