@@ -10,7 +10,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from utilized_rank import gauge
-from utilized_rank.factors import OTHERS
 from utilized_rank.factors import Factors
 from utilized_rank.factors import as_output
 from utilized_rank.factors import oriented
@@ -86,21 +85,19 @@ def dot(eqn: Any, view: View, which: int) -> Product | str:
     sharding = eqn.params.get('out_sharding')
     at = nb + len(x_free) if which else nb  # where z has the rank
 
-    def times(z, b, inner, out_sharding, over=nb):
+    def times(z, b, inner):
       """z b over z's axis `inner`, on the side where the kernel was."""
-      z_dims, b_dims = ((inner,), lead), ((over,), lead)
-      operands, dims = ((z, b), (z_dims, b_dims))
+      operands, dims = (z, b), (((inner,), lead), ((nb,), lead))
       if not which:
-        operands, dims = (b, z), (b_dims, z_dims)
+        operands, dims = operands[::-1], dims[::-1]
       return jax.lax.dot_general(
-        *operands, _paired(*dims), out_sharding=out_sharding, **kwargs
+        *operands, _paired(*dims), out_sharding=sharding, **kwargs
       )
 
     def left():
-      a = lay(pair.first, kernel_contract)
-      operands, dims = ((x, a), (x_dims, a_dims))
+      operands, dims = (x, lay(pair.first, kernel_contract)), (x_dims, a_dims)
       if not which:
-        operands, dims = (a, x), (a_dims, x_dims)
+        operands, dims = operands[::-1], dims[::-1]
       return jax.lax.dot_general(
         *operands,
         _paired(*dims),
@@ -108,42 +105,28 @@ def dot(eqn: Any, view: View, which: int) -> Product | str:
         **kwargs,
       )
 
-    if pair.order is None:
-      z = once(left) if not pair.swapped else left()
-      y = times(z, lay(pair.second, free, True), at, sharding)
-    elif pair.swapped:
+    def pivots_and_others():
+      """x [I, B']^T: the outputs of the kernel's own direction are inputs."""
       flat = x.transpose(*x_batch, *x_free, *x_contract)
       flat = flat.reshape(*flat.shape[: flat.ndim - nc], -1)
       order = lay(pair.order, kernel_contract)
-      first, others = gauge.part(
-        flat, order.reshape(*order.shape[:nb], -1), pair.first.rank
-      )
-      b = place(
-        pair.first,
-        kernel_axes(kernel_batch),
-        [(OTHERS,)],
-        kernel_sizes(kernel_batch),
-        [others.shape[-1]],
-      )
-      z = first + jax.lax.dot_general(
-        others, b, (((others.ndim - 1,), (nb,)), (lead, lead)), **kwargs
-      )
-      y = times(z, lay(pair.second, free, True), z.ndim - 1, None)
+      order = order.reshape(*order.shape[:nb], -1)
+      first, others = gauge.part(flat, order, pair.first.rank)
+      b = lay(pair.first, kernel_contract)
+      dims = ((others.ndim - 1,), lead), ((nb,), lead)
+      return first + jax.lax.dot_general(others, b, _paired(*dims), **kwargs)
+
+    b = lay(pair.second, free, rank_first=True)
+    if pair.order is not None and pair.swapped:
+      z = pivots_and_others()
+      y = times(z, b, z.ndim - 1)
     else:
-      z = once(left)
-      b = place(
-        pair.second,
-        kernel_axes(kernel_batch),
-        [(OTHERS,)],
-        kernel_sizes(kernel_batch),
-        [pair.second.array.shape[-1]],
-        rank_first=True,
-      )
-      order = lay(pair.order, free)
-      y = gauge.join(
-        z, times(z, b, at, None), order.reshape(*order.shape[:nb], -1), at
-      )
-      y = y.reshape(output.sizes)
+      z = left() if pair.swapped else once(left)
+      y = times(z, b, at)
+      if pair.order is not None:
+        order = lay(pair.order, free)
+        y = gauge.join(z, y, order.reshape(*order.shape[:nb], -1), at)
+        y = y.reshape(output.sizes)
     if pair.c is not None:
       y = y + as_output(pair.c, output).astype(y.dtype)
     return y

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import gauge
-from utilized_rank.factors import OTHERS
 from utilized_rank.factors import Factors
 from utilized_rank.factors import as_output
 from utilized_rank.factors import oriented
@@ -127,22 +126,18 @@ def convolution(eqn: Any, view: View, which: int) -> Product | str:
       return jnp.moveaxis(z, -2, 0)
 
     z = once(left) if not pair.swapped else left()
-    order = pair.order
-    width = view.sizes[out_dim]
-    b = place(
-      pair.second,
+    output_channels = (
       group_axes,
-      [view.axes[out_dim] if order is None else (OTHERS,)],
+      [view.axes[out_dim]],
       group_sizes,
-      [width if order is None else width - rank],
-      rank_first=True,
+      [view.sizes[out_dim]],
     )
+    b = place(pair.second, *output_channels, rank_first=True)
     nb, inner = len(group_axes), z.ndim - 1
     lead = tuple(range(nb))
     y = jax.lax.dot_general(z, b, (((inner,), (nb,)), (lead, lead)), **kwargs)
-    if order is not None:
-      at = place(order, group_axes, [view.axes[out_dim]], group_sizes, [width])
-      y = gauge.join(z, y, at, inner)
+    if pair.order is not None:
+      y = gauge.join(z, y, place(pair.order, *output_channels), inner)
     if group_axis is not None:
       y = jnp.moveaxis(y, 0, -2)
       y = y.reshape(*y.shape[:-2], -1)

@@ -102,8 +102,12 @@ def place(
 ) -> Any:
   """Lays a factor out as (*batch, *kept, rank) or (*batch, rank, *kept).
 
-  What has no rank (an order) is laid out as (*batch, *kept).
+  What has no rank (an order) is laid out as (*batch, *kept); B' has the
+  outputs that are no pivots in place of the kept axes.
   """
+  if OTHERS in factor.atoms:
+    kept = [(OTHERS,)]
+    kept_sizes = [factor.array.shape[factor.atoms.index(OTHERS)]]
   rank = [RANK] if RANK in factor.atoms else []
   ranks = [factor.rank] if rank else []
   flat = [a for axis in batch for a in axis]

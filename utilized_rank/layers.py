@@ -118,7 +118,8 @@ def unstack(tree: Any, path: str, name: str) -> Any:
 def stack(tree: Any, path: str, name: str) -> Any:
   """Undoes `unstack`: layers become one part whose leaves lead with them.
 
-  `LowRank` leaves of different ranks are padded with zeros.
+  `LowRank` leaves of different ranks are padded with zeros; those with an
+  identity block are given further pivots.
 
   Args:
     tree: nested dictionaries.

@@ -187,7 +187,9 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
   """Makes `fn` run on a tree with `LowRank` leaves, never multiplying out.
 
   At every product of an activation x with such a kernel, x W becomes
-  (x A) B (+ c); a convolution becomes one with r outputs and a 1x1. Works
+  (x A) B (+ c); a convolution becomes one with r outputs and a 1x1. Where
+  kernels share A, x A is computed once; an identity block is not multiplied
+  with (on meshes of explicit axes that is an error). Works
   under and over `jit`, `grad`, `vmap`, `remat` and `scan`. A leaf that meets
   anything but a product (an embedding's lookup, say) is multiplied out there,
   and a warning says so once per place.
@@ -221,9 +223,6 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
       ),
     )
     params = with_left(traced.params)
-    holds = {
-      leaf.left for leaf in params.values() if is_low_rank(leaf)
-    } & params.keys()
     values = [
       Param(
         View.of_leaf(p, leaf.shape, leaf.dtype, leaf.layout.atoms),
@@ -233,11 +232,12 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
       else leaf
       for p, leaf in params.items()
     ]
-    lefts = {p: p for p in holds} | {
+    lefts = {
       p: leaf.left
       for p, leaf in params.items()
       if is_low_rank(leaf) and leaf.left is not None
     }
+    lefts |= {p: p for p in lefts.values()}
     walk = Walk(_Substitution(lefts))
     outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
     return jax.tree.unflatten(
