@@ -9,6 +9,7 @@
 >>> outputs = ur.low_rank(fn)(small, batch)             # doctest: +SKIP
 """
 
+from utilized_rank.anchor import anchor
 from utilized_rank.capture import capture
 from utilized_rank.capture import find_sites
 from utilized_rank.checkpoint import load

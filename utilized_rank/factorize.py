@@ -139,9 +139,9 @@ def factorize(
       )
     bias = moment.entry.bias
     if constant is not None and bias is not None:
-      named[bias] = _add_constant(named, path, bias, constant)
+      named[bias] = add_constant(named, path, bias, constant)
       constant = None
-    named[path] = _to_low_rank(pairs, constant, moment.layout, leaf)
+    named[path] = to_low_rank(pairs, constant, moment.layout, leaf)
   return paths.unflatten(treedef, named)
 
 
@@ -152,12 +152,13 @@ def _pair(kernel: Kernel, method: str, rank: int, damping: float) -> Factors:
   return subspace.balanced(methods.truncate(family, rank))
 
 
-def _to_low_rank(
+def to_low_rank(
   pairs: list[Factors],
   constant: np.ndarray | None,
   layout: Layout,
   leaf: Any,
 ) -> LowRank:
+  """The pairs of a leaf's matrices as one leaf of its dtype."""
   groups, dtype = layout.group_shape, leaf.dtype
   a, b = pad_factors(pairs)
   rank = a.shape[-1]
@@ -172,9 +173,10 @@ def _to_low_rank(
   )
 
 
-def _add_constant(
+def add_constant(
   named: dict[str, Any], path: str, bias: str, constant: np.ndarray
 ) -> Any:
+  """The bias of a kernel with a constant of its outputs added."""
   if bias not in named or named[bias].size != constant.size:
     raise ValueError(
       f'{path!r} had the bias {bias!r} of {constant.size} numbers when its '

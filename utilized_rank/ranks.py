@@ -282,7 +282,7 @@ def predict_loss(
   return float(total)
 
 
-def check_ranks(ranks: Ranks, moments: Moments) -> None:
+def check_ranks(ranks: Ranks, moments: Mapping[str, Any]) -> None:
   """Raises ValueError for a rank that its kernel cannot have."""
   for path, given in ranks.items():
     if path not in moments:
