@@ -27,6 +27,7 @@ LAYERS = [
   'collect factorize search anchoring blocks',
   'streams',
   'anchor',
+  'refine',
   'page report',
   'compress',
 ]

@@ -34,6 +34,7 @@ from utilized_rank.ranks import budget_ranks
 from utilized_rank.ranks import energy_ranks
 from utilized_rank.ranks import predict_loss
 from utilized_rank.ranks import uniform_ranks
+from utilized_rank.refine import refine
 from utilized_rank.report import Report
 from utilized_rank.report import measure
 from utilized_rank.search import SearchedRanks

@@ -139,7 +139,7 @@ def anchor(
     for path in block.paths:
       small |= fits[path].leaves()
     if number < count - 1:
-      streams.advance(number, small)
+      streams.advance(number, small, streams.small)
   for fit in fits.values():
     named |= fit.finish()
   return paths.unflatten(treedef, named)

@@ -97,27 +97,31 @@ class Streams:
       return step
 
     sums: list[PairSums] = []
-    for i, block, run in self._each(number, make):
-      values, hats = (blocks.needs_of(block, s[i]) for s in self._both)
+    for i, block, run in self.each(number, make):
+      values, hats = (
+        blocks.needs_of(block, s[i]) for s in (self.dense, self.small)
+      )
       given, new = run(params, small, values, hats)
       self.dense[i] = blocks.after(block, self.dense[i], jax.device_get(given))
       sums = jax.tree.map(jnp.add, sums, new) if sums else new
     return jax.device_get(sums)
 
-  def advance(self, number: int, small: Leaves) -> None:
-    """Takes the compressed run through a block."""
+  def advance(self, number: int, leaves: Leaves, states: list[State]) -> None:
+    """Takes a run through a block.
+
+    Args:
+      number: its next block.
+      leaves: its leaves by path, `LowRank` ones among them.
+      states: `self.dense` or `self.small`.
+    """
     make = lambda program, block: low_rank(
       lambda params, values: program.run(block, params, values)
     )
-    for i, block, run in self._each(number, make):
-      given = run(small, blocks.needs_of(block, self.small[i]))
-      self.small[i] = blocks.after(block, self.small[i], jax.device_get(given))
+    for i, block, run in self.each(number, make):
+      given = run(leaves, blocks.needs_of(block, states[i]))
+      states[i] = blocks.after(block, states[i], jax.device_get(given))
 
-  @property
-  def _both(self):
-    return self.dense, self.small
-
-  def _each(
+  def each(
     self, number: int, make: Callable[[Program, Block], Callable[..., Any]]
   ) -> Iterator[tuple[int, Block, Callable[..., Any]]]:
     """(batch, its block, compiled) for every batch."""

@@ -17,7 +17,7 @@ import optax
 from benchmarks.networks import common
 
 CONTEXT, EMBEDDING, WIDTH, CHARACTERS = 16, 24, 512, 65
-STEPS, BATCH, RATE, DECAY = 9000, 512, 1.5e-3, 0.1
+STEPS, BATCH, RATE, DECAY = 3000, 512, 1.5e-3, 0.1
 CALIBRATION, JUDGED = 8192, 20_000
 
 
