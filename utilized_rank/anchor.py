@@ -134,7 +134,7 @@ def anchor(
     for (path, matrix), places in _places(block, sites).items():
       if places not in known:
         parts = [(sums[i], at) for i, at in places]
-        known[places] = anchoring.inputs(parts, compensate_mean)
+        known[places] = anchoring.inputs(parts, compensate_mean, path)
       fits[path].fit(matrix, known[places], ridge)
     for path in block.paths:
       small |= fits[path].leaves()
@@ -182,7 +182,7 @@ def find_kernels(
       )
   rules = [(re.escape(path), True) for path in only]
   if not rules:
-    raise ValueError('no kernel is named: ranks is empty')
+    raise ValueError('no kernel is named: there is no rank to have')
   sites = find_sites(fn, params, batch, select=rules)
   for path, site in sites.items():
     if site.also:

@@ -62,13 +62,19 @@ class Target(NamedTuple):
   basis: Basis
 
 
-def inputs(sums: Sequence[tuple[PairSums, int]], centered: bool) -> Inputs:
+def inputs(
+  sums: Sequence[tuple[PairSums, int]], centered: bool, path: str
+) -> Inputs:
   """Moments of a matrix's inputs, about the means if it is centred.
 
   Args:
     sums: sums over the rows of each product that reads the matrix, and the
       matrix's place among their groups.
     centered: take H and K about the means.
+    path: of a kernel that reads them.
+
+  Raises:
+    FloatingPointError: the sums are not finite.
   """
   of = lambda field: np.sum(
     [np.asarray(getattr(s, field)[g], np.float64) for s, g in sums], axis=0
@@ -76,6 +82,8 @@ def inputs(sums: Sequence[tuple[PairSums, int]], centered: bool) -> Inputs:
   n = max(sum(int(s.count) for s, _ in sums), 1)
   mean, mean_hat = of('total') / n, of('total_hat') / n
   h, k = of('second_hat') / n, of('cross') / n
+  if not (np.all(np.isfinite(h)) and np.all(np.isfinite(k))):
+    raise FloatingPointError(f'what {path!r} reads is NaN or infinite')
   if centered:
     h = h - np.outer(mean_hat, mean_hat)
     k = k - np.outer(mean_hat, mean)

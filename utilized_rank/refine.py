@@ -170,7 +170,7 @@ def _refined(
       [streams.dense[i][var] for var in block.gives],
     )
 
-  training = round((1 - HELD_OUT) * len(inputs))
+  training = min(round((1 - HELD_OUT) * len(inputs)), len(inputs) - 1)
   judges = list(streams.each(number, error))[training:]
   judge = lambda tree: sum(
     float(run(tree, *data(i, block))) for i, block, run in judges
