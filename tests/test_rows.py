@@ -1,4 +1,4 @@
-"""Rows in a function that is cut into blocks: every way of writing a product."""
+"""Rows in a function cut into blocks: every way of writing a product."""
 
 import evaluate
 import forms

@@ -53,19 +53,19 @@ def refine(
     fn: `fn(params, batch) -> outputs`.
     params: dense parameters.
     small: the same with `LowRank` leaves, from `factorize` or `anchor`.
-    batches: as for `anchor`, two at least; of one shape but for the last.
+    batches: as for `anchor`, two at least.
     steps: updates of each block, each on one batch, in turns.
-    learning_rate: its peak, as a share of the root mean square of each leaf.
-    group: consecutive kernels for which `group(path)` is equal make a block;
-      default those that read one value.
+    learning_rate: its peak, as a share of the factors' root mean square; it
+      falls to 0 along a cosine.
+    group: as for `anchor`; a wider block is matched where it ends.
     progress: show a progress bar.
 
   Returns:
     The tree with refined leaves; ranks, shapes and dtypes are the same.
 
   Raises:
-    ValueError: `small` has no `LowRank` leaf or is of another structure, or
-      there are fewer than two batches.
+    ValueError: `small` has no `LowRank` leaf or is of another structure, there
+      are fewer than two batches, or steps or rate are not positive.
     UnsupportedError: as `anchor`.
 
   The block-wise training of AA-SVD (arXiv 2604.02119) with a held-out guard.
@@ -187,6 +187,8 @@ def _refined(
 def _share(y: Any, target: Any) -> Any:
   """Squared error of an array as a share of its variance over the batch."""
   y, target = (v.astype(jnp.float32) for v in (y, target))
-  about = target - jnp.mean(target, axis=0, keepdims=True)
-  size = jnp.sum(jnp.square(about))
-  return jnp.sum(jnp.square(y - target)) / jnp.maximum(size, _TINY)
+  square = lambda v: jnp.sum(jnp.square(v))
+  size = square(target - jnp.mean(target, axis=0, keepdims=True))
+  # What is the same for every example is a share of itself.
+  least = 1e-6 * square(target) + _TINY
+  return square(y - target) / jnp.maximum(size, least)
