@@ -8,6 +8,7 @@ import pytest
 import references
 
 import utilized_rank as ur
+from utilized_rank.streams import Streams
 
 
 def mlp(p, x):
@@ -53,6 +54,45 @@ def test_blocks_come_nearer_to_the_dense_ones(group):
   # The kernels' own bias is trained; what is no kernel's stays as it is.
   assert np.any(better['b'] != small['b'])
   assert better['head'] is small['head']
+
+
+def test_gradients_where_a_block_ends():
+  params, batches = network(), data(count=2)
+  loss = lambda outputs, batch: jnp.sum(jnp.sin(outputs), 1) * batch[:, 0]
+  sites = ur.find_sites(mlp, params, batches[0], select=[('[wv]', True)])
+  layouts = {path: site.layout for path, site in sites.items()}
+  streams = Streams(mlp, params, batches, layouts, None)
+  x = np.concatenate(batches)
+  for number, tail in (
+    (1, lambda h: jnp.tanh(h @ params['v']) @ params['head']),
+    (2, lambda y: y),
+  ):
+    if number == 1:
+      streams.advance(0, params, streams.dense)
+    streams.advance(number, params, streams.dense)
+    (g,) = streams.gradients(number, params, loss, batches)
+    value = mlp(params, x)
+    if number == 1:
+      value = jnp.tanh(x @ params['w'] + params['b'])
+    rows = jax.grad(lambda v, tail=tail: jnp.sum(loss(tail(v), x)))(value)
+    want = references.second_moment(rows)
+    np.testing.assert_allclose(g, want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_says_which_errors_count():
+  params, batches = network(), data()
+  small = start(params, batches)
+  loss = lambda outputs, batch: 3 * outputs[:, 0]
+  better = ur.refine(
+    mlp, params, small, batches, loss=loss, steps=100, learning_rate=0.03,
+    progress=False,
+  )  # fmt: skip
+  x = np.concatenate(data(seed=1))
+  run = ur.low_rank(mlp)
+  column = lambda tree: float(
+    np.mean(np.square(run(tree, x) - mlp(params, x))[:, 0])
+  )
+  assert column(better) < 0.9 * column(small)
 
 
 def test_a_block_that_gets_worse_is_left_alone():

@@ -79,12 +79,16 @@ class Program:
     consts: values of the function's constants.
     args: variables of the arrays of the batch.
     blocks: in order of execution; the first is what comes before any kernel.
+    rests: for each block, all that comes after it; gives the outputs.
+    out_tree: pytree structure of the outputs.
   """
 
   params: Sequence[str]
   consts: Sequence[Any]
   args: Sequence[Any]
   blocks: Sequence[Block]
+  rests: Sequence[Block]
+  out_tree: Any
 
   def run(
     self, block: Block, params: dict[str, Any], values: Sequence[Any]
@@ -163,23 +167,29 @@ def cut(
     for var in _variables(jaxpr.outvars if eqn is None else eqn.invars)
     if var in made
   }
-  parts = []
-  for n, (begin, end) in enumerate(zip(cuts, cuts[1:])):
-    kept = frozenset(v for v, at in last.items() if made[v] < end <= at)
-    gives = [v for v in last if v in kept and made[v] >= begin]
+
+  def part(begin, end, gives, reads=()) -> Block:
     own = [
       eqn
       for i, eqn in enumerate(jaxpr.eqns[:end])
-      if i >= begin or all(v in fixed for v in eqn.outvars)
+      if i >= begin or fixed.issuperset(eqn.outvars)
     ]
-    eqns = _needed(own, gives)
+    eqns = _needed(own, _variables(gives))
     inner = {v for eqn in eqns for v in eqn.outvars}
     read = {v for eqn in eqns for v in _variables(eqn.invars)}
+    read.update(_variables(gives))
     needs = [v for v in made if v in read and v not in inner]
     piece = Piece(jaxpr.constvars, [*param_vars, *needs], eqns, gives)
+    kept = frozenset(v for v, at in last.items() if made[v] < end <= at)
+    return Block(piece, reads, needs, gives, kept)
+
+  parts, rests = [], []
+  for n, (begin, end) in enumerate(zip(cuts, cuts[1:])):
     first, stop = ranges[n - 1] if n else (0, 0)
-    parts.append(Block(piece, reads[first:stop], needs, gives, kept))
-  return Program(names, flat.consts, args, parts)
+    gives = [v for v, at in last.items() if begin <= made[v] < end <= at]
+    parts.append(part(begin, end, gives, reads[first:stop]))
+    rests.append(part(end, len(jaxpr.eqns), jaxpr.outvars))
+  return Program(names, flat.consts, args, parts, rests, flat.out_tree)
 
 
 def _variables(atoms: Iterable[Any]) -> list[Any]:

@@ -18,7 +18,9 @@ from utilized_rank.anchor import find_kernels
 from utilized_rank.blocks import Group
 from utilized_rank.blocks import State
 from utilized_rank.blocks import needs_of
+from utilized_rank.gradients import LossFn
 from utilized_rank.lowrank import low_rank
+from utilized_rank.methods import DAMPING
 from utilized_rank.progress import track
 from utilized_rank.streams import Leaves
 from utilized_rank.streams import Streams
@@ -34,6 +36,7 @@ def refine(
   small: Any,
   batches: Iterable[Any],
   *,
+  loss: LossFn | None = None,
   steps: int = 200,
   learning_rate: float = 0.01,
   group: Group | None = None,
@@ -44,16 +47,22 @@ def refine(
   Needs no labels and no run of the whole network: between two blocks the values
   of the dense and of the compressed network are known for all batches, and a
   block's factors, with the biases of its kernels, are trained by Adam so that
-  it turns the latter into what the dense block makes of the former. The error
-  is the squared difference of all that the block gives to later ones, as a
-  share of its variance. A block is only changed if its error on the last fifth
-  of the batches, which train nothing, falls.
+  it turns the latter into what the dense block makes of the former. A block is
+  only changed if its error on the last fifth of the batches, which train
+  nothing, falls.
 
   Args:
     fn: `fn(params, batch) -> outputs`.
     params: dense parameters.
     small: the same with `LowRank` leaves, from `factorize` or `anchor`.
     batches: as for `anchor`, two at least.
+    loss: `loss(outputs, batch) -> (B,)`, nats per example, such as
+      `sampled_cross_entropy()`, to measure errors in: each value that a block
+      gives to later ones in the metric of the second moment of the loss's
+      gradient there, over its last axis. Costs a run of the rest of the
+      network and its gradient for each block. Without, the error is the
+      squared difference as a share of the value's variance, which may undo
+      what factors of method 'loss' have gained.
     steps: updates of each block, each on one batch, in turns.
     learning_rate: its peak, as a share of the factors' root mean square; it
       falls to 0 along a cosine.
@@ -82,6 +91,10 @@ def refine(
     raise ValueError(f'params and small differ in their paths: {odd}')
   kernels = [path for path, leaf in named.items() if lowrank.is_low_rank(leaf)]
   first, stream = checked(batches)
+  held: list[Any] = []
+  if loss is not None:
+    held = list(stream)
+    stream = iter(held)
   sites = find_kernels(fn, params, first, kernels)
   layouts = {path: site.layout for path, site in sites.items()}
   streams = Streams(fn, params, stream, layouts, group)
@@ -104,7 +117,12 @@ def refine(
     inputs = list(streams.small)
     streams.advance(number, dense, streams.dense)
     if own:  # what comes before the first kernel has none
-      new = _refined(streams, number, inputs, now, own, steps, learning_rate)
+      metrics = [None] * len(block.gives)
+      if loss is not None:
+        metrics = streams.gradients(number, dense, loss, held)
+      new = _refined(
+        streams, number, inputs, now, own, metrics, steps, learning_rate
+      )
       now, named = now | new, named | new
     streams.advance(number, now, streams.small)
   return paths.unflatten(treedef, named)
@@ -116,6 +134,7 @@ def _refined(
   inputs: Sequence[State],
   leaves: Leaves,
   own: Leaves,
+  metrics: Sequence[Any],
   steps: int,
   learning_rate: float,
 ) -> Leaves:
@@ -127,6 +146,7 @@ def _refined(
     inputs: values of the compressed run before the block.
     leaves: its leaves.
     own: those that are trained.
+    metrics: for each value that it gives, G or None.
     steps: number of updates.
     learning_rate: in root mean squares of the factors.
   """
@@ -144,10 +164,10 @@ def _refined(
 
     def of(trained, leaves, values, targets):
       mine = jax.tree.map(lambda v, old: v.astype(old.dtype), trained, own)
-      pairs = zip(run(leaves | mine, values), targets, strict=True)
+      outs = run(leaves | mine, values)
       return sum(
-        _share(y, target)
-        for y, target in pairs
+        _share(y, target) if g is None else _nats(y, target, g)
+        for y, target, g in zip(outs, targets, metrics, strict=True)
         if jnp.issubdtype(target.dtype, jnp.floating)
       )
 
@@ -182,6 +202,14 @@ def _refined(
   if not judge(trained) < before:
     return {}
   return jax.tree.map(lambda v, old: v.astype(old.dtype), trained, own)
+
+
+def _nats(y: Any, target: Any, g: Any) -> Any:
+  """Half of sum e^T G e over the rows of an example, G damped."""
+  m = len(g)
+  g = g + DAMPING * jnp.trace(g) / m * jnp.eye(m)
+  e = (y - target).astype(jnp.float32).reshape(-1, m)
+  return jnp.sum((e @ g) * e) / (2 * len(target))
 
 
 def _share(y: Any, target: Any) -> Any:

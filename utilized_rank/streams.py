@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import blocks
+from utilized_rank import numerics
 from utilized_rank import rows
 from utilized_rank.blocks import Block
 from utilized_rank.blocks import Group
 from utilized_rank.blocks import Program
 from utilized_rank.blocks import State
+from utilized_rank.gradients import LossFn
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import low_rank
 from utilized_rank.rows import PairSums
@@ -121,6 +123,60 @@ class Streams:
       given = run(leaves, blocks.needs_of(block, states[i]))
       states[i] = blocks.after(block, states[i], jax.device_get(given))
 
+  def gradients(
+    self, number: int, params: Leaves, loss: LossFn, batches: Sequence[Any]
+  ) -> list[Any]:
+    """Second moments of the loss's gradient at what a block gives.
+
+    Args:
+      number: the block that the dense run was taken through last.
+      params: dense leaves by path.
+      loss: `loss(outputs, batch) -> (B,)`.
+      batches: the batches.
+
+    Returns:
+      For each value that the block gives G over its last axis, (m, m), of an
+      example's loss; None for values that are no floating arrays.
+    """
+
+    def make(program: Program, block: Block):
+      rest = program.rests[number]
+
+      def sums(params, values, given, batch):
+        moving = {
+          var: v
+          for var, v in zip(block.gives, given, strict=True)
+          if v.ndim and jnp.issubdtype(v.dtype, jnp.floating)
+        }
+        names = list(moving)
+
+        def total(arrays):
+          new = dict(zip(rest.needs, values, strict=True))
+          new |= {v: a for v, a in zip(names, arrays) if v in new}
+          outs = program.run(rest, params, [new[v] for v in rest.needs])
+          outputs = jax.tree.unflatten(program.out_tree, outs)
+          return jnp.sum(loss(outputs, batch))
+
+        of = dict(zip(names, jax.grad(total)([moving[v] for v in names])))
+        rows = [_rows(of[v]) if v in of else None for v in block.gives]
+        return [
+          None if r is None else (numerics.gram(r)[1], len(r)) for r in rows
+        ]
+
+      return sums
+
+    found: list[Any] = []
+    for i, block, run in self.each(number, make):
+      rest, state = self.programs[i].rests[number], self.dense[i]
+      new = run(
+        params,
+        blocks.needs_of(rest, state),
+        [state[var] for var in block.gives],
+        batches[i],
+      )
+      found = jax.tree.map(jnp.add, found, new) if found else new
+    return [None if of is None else of[0] / of[1] for of in found]
+
   def each(
     self, number: int, make: Callable[[Program, Block], Callable[..., Any]]
   ) -> Iterator[tuple[int, Block, Callable[..., Any]]]:
@@ -131,6 +187,10 @@ class Streams:
       if id(program) not in runs:
         runs[id(program)] = jax.jit(make(program, block))
       yield i, block, runs[id(program)]
+
+
+def _rows(array: Any) -> Any:
+  return array.reshape(-1, array.shape[-1])
 
 
 def distinct(block: Block) -> list[int]:
