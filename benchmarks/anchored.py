@@ -76,6 +76,7 @@ def make(network, moments, batches, ranks, recipe: Recipe, known: dict):
       params,
       before,
       batches,
+      loss=ur.sampled_cross_entropy() if recipe.method == 'loss' else None,
       group=GROUPS.get(network.name),
       progress=False,
     )
