@@ -9,6 +9,7 @@
 >>> outputs = ur.low_rank(fn)(small, batch)             # doctest: +SKIP
 """
 
+from utilized_rank.anchor import anchor
 from utilized_rank.capture import capture
 from utilized_rank.capture import find_sites
 from utilized_rank.checkpoint import load
@@ -40,6 +41,7 @@ from utilized_rank.ranks import energy_ranks
 from utilized_rank.ranks import predict_loss
 from utilized_rank.ranks import uniform_ranks
 from utilized_rank.recipe import Recipe
+from utilized_rank.refine import refine
 from utilized_rank.report import Report
 from utilized_rank.report import measure
 from utilized_rank.search import SearchedRanks

@@ -38,7 +38,7 @@ def _custom(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
   """
   inner = eqn.params[compat.CALLS[eqn.primitive.name]]
   jaxpr, consts = compat.open_jaxpr(inner)
-  if _holds_product(walk, jaxpr, consts, operands):
+  if holds_product(walk, jaxpr, consts, operands):
     return walk.run(jaxpr, consts, operands)
   name = eqn.primitive.name
   return compat.bind(eqn, [walk.materialise(v, name) for v in operands])
@@ -74,7 +74,10 @@ class _Probe:
     raise AssertionError('a probe emits nothing')
 
 
-def _holds_product(walk, jaxpr, consts, operands) -> bool:
+def holds_product(
+  walk: Any, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]
+) -> bool:
+  """Whether a body has a product that the walk's visitor looks at."""
   probe = _Probe(walk.visitor)
   arrays, rebuild = split(operands)
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import certify
@@ -17,16 +16,13 @@ from utilized_rank import shared
 from utilized_rank import subspace
 from utilized_rank import threads
 from utilized_rank.families import Families
-from utilized_rank.gauge import Order
 from utilized_rank.gauge import check_gauge
-from utilized_rank.gauge import has_identity
-from utilized_rank.gauge import to_identity
-from utilized_rank.gauge import widen
 from utilized_rank.kernels import Kernel
 from utilized_rank.kernels import kernels
 from utilized_rank.kernels import to_leaf
-from utilized_rank.layers import pad_factors
-from utilized_rank.layout import Layout
+from utilized_rank.leaves import give_back
+from utilized_rank.leaves import stored_pairs
+from utilized_rank.leaves import to_low_rank
 from utilized_rank.lowrank import LowRank
 from utilized_rank.moments import Moments
 from utilized_rank.progress import track
@@ -191,8 +187,8 @@ def factorize(
         for s, group in zip(solved, groups, strict=True)
       ]
       layout = moments[path].layout
-      leaf = _to_low_rank(pairs, layout, named[path], gauge)
-      stored = _matrices(leaf)
+      leaf = to_low_rank(pairs, layout, named[path], gauge)
+      stored = stored_pairs(leaf)
       discarded = [
         group[i].mean @ (group[i].w - f.a @ f.b)
         for group, f in zip(groups, stored, strict=True)
@@ -218,16 +214,12 @@ def factorize(
     leaves = track(leaves, total=len(ranks), desc='factorize', unit='leaf')
   for made in leaves:
     for i, (path, leaf, discarded, _) in enumerate(made):
-      bias = moments[path].entry.bias
-      if compensate_mean and bias is not None:
-        named[bias] = _add_constant(named, path, bias, discarded)
-      elif compensate_mean:
-        shape = leaf.layout.group_shape + leaf.layout.output_shape
-        c = jnp.asarray(discarded.reshape(shape), leaf.dtype)
-        leaf = dataclasses.replace(leaf, c=c)
       if i:  # the first of a set holds the left factor
         leaf = dataclasses.replace(leaf, a=None, left=made[0].path)
       named[path] = leaf
+      if compensate_mean:
+        bias = moments[path].entry.bias
+        named |= give_back(named, path, bias, leaf, discarded)
   return paths.unflatten(treedef, named)
 
 
@@ -266,52 +258,3 @@ def _solve(
   if weighted:
     tails = tails / (kernel.rows_per_example / 2)  # nats per row of outputs
   return _Solution(pair, float(tails[rank]), float(tails[0]), weighted)
-
-
-def _to_low_rank(
-  pairs: list[Factors], layout: Layout, leaf: Any, gauge: str | None
-) -> LowRank:
-  groups, dtype = layout.group_shape, leaf.dtype
-  rank = max(f.a.shape[1] for f in pairs)
-  order, b_shape = None, layout.output_shape
-  if has_identity(layout, rank, gauge):
-    parts = [to_identity(*f) for f in pairs]
-    wide = [widen(a, b, rank) for a, b, _ in parts]
-    a, b = (np.stack(factor) for factor in zip(*wide, strict=True))
-    orders = np.stack([order for _, _, order in parts])
-    order, b_shape = Order(orders.reshape(*groups, -1)), b.shape[-1:]
-  else:
-    a, b = pad_factors(pairs)
-  return LowRank(
-    jnp.asarray(a.reshape(groups + layout.input_shape + (rank,)), dtype),
-    jnp.asarray(b.reshape(groups + (rank,) + b_shape), dtype),
-    None,
-    layout,
-    order,
-  )
-
-
-def _matrices(leaf: LowRank) -> list[Factors]:
-  """The factors of every member of a leaf, as they are stored."""
-  (d, m), rank = leaf.layout.matrix_shape, leaf.rank
-  a = np.asarray(leaf.a, np.float64).reshape(-1, d, rank)
-  b = np.asarray(leaf.b, np.float64).reshape(len(a), rank, -1)
-  if leaf.order is not None:
-    orders = leaf.order.array.reshape(len(a), m)
-    whole = [np.hstack([np.eye(rank), part]) for part in b]
-    b = np.stack([w[:, o] for w, o in zip(whole, orders, strict=True)])
-  return [Factors(*pair) for pair in zip(a, b, strict=True)]
-
-
-def _add_constant(
-  named: dict[str, Any], path: str, bias: str, constant: np.ndarray
-) -> Any:
-  if bias not in named or named[bias].size != constant.size:
-    raise ValueError(
-      f'{path!r} had the bias {bias!r} of {constant.size} numbers when its '
-      'moments were collected; these parameters do not'
-    )
-  old = named[bias]
-  return jnp.asarray(
-    np.asarray(old, np.float64) + constant.reshape(old.shape), old.dtype
-  )

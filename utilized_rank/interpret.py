@@ -72,6 +72,9 @@ _REASONS = dict.fromkeys(('slice', 'split', 'dynamic_slice'), PART) | {
 class Walk:
   """One walk over a traced function."""
 
+  # What to do at calls, loops and branches that a `Param` enters.
+  rules = control.RULES
+
   def __init__(self, visitor: Visitor):
     self.visitor = visitor
     self.tape = Tape()
@@ -99,7 +102,7 @@ class Walk:
 
   def scope(self) -> Walk:
     """The walk of a body: emissions of its own, all else shared."""
-    inner = Walk(self.visitor)
+    inner = type(self)(self.visitor)
     inner._origins, inner._serial = self._origins, self._serial
     return inner
 
@@ -162,7 +165,7 @@ class Walk:
           eqn, [array if v is bias else other.value for v in operands]
         )
     operands = [v.value if isinstance(v, Output) else v for v in operands]
-    rule = control.RULES.get(name)
+    rule = self.rules.get(name)
     if rule is not None:
       return rule(self, eqn, operands)
     if name in compat.OPAQUE or (
@@ -303,13 +306,22 @@ def _parts(eqn: Any, param: Param) -> list[Any] | None:
       return None
   parts = []
   for i in range(len(eqn.outvars)):
-    part = _part(param, axis, i * length, length)
+    if eqn.primitive.name == 'unstack':
+      part = member(param, axis, i)
+    else:
+      part = _part(param, axis, i * length, length)
     if part is None:
       return None
-    if eqn.primitive.name == 'unstack':
-      part = Param(part.view.squeeze([axis]), part.payload.squeeze(axis))
     parts.append(part)
   return parts
+
+
+def member(param: Param, axis: int, at: int) -> Param | None:
+  """One index of an axis, the axis gone; None if it cannot be followed."""
+  part = _part(param, axis, at, 1)
+  if part is None:
+    return None
+  return Param(part.view.squeeze([axis]), part.payload.squeeze(axis))
 
 
 def _moved(eqn: Any, view: View) -> View | None:

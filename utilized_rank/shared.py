@@ -34,7 +34,7 @@ def names_of(key: Key) -> tuple[str, ...]:
   return (key,) if isinstance(key, str) else tuple(key)
 
 
-def sets(moments: Moments) -> list[tuple[str, ...]]:
+def sets(moments: Mapping[str, Any]) -> list[tuple[str, ...]]:
   """The kernels that could share a left factor: they read the same value."""
   found: dict[Any, list[str]] = {}
   for path in moments:
@@ -43,13 +43,13 @@ def sets(moments: Moments) -> list[tuple[str, ...]]:
   return [tuple(names) for names in found.values() if len(names) > 1]
 
 
-def matrix_shape(key: Key, moments: Moments) -> tuple[int, int]:
+def matrix_shape(key: Key, moments: Mapping[str, Any]) -> tuple[int, int]:
   """(d, m_1 + m_2 + ...) of the kernels side by side."""
   shapes = [moments[name].layout.matrix_shape for name in names_of(key)]
   return shapes[0][0], sum(m for _, m in shapes)
 
 
-def check_ranks(ranks: Ranks, moments: Moments) -> None:
+def check_ranks(ranks: Ranks, moments: Mapping[str, Any]) -> None:
   """Raises ValueError for a rank that its kernel cannot have."""
   seen: set[str] = set()
   for key, given in ranks.items():

@@ -1,9 +1,10 @@
 """Ports of published networks, for benchmarks; see `common.Network`.
 
 Weights and data are read from `--data_root`, a directory with `networks/` and
-`data/`; none are in this repository.
+`data/`; none are in this repository. `char_mlp` is trained when it is loaded.
 """
 
+from benchmarks.networks import char_mlp
 from benchmarks.networks import kwt1
 from benchmarks.networks import mlp_fmnist_relu
 from benchmarks.networks import resnet20_cifar10
@@ -14,4 +15,5 @@ LOADERS = {
   'kwt1': kwt1.load,
   'stories260k': stories260k.load,
   'resnet20_cifar10': resnet20_cifar10.load,
+  'char_mlp': char_mlp.load,
 }

@@ -1,0 +1,305 @@
+"""Factors fitted block after block, each to what the dense network does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+import itertools
+import math
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from utilized_rank import anchoring
+from utilized_rank import lowrank
+from utilized_rank import methods
+from utilized_rank import paths
+from utilized_rank import subspace
+from utilized_rank import tracing
+from utilized_rank.anchoring import Inputs
+from utilized_rank.blocks import Block
+from utilized_rank.blocks import Group
+from utilized_rank.capture import find_sites
+from utilized_rank.collect import check_batch
+from utilized_rank.gauge import check_gauge
+from utilized_rank.leaves import give_back
+from utilized_rank.leaves import to_low_rank
+from utilized_rank.moments import Moments
+from utilized_rank.progress import track
+from utilized_rank.shared import Ranks
+from utilized_rank.shared import check_ranks
+from utilized_rank.shared import per_member
+from utilized_rank.sites import Site
+from utilized_rank.streams import Streams
+from utilized_rank.streams import distinct
+from utilized_rank.subspace import Factors
+
+
+def anchor(
+  fn: Callable[[Any, Any], Any],
+  params: Any,
+  batches: Iterable[Any],
+  ranks: Ranks,
+  *,
+  moments: Moments | None = None,
+  method: str = 'output',
+  ridge: float = 0.2,
+  compensate_mean: bool = True,
+  damping: float = methods.DAMPING,
+  gauge: str | None = None,
+  group: Group | None = None,
+  progress: bool = True,
+) -> Any:
+  """Puts `LowRank` pairs in place of kernels, each fitted behind the others.
+
+  As `factorize`, but a kernel's factors know that earlier ones are compressed:
+  they read what the compressed network feeds them and are fitted to what the
+  dense one makes, so that errors are mended downstream in place of adding up.
+  One sweep carries both networks over all batches from block to block; it
+  costs about two runs of `fn` and as many compilations as there are blocks.
+
+  Args:
+    fn: `fn(params, batch) -> outputs`.
+    params: dense parameters.
+    batches: calibration batches, each a pytree whose arrays lead with the
+      batch axis; each is read once. What lies between two blocks is held on
+      the host for all batches, once for each network.
+    ranks: path to rank, as for `factorize`. Other kernels stay dense. A scan
+      over a stack of such kernels is written out, step by step.
+    moments: for 'loss', moments of the dense network with gradients.
+    method: 'output', the least error at the kernel's outputs, or 'loss', that
+      error in the metric of the loss's gradient.
+    ridge: weight of staying near the dense kernel, as a share of the mean of
+      the diagonal of the inputs' second moment. 0 trusts the data alone, for
+      which they must be many; a large one gives the truncated SVD.
+    compensate_mean: as in `factorize`.
+    damping: as in `factorize`.
+    gauge: as in `factorize`.
+    group: consecutive kernels for which `group(path)` is equal are fitted at
+      once, behind the blocks before them. Default: kernels that read one
+      value. A kernel that is read again later makes one block of all that
+      lies between.
+    progress: show a progress bar.
+
+  Returns:
+    The tree with `LowRank` leaves, for `low_rank(fn)`.
+
+  Raises:
+    ValueError: a path that is no kernel or is also used otherwise, a rank that
+      it cannot have, another method, a negative ridge, no batch, or 'loss'
+      without gradients.
+    UnsupportedError: a kernel is read inside a `while` loop, a branch or a
+      `shard_map`, or at an index that is computed.
+    FloatingPointError: what a kernel reads is NaN or infinite.
+
+  >>> import utilized_rank as ur
+  >>> fn = lambda p, x: jnp.tanh(x @ p['v']) @ p['w']
+  >>> params = {'v': jnp.eye(4), 'w': jnp.eye(4)}
+  >>> x = jnp.tile(jnp.eye(4)[:2], (8, 1))
+  >>> small = anchor(fn, params, [x], {'v': 2, 'w': 2}, progress=False)
+  >>> bool(jnp.allclose(ur.low_rank(fn)(small, x), fn(params, x), atol=1e-5))
+  True
+  """
+  methods.check_method(method, methods.CENTERED)
+  if not 0 <= ridge < math.inf:
+    raise ValueError(f'ridge must be a number from 0, got {ridge!r}')
+  check_gauge(gauge)
+  if any(not isinstance(key, str) for key in ranks):
+    raise ValueError(
+      'anchor fits kernels with factors of their own; ranks has kernels that '
+      'share one: give a rank for each path'
+    )
+  first, stream = checked(batches)
+  sites = find_kernels(fn, params, first, ranks)
+  check_ranks(ranks, sites)
+  gradients = _gradients(sites, moments, method)
+  named, treedef = paths.flatten(params)
+  streams = Streams(
+    fn,
+    params,
+    stream,
+    {path: site.layout for path, site in sites.items()},
+    group,
+  )
+  fits = {
+    path: _Fit(
+      site,
+      named,
+      ranks[path],
+      gradients[path],
+      compensate_mean,
+      damping,
+      gauge,
+    )
+    for path, site in sites.items()
+  }
+  dense = {k: jnp.asarray(v) for k, v in named.items() if tracing.is_array(v)}
+  small = dict(dense)
+  count = len(streams.blocks)
+  numbers: Iterable[int] = range(count)
+  if progress:
+    numbers = track(numbers, total=count, desc='anchor', unit='block')
+  for number in numbers:
+    block = streams.blocks[number]
+    sums = streams.measure(
+      number, dense, small | {path: dense[path] for path in block.paths}
+    )
+    known: dict[Any, Inputs] = {}
+    for (path, matrix), places in _places(block, sites).items():
+      if places not in known:
+        parts = [(sums[i], at) for i, at in places]
+        known[places] = anchoring.inputs(parts, compensate_mean, path)
+      fits[path].fit(matrix, known[places], ridge)
+    for path in block.paths:
+      small |= fits[path].leaves()
+    if number < count - 1:
+      streams.advance(number, small, streams.small)
+  for fit in fits.values():
+    named |= fit.finish()
+  return paths.unflatten(treedef, named)
+
+
+def checked(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+  """The first batch, and all of them, each looked at as it comes.
+
+  Raises:
+    ValueError: there is none.
+  """
+  stream = iter(batches)
+  first = next(stream, None)
+  if first is None:
+    raise ValueError('at least one batch is needed, got none')
+
+  def every():
+    for i, batch in enumerate(itertools.chain([first], stream)):
+      check_batch(batch, i)
+      yield batch
+
+  return first, every()
+
+
+def find_kernels(
+  fn: Callable[[Any, Any], Any], params: Any, batch: Any, only: Iterable[str]
+) -> dict[str, Site]:
+  """The sites of the named kernels, which are nothing else.
+
+  Raises:
+    ValueError: a path is no kernel, is low-rank already, or is used otherwise.
+  """
+  named, _ = paths.flatten(params, lowrank.is_low_rank)
+  for path in only:
+    if path not in named:
+      raise ValueError('no parameter ' + paths.unknown(path, named))
+    if lowrank.is_low_rank(named[path]):
+      raise ValueError(
+        f'{path!r} is low-rank already; give the dense parameters'
+      )
+  rules = [(re.escape(path), True) for path in only]
+  if not rules:
+    raise ValueError('no kernel is named: there is no rank to have')
+  sites = find_sites(fn, params, batch, select=rules)
+  for path, site in sites.items():
+    if site.also:
+      raise ValueError(
+        f'{path!r} is a kernel and is used by {", ".join(site.also)} too, '
+        'where a compressed run would differ; leave it dense'
+      )
+  return dict(sites)
+
+
+def _gradients(
+  sites: dict[str, Site], moments: Moments | None, method: str
+) -> dict[str, np.ndarray | None]:
+  """G (matrices, m, m) of every kernel; None for I."""
+  if method != 'loss':
+    return dict.fromkeys(sites)
+  found: dict[str, np.ndarray | None] = {}
+  for path, site in sites.items():
+    moment = None if moments is None or path not in moments else moments[path]
+    if moment is None or moment.grad_second is None:
+      raise methods.needs_gradients(path)
+    if moment.layout != site.layout:
+      raise ValueError(
+        f'the moments of {path!r} are over {moment.layout.shape}, the '
+        f'parameter is {site.layout.shape}'
+      )
+    m = site.layout.matrix_shape[1]
+    found[path] = np.asarray(moment.grad_second, np.float64).reshape(-1, m, m)
+  return found
+
+
+def _places(
+  block: Block, sites: dict[str, Site]
+) -> dict[tuple[str, int], tuple[tuple[int, int], ...]]:
+  """For each matrix that a block reads, where the sums of its inputs are.
+
+  Returns:
+    (path, matrix) -> pairs (place in the sums, group in them).
+  """
+  keys = [block.reads[i].key for i in distinct(block)]
+  found: dict[tuple[str, int], tuple[tuple[int, int], ...]] = {}
+  for read in block.reads:
+    members = read.members(sites[read.path].layout)
+    for group, matrix in enumerate(members):
+      key = read.path, matrix
+      found[key] = (*found.get(key, ()), (keys.index(read.key), group))
+  return found
+
+
+class _Fit:
+  """The factors of one leaf's matrices, as far as they are found."""
+
+  def __init__(
+    self, site, named, ranks, gradients, compensate_mean, damping, gauge
+  ):
+    layout = site.layout
+    self._site, self._named = site, named
+    leaf = np.asarray(named[site.path], np.float64)
+    if not np.all(np.isfinite(leaf)):
+      raise ValueError(f'kernel {site.path!r} holds NaN or infinite values')
+    d, m = layout.matrix_shape
+    self._w = layout.to_matrices(leaf).reshape(-1, d, m)
+    self._ranks = per_member(site.path, ranks, layout)
+    self._gradients = gradients
+    self._compensate_mean = compensate_mean
+    self._damping = damping
+    self._gauge = gauge
+    self._pairs: list[Factors | None] = [None] * layout.num_groups
+    self._constants = np.zeros((layout.num_groups, m))
+
+  def fit(self, matrix: int, inputs: Inputs, ridge: float) -> None:
+    w = self._w[matrix]
+    target = anchoring.target(w, inputs, ridge)
+    gradient = None if self._gradients is None else self._gradients[matrix]
+    factors = anchoring.factors(target, gradient, self._damping)
+    rank = self._ranks[matrix]
+    pair = Factors(factors.a[:, :rank], factors.b[:rank])
+    self._pairs[matrix] = pair = subspace.balanced(pair)
+    if self._compensate_mean:
+      self._constants[matrix] = (
+        inputs.mean @ w - (inputs.mean_hat @ pair.a) @ pair.b
+      )
+
+  def leaves(self) -> dict[str, Any]:
+    """The kernel's leaf, and its bias with the constants; zeros where no
+    factors are yet."""
+    path, layout, bias = self._site.path, self._site.layout, self._site.bias
+    d, m = layout.matrix_shape
+    none = Factors(np.zeros((d, 1)), np.zeros((1, m)))
+    pairs = [none if pair is None else pair for pair in self._pairs]
+    leaf = to_low_rank(pairs, layout, self._named[path], self._gauge)
+    if not self._compensate_mean:
+      return {path: leaf}
+    return give_back(self._named, path, bias, leaf, self._constants)
+
+  def finish(self) -> dict[str, Any]:
+    """The leaves, a matrix that no product read being cut by its SVD."""
+    d, m = self._site.layout.matrix_shape
+    zeros = np.zeros((d, d))
+    basis = subspace.input_basis(zeros)
+    unseen = Inputs(zeros, zeros, np.zeros(d), np.zeros(d), basis)
+    for matrix, pair in enumerate(self._pairs):
+      if pair is None:
+        self.fit(matrix, unseen, 0.0)
+    return self.leaves()
