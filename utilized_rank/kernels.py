@@ -179,8 +179,11 @@ def _pairs(
 
 def _second(sums: np.ndarray, count: int, mean: np.ndarray | None):
   """Sums of x x^T as a second moment, about the mean if there is one."""
-  second = sums.astype(np.float64) / count
-  return second if mean is None else second - np.outer(mean, mean)
+  second = sums.astype(np.float64)
+  second /= count
+  if mean is not None:
+    second -= np.outer(mean, mean)
+  return second
 
 
 class _Once:
