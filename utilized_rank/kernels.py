@@ -72,12 +72,16 @@ class Kernel:
     return self._in_basis()
 
   @functools.cached_property
+  def out_second(self) -> np.ndarray:
+    """T = W^T S W (m, m)."""
+    return self.w.T @ (self.second @ self.w)
+
+  @functools.cached_property
   def out_basis(self) -> subspace.Basis:
     """Eigenbasis of T = W^T S W."""
-    wide = self.w.shape[1] > self.w.shape[0]
-    return subspace.output_basis(
-      self.w, self.second, self.in_basis if wide else None
-    )
+    if self.w.shape[1] > self.w.shape[0]:
+      return subspace.output_basis(self.w, self.second, self.in_basis)
+    return subspace.output_basis(self.w, self.second, None, self.out_second)
 
   def ranks(self, e_s: float, e_t: float) -> tuple[int, int]:
     """(k_S, k_T) at the given energies."""
