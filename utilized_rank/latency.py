@@ -49,7 +49,7 @@ class Curve(NamedTuple):
     the fastest of those; between ranks that were timed, a straight line.
     """
     best = np.minimum.accumulate(self.seconds[::-1])[::-1]
-    return np.interp(ranks, self.ranks, best)
+    return np.asarray(np.interp(ranks, self.ranks, best))
 
 
 class Product(NamedTuple):
