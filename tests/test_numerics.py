@@ -109,7 +109,10 @@ def test_no_cutoff_is_absolute(shape, method, scale):
     elif shape[0] <= shape[1]:
       a, b = subspace.input_side_factors(w, basis, g, damping)
     else:
-      a, b = subspace.loss_factors(w, s, g, damping)
+      (a, b), cross = subspace.loss_factors(w, s, g, damping, w.T @ s @ w)
+      np.testing.assert_allclose(
+        cross, a.T @ s @ a, rtol=0, atol=1e-9 * np.abs(cross).max()
+      )
     return a[:, :5] @ b[:5]
 
   for damping in (0.0, 0.01):
@@ -126,7 +129,7 @@ def test_the_two_sides_have_one_optimum(shape):
   s, g = moment(shape[0]), moment(shape[1], 1)
   basis = subspace.input_basis(s)
   left = subspace.input_side_factors(w, basis, g, 0.01)
-  right = subspace.loss_factors(w, s, g, 0.01)
+  right, _ = subspace.loss_factors(w, s, g, 0.01, w.T @ s @ w)
   for rank in range(1, shape[0] + 1):
     np.testing.assert_allclose(
       left.a[:, :rank] @ left.b[:rank],

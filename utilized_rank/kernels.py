@@ -72,12 +72,16 @@ class Kernel:
     return self._in_basis()
 
   @functools.cached_property
+  def out_second(self) -> np.ndarray:
+    """T = W^T S W (m, m)."""
+    return self.w.T @ (self.second @ self.w)
+
+  @functools.cached_property
   def out_basis(self) -> subspace.Basis:
     """Eigenbasis of T = W^T S W."""
-    wide = self.w.shape[1] > self.w.shape[0]
-    return subspace.output_basis(
-      self.w, self.second, self.in_basis if wide else None
-    )
+    if self.w.shape[1] > self.w.shape[0]:
+      return subspace.output_basis(self.w, self.second, self.in_basis)
+    return subspace.output_basis(self.w, self.second, None, self.out_second)
 
   def ranks(self, e_s: float, e_t: float) -> tuple[int, int]:
     """(k_S, k_T) at the given energies."""
@@ -179,8 +183,11 @@ def _pairs(
 
 def _second(sums: np.ndarray, count: int, mean: np.ndarray | None):
   """Sums of x x^T as a second moment, about the mean if there is one."""
-  second = sums.astype(np.float64) / count
-  return second if mean is None else second - np.outer(mean, mean)
+  second = sums.astype(np.float64)
+  second /= count
+  if mean is not None:
+    second -= np.outer(mean, mean)
+  return second
 
 
 class _Once:

@@ -42,6 +42,15 @@ class Curve(NamedTuple):
   ranks: tuple[int, ...]
   seconds: tuple[float, ...]
 
+  def at(self, ranks: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Seconds at any ranks, never falling with rank.
+
+    A pair can be padded with zeros to a higher rank, so it takes no longer than
+    the fastest of those; between ranks that were timed, a straight line.
+    """
+    best = np.minimum.accumulate(self.seconds[::-1])[::-1]
+    return np.asarray(np.interp(ranks, self.ranks, best))
+
 
 class Product(NamedTuple):
   """What a leaf's kernels multiply in one call of the function.
@@ -83,15 +92,9 @@ class LatencyTable:
     return round(1e9 * product.members * self.curves[product.shape].dense)
 
   def pairs(self, path: str, ranks: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Nanoseconds of a leaf's pairs, whole numbers that never fall with rank.
-
-    A pair can be padded with zeros to a higher rank, so it takes no longer than
-    the fastest of those; between ranks that were timed, a straight line.
-    """
+    """Nanoseconds of a leaf's pairs, whole numbers; see `Curve.at`."""
     product = self._product(path)
-    curve = self.curves[product.shape]
-    best = np.minimum.accumulate(curve.seconds[::-1])[::-1]
-    seconds = product.members * np.interp(ranks, curve.ranks, best)
+    seconds = product.members * self.curves[product.shape].at(ranks)
     return np.round(1e9 * seconds).astype(np.int64)
 
   def _product(self, path: str) -> Product:
@@ -107,14 +110,11 @@ class LatencyTable:
       '     d      m    rows   dense us  rank where a pair is as slow'
     )
     for (d, m, rows), curve in self.curves.items():
-      slow = [
-        r
-        for r, s in zip(curve.ranks, curve.seconds, strict=True)
-        if s >= curve.dense
-      ]
+      ranks = np.arange(1, min(d, m) + 1)
+      slow = ranks[curve.at(ranks) >= curve.dense]
       lines.append(
         f'{d:6} {m:6} {rows:7} {1e6 * curve.dense:10.1f}  '
-        f'{slow[0] if slow else "none"} (equal FLOPs {d * m // (d + m)})'
+        f'{slow[0] if len(slow) else "none"} (equal FLOPs {d * m // (d + m)})'
       )
     return '\n'.join(lines)
 

@@ -43,41 +43,69 @@ class Family(NamedTuple):
   damages: dict[str, np.ndarray]
 
 
-def _output(kernel: Kernel, damping: float) -> Factors:
+# Factors, and a^T S a of them.
+Solution = tuple[Factors, np.ndarray]
+
+
+def _solution(kernel: Kernel, factors: Factors) -> Solution:
+  """With a^T S a on the smaller side."""
+  d, m = kernel.w.shape
+  if d > m:  # b is orthogonal and a = W b^T
+    return factors, factors.b @ kernel.out_second @ factors.b.T
+  return factors, factors.a.T @ kernel.second @ factors.a
+
+
+def _weight(kernel: Kernel, damping: float) -> Solution:
   del damping
-  d, m = kernel.w.shape
-  if d < m:
-    return subspace.input_side_factors(kernel.w, kernel.in_basis, None, 0.0)
-  return subspace.output_factors(kernel.w, kernel.out_basis.vectors)
+  return _solution(kernel, subspace.weight_factors(kernel.w))
 
 
-def _loss(kernel: Kernel, damping: float) -> Factors:
-  gradient = kernel.gradient
-  if gradient is None:
-    raise needs_gradients(kernel.path)
-  d, m = kernel.w.shape
-  if d <= m:
-    return subspace.input_side_factors(
-      kernel.w, kernel.in_basis, gradient, damping
-    )
-  return subspace.loss_factors(kernel.w, kernel.second, gradient, damping)
+def _scaled(kernel: Kernel, damping: float) -> Solution:
+  del damping
+  scale = np.sqrt(np.maximum(np.diagonal(kernel.second), 0))
+  return _solution(kernel, subspace.scaled_factors(kernel.w, scale))
 
 
-def _fisher_rows(kernel: Kernel) -> Factors:
+def _fisher_rows(kernel: Kernel, damping: float) -> Solution:
+  del damping
   if kernel.row_fisher is None:
     raise ValueError(
       f'the moments of {kernel.path!r} have no squared gradients of rows; '
       'collect them with loss= and fisher_rows=True'
     )
-  return subspace.scaled_factors(kernel.w, np.sqrt(kernel.row_fisher))
+  scale = np.sqrt(kernel.row_fisher)
+  return _solution(kernel, subspace.scaled_factors(kernel.w, scale))
 
 
-_METHODS: dict[str, Callable[[Kernel, float], Factors]] = {
-  'weight': lambda k, damping: subspace.weight_factors(k.w),
-  'scaled': lambda k, damping: subspace.scaled_factors(
-    k.w, np.sqrt(np.maximum(np.diagonal(k.second), 0))
-  ),
-  'fisher_rows': lambda k, damping: _fisher_rows(k),
+def _output(kernel: Kernel, damping: float) -> Solution:
+  del damping
+  d, m = kernel.w.shape
+  if d < m:
+    factors = subspace.input_side_factors(kernel.w, kernel.in_basis, None, 0.0)
+  else:
+    factors = subspace.output_factors(kernel.w, kernel.out_basis.vectors)
+  return _solution(kernel, factors)
+
+
+def _loss(kernel: Kernel, damping: float) -> Solution:
+  gradient = kernel.gradient
+  if gradient is None:
+    raise needs_gradients(kernel.path)
+  d, m = kernel.w.shape
+  if d > m:
+    return subspace.loss_factors(
+      kernel.w, kernel.second, gradient, damping, kernel.out_second
+    )
+  factors = subspace.input_side_factors(
+    kernel.w, kernel.in_basis, gradient, damping
+  )
+  return _solution(kernel, factors)
+
+
+_METHODS: dict[str, Callable[[Kernel, float], Solution]] = {
+  'weight': _weight,
+  'scaled': _scaled,
+  'fisher_rows': _fisher_rows,
   'output': _output,
   'loss': _loss,
 }
@@ -105,20 +133,22 @@ def family(kernel: Kernel, method: str, damping: float = DAMPING) -> Family:
     method: 'weight', 'scaled', 'fisher_rows', 'output' or 'loss'.
     damping: share of the mean of G's diagonal that is added to it.
   """
-  found = factors(kernel, method, damping)
-  return Family(found, costs(kernel, found))
+  factors, cross = solve(kernel, method, damping)
+  return Family(factors, costs(kernel, cross, factors.b))
 
 
-def factors(kernel: Kernel, method: str, damping: float) -> Factors:
+def solve(kernel: Kernel, method: str, damping: float) -> Solution:
   check_method(method, FAMILIES)
   return _METHODS[method](kernel, damping)
 
 
-def costs(kernel: Kernel, found: Factors) -> dict[str, np.ndarray]:
-  """`Family.damages` of factors, whatever made them."""
+def costs(
+  kernel: Kernel, cross: np.ndarray, b: np.ndarray
+) -> dict[str, np.ndarray]:
+  """`Family.damages` of factors a and b, whatever made them; a^T S a given."""
   gradient = kernel.gradient
   weights = (None,) if gradient is None else (None, gradient)
-  output, *loss = subspace.tails(found, kernel.second, *weights)
+  output, *loss = subspace.tails(cross, b, *weights)
   total = output[0]
   damages = {
     'output': output,

@@ -129,9 +129,9 @@ def family(group: Sequence[Kernel], method: str, damping: float) -> Family:
       "'utilized': its projections are each kernel's own"
     )
   together = joint(group, damping if method == 'loss' else 0.0)
-  a, b = methods.factors(together, method, 0.0)
+  (a, b), cross = methods.solve(together, method, 0.0)
   each = [
-    methods.costs(kernel, Factors(a, part))
+    methods.costs(kernel, cross, part)
     for kernel, part in zip(group, split(b, group), strict=True)
   ]
   damages = {m: np.sum([d[m] for d in each], axis=0) for m in each[0]}

@@ -67,11 +67,17 @@ def input_basis(s: np.ndarray) -> Basis:
   return Basis(*numerics.eigh(s))
 
 
-def output_basis(w: np.ndarray, s: np.ndarray, of_s: Basis | None) -> Basis:
+def output_basis(
+  w: np.ndarray,
+  s: np.ndarray,
+  of_s: Basis | None,
+  t: np.ndarray | None = None,
+) -> Basis:
   """Leading eigenbasis of T = W^T S W, min(d, m) directions of it.
 
   Works on the smaller side: T itself where m <= d, else the singular vectors
-  of S^(1/2) W, for which `of_s`, the eigenbasis of S, is used.
+  of S^(1/2) W, for which `of_s`, the eigenbasis of S, is used. `t` is T where
+  it is known already.
 
   Returns:
     values (min(d, m),) and vectors (m, min(d, m)), orthonormal columns.
@@ -79,7 +85,7 @@ def output_basis(w: np.ndarray, s: np.ndarray, of_s: Basis | None) -> Basis:
   d, m = w.shape
   floor = _floor(np.trace(s))
   if m <= d:
-    t = w.T @ (s @ w)
+    t = w.T @ (s @ w) if t is None else t
     _, vectors = numerics.symmetric_eigh(t + floor * (w.T @ w))
     vectors = vectors[:, ::-1]
     values = np.sum(vectors * (t @ vectors), axis=0)
@@ -137,23 +143,30 @@ def scaled_factors(w: np.ndarray, scale: np.ndarray) -> Factors:
 
 
 def loss_factors(
-  w: np.ndarray, s: np.ndarray, g: np.ndarray, damping: float
-) -> Factors:
+  w: np.ndarray,
+  s: np.ndarray,
+  g: np.ndarray,
+  damping: float,
+  t: np.ndarray,
+) -> tuple[Factors, np.ndarray]:
   """The W' of each rank that minimises tr((W - W')^T S (W - W') G).
 
   G (m, m) is the second moment of the loss's gradient at the outputs, with
   `damping` times the mean of its diagonal added. With G = R R^T the optimum is
   W R U U^T R^-1, U the eigenvectors of R^T W^T S W R: a Kronecker-factored
-  Fisher (GFWSVD; IO-SVD). For d > m; truncate to any rank.
+  Fisher (GFWSVD; IO-SVD). For d > m; truncate to any rank. `t` is T = W^T S W.
+
+  Returns:
+    The factors, and a^T S a of them.
   """
   shift = _damping(g, damping)
   values, vectors = numerics.symmetric_eigh(g + shift * np.eye(len(g)))
   root = np.sqrt(np.maximum(values, np.finfo(np.float64).eps * values[-1]))
   turned = (w @ vectors) * root
-  basis = output_basis(turned, s, None)
-  return Factors(
-    turned @ basis.vectors, (basis.vectors / root[:, None]).T @ vectors.T
-  )
+  t = root[:, None] * (vectors.T @ t @ vectors) * root
+  u = output_basis(turned, s, None, t).vectors
+  factors = Factors(turned @ u, (u / root[:, None]).T @ vectors.T)
+  return factors, u.T @ t @ u
 
 
 def input_side_factors(
@@ -203,19 +216,21 @@ def balanced(factors: Factors) -> Factors:
 
 
 def tails(
-  factors: Factors, s: np.ndarray, *weights: np.ndarray | None
+  cross: np.ndarray, b: np.ndarray, *weights: np.ndarray | None
 ) -> list[np.ndarray]:
   """tr(D^T S D G) for D = what each truncation leaves out; G = I if None.
 
+  Args:
+    cross: a^T S a (R, R) of the factors.
+    b: (R, m).
+    *weights: each G (m, m).
+
   Returns:
-    For each G of `weights` (R + 1,): entry r is the error of rank r, that of
-    rank R being 0.
+    For each G (R + 1,): entry r is the error of rank r, that of rank R being 0.
   """
-  cross = factors.a.T @ s @ factors.a
   found = []
   for g in weights:
-    right = factors.b if g is None else factors.b @ g
-    pairs = cross * (right @ factors.b.T)
+    pairs = cross * ((b if g is None else b @ g) @ b.T)
     # Sum of pairs[r:, r:], for every r.
     tail = np.cumsum(np.cumsum(pairs[::-1, ::-1], axis=0), axis=1)
     tail = np.diagonal(tail)[::-1]
