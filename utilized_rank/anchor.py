@@ -57,7 +57,7 @@ def anchor(
   they read what the compressed network feeds them and are fitted to what the
   dense one makes, so that errors are mended downstream in place of adding up.
   One sweep carries both networks over all batches from block to block; it
-  costs about two runs of `fn` and as many compilations as there are blocks.
+  costs about two runs of `fn`, and two compilations for each block.
 
   Args:
     fn: `fn(params, batch) -> outputs`.
