@@ -79,7 +79,8 @@ def test_it_contains_the_other_methods(shape):
   basis = inputs.basis
   u = subspace.output_basis(w, inputs.h, basis).vectors
   output = subspace.output_factors(w, u)
-  loss = subspace.loss_factors(w, inputs.h, g, 1e-12)
+  t = w.T @ inputs.h @ w
+  loss, _ = subspace.loss_factors(w, inputs.h, g, 1e-12, t)
   plain = subspace.weight_factors(w)
   cut = lambda f: f.a[:, :RANK] @ f.b[:RANK]
   # Directions without data get 1e-9 of the trace where d <= m; eigenvalues

@@ -122,6 +122,7 @@ def factors(of: Target, gradient: np.ndarray | None, damping: float) -> Factors:
   if d <= m:
     return subspace.input_side_factors(of.w, of.basis, gradient, damping)
   if gradient is not None:
-    return subspace.loss_factors(of.w, of.metric, gradient, damping)
+    t = of.w.T @ of.metric @ of.w
+    return subspace.loss_factors(of.w, of.metric, gradient, damping, t)[0]
   best = subspace.output_basis(of.w, of.metric, None)
   return subspace.output_factors(of.w, best.vectors)
