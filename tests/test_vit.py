@@ -207,3 +207,54 @@ def test_logits_are_float32_in_bfloat16(variables, images):
 def test_errors(options, shape, message):
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(tiny(**options).init, jax.random.key(0), jnp.zeros(shape))
+
+
+def test_optional_parts_have_leaves():
+  model = tiny(
+    num_classes=0,
+    registers=3,
+    pre_norm=True,
+    qk_norm=True,
+    qkv_bias=False,
+    patch_bias=False,
+    layer_scale=0.1,
+    swiglu=True,
+    class_position=False,
+    norm_after_pool=True,
+    pool='gap',
+    class_token=True,
+  )
+  tree = abstract(model, 4)
+  found = shapes(tree)
+  assert found['registers'] == (1, 3, 8)
+  assert found['Transformer/posembed_input/pos_embedding'] == (1, 4, 8)
+  block = 'Transformer/encoderblock_0/'
+  assert found[f'{block}MlpBlock_3/gate/kernel'] == (8, 12)
+  assert found[f'{block}LayerScale_1/gamma'] == (8,)
+  assert found[f'{block}MultiHeadDotProductAttention_1/key_norm/scale'] == (4,)
+  assert {'Transformer', 'cls', 'registers', 'embedding', 'fc_norm'} == set(
+    tree
+  )
+  assert not any(name.endswith('query/bias') for name in found)
+  images = jax.ShapeDtypeStruct((3, 4, 4, 3), jnp.float32)
+  out = jax.eval_shape(model.apply, {'params': tree}, images)
+  assert out.shape == (3, 8)
+
+
+def test_tokens_are_not_averaged(variables, images):
+  model = tiny(pool='gap', class_token=True, registers=1)
+  params = {**variables['params'], 'registers': np.ones((1, 1, 8), np.float32)}
+  captured, state = model.apply(
+    {'params': params}, images, capture_intermediates=True
+  )
+  encoded = state['intermediates']['Transformer']['__call__'][0]
+  assert encoded.shape == (3, 1 + 1 + 4, 8)
+  head = params['head']
+  expected = encoded[:, 2:].mean(1) @ head['kernel'] + head['bias']
+  # The same product, summed in another order.
+  np.testing.assert_allclose(captured, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_class_token_is_needed_to_read_it():
+  with pytest.raises(ValueError, match='class_token=False'):
+    abstract(tiny(class_token=False), 4)
