@@ -1,4 +1,4 @@
-"""Checkpoints: formats, layouts, refusals, and the memory that loading takes."""
+"""Checkpoints: formats, layouts, refusals, and the memory of loading."""
 
 import math
 import pathlib

@@ -16,7 +16,8 @@ class GPT(nn.Module):
   >>> import jax, jax.numpy as jnp
   >>> model = GPT(vocabulary=3, context=8, width=8, depth=1, heads=2)
   >>> tokens = jnp.zeros((2, 5), int)
-  >>> model.apply(model.init(jax.random.key(0), tokens), tokens).shape
+  >>> init = model.init_with_output
+  >>> jax.eval_shape(init, jax.random.key(0), tokens)[0].shape
   (2, 5, 3)
 
   Attributes:

@@ -22,7 +22,8 @@ class KeywordTransformer(nn.Module):
   >>> import jax, jax.numpy as jnp
   >>> model = KeywordTransformer(12, width=8, depth=1, mlp_dim=16)
   >>> x = jnp.zeros((2, 5, 4))
-  >>> model.apply(model.init(jax.random.key(0), x), x).shape
+  >>> init = model.init_with_output
+  >>> jax.eval_shape(init, jax.random.key(0), x)[0].shape
   (2, 12)
 
   Attributes:

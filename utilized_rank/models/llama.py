@@ -49,7 +49,8 @@ class Llama(nn.Module):
   >>> model = Llama(vocabulary=7, width=8, depth=1, heads=2, kv_heads=1,
   ...               mlp_dim=12)
   >>> tokens = jnp.zeros((2, 5), int)
-  >>> model.apply(model.init(jax.random.key(0), tokens), tokens).shape
+  >>> init = model.init_with_output
+  >>> jax.eval_shape(init, jax.random.key(0), tokens)[0].shape
   (2, 5, 7)
 
   Attributes:

@@ -15,7 +15,8 @@ class MLP(nn.Module):
 
   >>> import jax, jax.numpy as jnp
   >>> model, x = MLP((5, 3)), jnp.zeros((2, 4, 4))
-  >>> model.apply(model.init(jax.random.key(0), x), x).shape
+  >>> init = model.init_with_output
+  >>> jax.eval_shape(init, jax.random.key(0), x)[0].shape
   (2, 3)
 
   Attributes:

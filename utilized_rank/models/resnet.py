@@ -37,7 +37,8 @@ class ResNet(nn.Module):
   >>> import jax, jax.numpy as jnp
   >>> model = ResNet(10, stages=(1, 1), width=4, small_images=True)
   >>> x = jnp.zeros((2, 8, 8, 3))
-  >>> model.apply(model.init(jax.random.key(0), x), x).shape
+  >>> init = model.init_with_output
+  >>> jax.eval_shape(init, jax.random.key(0), x)[0].shape
   (2, 10)
 
   Attributes:

@@ -36,7 +36,8 @@ class VGG(nn.Module):
   >>> import jax, jax.numpy as jnp
   >>> model = VGG(10, stages=((4,), (8, 8)), hidden=(), pool_size=1)
   >>> x = jnp.zeros((2, 8, 8, 3))
-  >>> model.apply(model.init(jax.random.key(0), x), x).shape
+  >>> init = model.init_with_output
+  >>> jax.eval_shape(init, jax.random.key(0), x)[0].shape
   (2, 10)
 
   Attributes:

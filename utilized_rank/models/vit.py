@@ -135,8 +135,8 @@ class ViT(nn.Module):
     >>> model = ViT(num_classes=10, patch_size=2, width=16, depth=1, heads=2,
     ...             mlp_dim=32, pool='gap')
     >>> images = jnp.zeros((3, 8, 8, 1))
-    >>> variables = model.init(jax.random.key(0), images)
-    >>> model.apply(variables, images).shape
+    >>> init = model.init_with_output
+    >>> jax.eval_shape(init, jax.random.key(0), images)[0].shape
     (3, 10)
 
   Attributes:
