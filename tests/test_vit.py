@@ -177,6 +177,7 @@ def test_stacking_refuses_what_does_not_fit(variables):
 def test_dropout_needs_and_uses_its_rng(variables, images):
   model = tiny(dropout=0.5, attention_dropout=0.5)
 
+  @jax.jit
   def apply(seed):
     rngs = {'dropout': jax.random.key(seed)}
     return model.apply(variables, images, train=True, rngs=rngs)
@@ -244,9 +245,9 @@ def test_optional_parts_have_leaves():
 def test_tokens_are_not_averaged(variables, images):
   model = tiny(pool='gap', class_token=True, registers=1)
   params = {**variables['params'], 'registers': np.ones((1, 1, 8), np.float32)}
-  captured, state = model.apply(
-    {'params': params}, images, capture_intermediates=True
-  )
+  captured, state = jax.jit(
+    lambda p, x: model.apply({'params': p}, x, capture_intermediates=True)
+  )(params, images)
   encoded = state['intermediates']['Transformer']['__call__'][0]
   assert encoded.shape == (3, 1 + 1 + 4, 8)
   head = params['head']
