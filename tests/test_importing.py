@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import re
 import subprocess
 import sys
 import zipfile
@@ -15,8 +16,10 @@ import pytest
 
 from utilized_rank import paths
 from utilized_rank.models import stacking
+from utilized_rank.models.gpt import GPT
 from utilized_rank.models.importing import files
 from utilized_rank.models.importing import load_checkpoint
+from utilized_rank.models.kwt import KeywordTransformer
 from utilized_rank.models.llama import Llama
 from utilized_rank.models.resnet import ResNet
 from utilized_rank.models.vgg import VGG
@@ -424,6 +427,104 @@ def test_stacked_llama(tmp_path):
     'w2': stack('mlp', 'down', 'kernel').transpose(0, 2, 1),
     'w3': kernels('mlp', 'up'),
   }
+  again, tree, _ = load_checkpoint(save(tmp_path, state), heads=2)
+  assert again == model
+  assert_same(tree, variables)
+
+
+def renamed(variables, *pairs):
+  """Names of ours with regular expressions replaced; numpy conventions."""
+  state = {}
+  for name, x in paths.flatten(variables)[0].items():
+    for pattern, by in pairs:
+      name = re.sub(pattern, by, name)
+    state[name] = x
+  return state
+
+
+def test_flax_resnet(tmp_path):
+  model = ResNet(
+    5,
+    stages=(2, 1),
+    width=4,
+    small_images=True,
+    shortcut='conv',
+    padding='SAME',
+  )
+  variables = variables_of(model, 1, 32, 32, 3)
+  state = renamed(
+    variables,
+    ('head', 'Dense_0'),
+    ('_shortcut', '3'),
+    (r'(conv|bn)(\d)', lambda m: f'{m[1]}_{int(m[2]) - 1}'),
+    ('bn', 'BatchNorm'),
+    ('conv', 'Conv'),
+    (
+      r'layer(\d)_(\d)',
+      lambda m: f'ResNetBlock_{2 * int(m[1]) - 2 + int(m[2])}',
+    ),
+  )
+  again, tree, _ = load_checkpoint(save(tmp_path, state))
+  assert again == model
+  assert_same(tree, variables)
+
+
+def test_keyword_transformer(tmp_path):
+  model = KeywordTransformer(5, width=64, depth=2, heads=1, mlp_dim=12)
+  variables = variables_of(model, 1, 6, 4)
+  state = renamed(
+    variables,
+    ('params/', ''),
+    ('Transformer/posembed_input/pos_embedding', 'pos_emb'),
+    ('Transformer/encoderblock_', 'block'),
+    ('^cls', 'class_emb'),
+    ('embedding', 'embed'),
+    ('MultiHeadDotProductAttention_1', 'attn'),
+    ('(q)uery|(k)ey|(v)alue', r'\1\2\3'),
+    ('MlpBlock_3/Dense_0', 'mlp/fc1'),
+    ('MlpBlock_3/Dense_1', 'mlp/fc2'),
+    ('LayerNorm_0', 'ln1'),
+    ('LayerNorm_2', 'ln2'),
+  )
+  again, tree, imported = load_checkpoint(save(tmp_path, state))
+  assert again == model
+  assert imported.input.shape == (1, 6, 4)
+  assert_same(tree, variables)
+
+
+def test_min_gpt(tmp_path):
+  model = GPT(5, context=6, width=8, depth=2, heads=2)
+  variables = variables_of(model, 1, 6, dtype=np.int32)
+  state = {}
+  fused = {}
+  for name, x in paths.flatten(variables['params'])[0].items():
+    name = re.sub(r'block_(\d)/', r'transformer/h/\1/', name)
+    for pattern, by in (
+      ('MultiHeadDotProductAttention_1/(query|key|value)', r'attn/\1'),
+      ('MultiHeadDotProductAttention_1/out', 'attn/c_proj'),
+      ('MlpBlock_3/Dense_0', 'mlp/c_fc'),
+      ('MlpBlock_3/Dense_1', 'mlp/c_proj'),
+      ('LayerNorm_0', 'ln_1'),
+      ('LayerNorm_2', 'ln_2'),
+      ('^norm', 'transformer/ln_f'),
+      ('^embedding/embedding', 'transformer/wte/weight'),
+      ('^positions', 'transformer/wpe/weight'),
+      ('^head', 'lm_head'),
+      ('scale', 'weight'),
+    ):
+      name = re.sub(pattern, by, name)
+    if name.endswith('kernel'):
+      x = x.reshape(-1, 8) if 'attn/c_proj' in name else x.reshape(len(x), -1)
+      x, name = x.T, name.replace('kernel', 'weight')
+    elif name.endswith('bias'):
+      x = x.ravel()
+    if found := re.search('attn/(query|key|value)', name):
+      whole = name.replace(found[0], 'attn/c_attn').replace('/', '.')
+      fused.setdefault(whole, {})[found[1]] = x
+    else:
+      state[name.replace('/', '.')] = x
+  for name, three in fused.items():
+    state[name] = np.concatenate([three[k] for k in ('query', 'key', 'value')])
   again, tree, _ = load_checkpoint(save(tmp_path, state), heads=2)
   assert again == model
   assert_same(tree, variables)

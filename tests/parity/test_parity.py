@@ -131,6 +131,19 @@ SMALL = {
 }
 
 
+def flax_names(state):
+  out = {}
+  for name, x in state.items():
+    norm = 'layernorm' in name
+    if name.endswith('weight') and not norm:
+      x = x.permute(2, 3, 1, 0) if x.ndim == 4 else x.T
+      name = name.removesuffix('weight') + 'kernel'
+    elif norm:
+      name = name.replace('weight', 'scale')
+    out[name.replace('.', '/')] = x.contiguous()
+  return out
+
+
 def test_hugging_face_vit(tmp_path):
   config = transformers.ViTConfig(**SMALL, num_labels=10)
   model = originals.randomise(transformers.ViTForImageClassification(config))
@@ -146,6 +159,10 @@ def test_hugging_face_vit(tmp_path):
     model, logits, (2, 3, 64, 64), tmp_path / 'w', state=state
   )
   check('transformers ViT, as saved', found)
+  found = originals.difference(
+    model, logits, (2, 3, 64, 64), tmp_path / 'w', state=flax_names(state)
+  )
+  check('transformers ViT, in the names of its Flax twin', found)
 
 
 @pytest.mark.parametrize('gated', [False, True])
@@ -160,6 +177,36 @@ def test_hugging_face_dinov2(gated, registers, tmp_path):
   check(f'transformers {name}, gated={gated}', found)
 
 
+def open_clip_names(state):
+  """The vision tower, and some of the text tower, which is no part of it."""
+  names = {
+    'vision_model.embeddings.patch_embedding': 'conv1',
+    'vision_model.embeddings.class_embedding': 'class_embedding',
+    'vision_model.embeddings.position_embedding.weight': 'positional_embedding',
+    'vision_model.pre_layrnorm': 'ln_pre',
+    'vision_model.post_layernorm': 'ln_post',
+    'vision_model.encoder.layers.': 'transformer.resblocks.',
+    'self_attn.out_proj': 'attn.out_proj',
+    'layer_norm': 'ln_',
+    'mlp.fc1': 'mlp.c_fc',
+    'mlp.fc2': 'mlp.c_proj',
+  }
+  state = dict(state)
+  out = {'visual.proj': state.pop('visual_projection.weight').T.clone()}
+  for name in list(state):
+    if 'self_attn.q_proj' in name:
+      block, leaf = name.split('self_attn.q_proj.')
+      parts = [state.pop(f'{block}self_attn.{x}_proj.{leaf}') for x in 'qkv']
+      state[f'{block}attn.in_proj_{leaf}'] = torch.cat(parts)
+  for name, x in state.items():
+    for theirs, ours in names.items():
+      name = name.replace(theirs, ours)
+    out[f'visual.{name}'] = x
+  for name in ('transformer.resblocks.0.ln_1.weight', 'ln_final.bias'):
+    out[name] = torch.ones(3)
+  return out | {'logit_scale': torch.ones(()), 'text_projection': torch.ones(2)}
+
+
 def test_hugging_face_clip(tmp_path):
   config = transformers.CLIPVisionConfig(**SMALL, projection_dim=32)
   model = originals.randomise(
@@ -168,6 +215,14 @@ def test_hugging_face_clip(tmp_path):
   logits = lambda model, x: model(x).image_embeds
   found = originals.difference(model, logits, (2, 3, 64, 64), tmp_path / 'w')
   check('transformers CLIP', found)
+  found = originals.difference(
+    model,
+    logits,
+    (2, 3, 64, 64),
+    tmp_path / 'w',
+    state=open_clip_names(model.state_dict()),
+  )
+  check('transformers CLIP, in the names of OpenAI and OpenCLIP', found)
 
 
 def test_hugging_face_llama(tmp_path):

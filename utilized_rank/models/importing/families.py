@@ -35,7 +35,9 @@ Options = Mapping[str, Any]
 Built = tuple[nn.Module, jax.ShapeDtypeStruct]
 
 
-def vit(layout: Layout, mapped: Shapes, source: Shapes, options: Options):
+def vit(
+  layout: Layout, mapped: Shapes, source: Shapes, options: Options
+) -> Built:
   del source
   block = 'params/Transformer/encoderblock_0/'
   attention = f'{block}MultiHeadDotProductAttention_1/'
@@ -90,7 +92,9 @@ def vit(layout: Layout, mapped: Shapes, source: Shapes, options: Options):
   return model, _images(side * patch, channels)
 
 
-def resnet(layout: Layout, mapped: Shapes, source: Shapes, options: Options):
+def resnet(
+  layout: Layout, mapped: Shapes, source: Shapes, options: Options
+) -> Built:
   del layout, source
   size, _, channels, width = mapped['params/conv1/kernel']
   stages = _count(mapped, r'params/layer(\d+)_.*', first=1)
@@ -115,7 +119,9 @@ def resnet(layout: Layout, mapped: Shapes, source: Shapes, options: Options):
   return model, _images(32 if size == 3 else 224, channels)
 
 
-def vgg(layout: Layout, mapped: Shapes, source: Shapes, options: Options):
+def vgg(
+  layout: Layout, mapped: Shapes, source: Shapes, options: Options
+) -> Built:
   del layout
   widths = [
     mapped[f'params/conv{i}/kernel'][3]
@@ -183,7 +189,7 @@ def gpt(
   model = _build(
     GPT,
     {
-      'vocabulary': mapped['params/head/kernel'][1],
+      'vocabulary': vocabulary,
       'context': context,
       'width': width,
       'depth': _count(mapped, r'params/block_(\d+)/.*'),
@@ -191,7 +197,6 @@ def gpt(
     },
     options,
   )
-  del vocabulary
   return model, jax.ShapeDtypeStruct((1, context), jnp.int32)
 
 

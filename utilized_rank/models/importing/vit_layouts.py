@@ -298,7 +298,7 @@ LAYOUTS = (
       r'logit_scale',
       r'.*\.position_ids',
     ),
-    settings=_CLIP,
+    settings={**_CLIP, 'resize': 'hf'},
     assumed={'activation': 'quick_gelu'},
     heads={**_HEADS, 1664: 16},
   ),
