@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from utilized_rank.models import stacking
 from utilized_rank.models import vit
 
 # ViT-B/16 at 224 pixels as published, 1,000 classes, written out by hand.
@@ -124,13 +125,13 @@ def test_scan_and_remat_change_nothing(variables, images, options):
     return (model.apply(variables, images) ** 2).sum()
 
   model = tiny(**options)
-  given = vit.stack_blocks(variables) if model.scan else variables
+  given = stacking.stack_blocks(variables) if model.scan else variables
   run = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
   expected, grad = run(tiny(), variables)
   actual, actual_grad = run(model, given)
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
   if model.scan:
-    actual_grad = vit.unstack_blocks(actual_grad)
+    actual_grad = stacking.unstack_blocks(actual_grad)
   # Reordered float32 sums, and leaves whose gradients span decades.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
@@ -141,7 +142,7 @@ def test_scan_and_remat_change_nothing(variables, images, options):
 
 def test_stacking_is_lossless(variables):
   wide = jax.tree.map(lambda x: x.astype(np.float64) / 3, variables)
-  back = vit.unstack_blocks(vit.stack_blocks(wide))
+  back = stacking.unstack_blocks(stacking.stack_blocks(wide))
   assert jax.tree.structure(back) == jax.tree.structure(wide)
   for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(wide), strict=True):
     assert a.dtype == b.dtype
@@ -149,7 +150,7 @@ def test_stacking_is_lossless(variables):
 
 
 def test_stacking_without_the_params_level(variables):
-  stacked = vit.stack_blocks(variables['params'])
+  stacked = stacking.stack_blocks(variables['params'])
   assert set(stacked['Transformer']) == {
     'posembed_input',
     'encoderblock',
@@ -160,30 +161,30 @@ def test_stacking_without_the_params_level(variables):
 def test_stacking_refuses_what_does_not_fit(variables):
   encoder = dict(variables['params']['Transformer'])
   with pytest.raises(ValueError, match='without a gap'):
-    vit.stack_blocks({'Transformer': {}})
+    stacking.stack_blocks({'Transformer': {}})
   first = encoder.pop('encoderblock_0')
   with pytest.raises(ValueError, match='without a gap'):
-    vit.stack_blocks({'Transformer': encoder})
+    stacking.stack_blocks({'Transformer': encoder})
   odd = jax.tree.map(lambda x: x[..., :1], first)
   with pytest.raises(ValueError, match='encoderblock_1 differs'):
-    vit.stack_blocks({'Transformer': {**encoder, 'encoderblock_0': odd}})
+    stacking.stack_blocks({'Transformer': {**encoder, 'encoderblock_0': odd}})
   with pytest.raises(ValueError, match='takes the stacked block'):
-    vit.unstack_blocks(variables)
+    stacking.unstack_blocks(variables)
   with pytest.raises(ValueError, match='a ViT has Transformer'):
-    vit.unstack_blocks({'Dense_0': {}})
+    stacking.unstack_blocks({'Dense_0': {}})
 
 
 def test_dropout_needs_and_uses_its_rng(variables, images):
   model = tiny(dropout=0.5, attention_dropout=0.5)
 
+  @jax.jit
   def apply(seed):
     rngs = {'dropout': jax.random.key(seed)}
     return model.apply(variables, images, train=True, rngs=rngs)
 
   assert not np.allclose(apply(0), apply(1))
-  np.testing.assert_array_equal(
-    model.apply(variables, images), tiny().apply(variables, images)
-  )
+  run = jax.jit(lambda model: model.apply(variables, images), static_argnums=0)
+  np.testing.assert_array_equal(run(model), run(tiny()))
 
 
 def test_logits_are_float32_in_bfloat16(variables, images):
@@ -206,3 +207,54 @@ def test_logits_are_float32_in_bfloat16(variables, images):
 def test_errors(options, shape, message):
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(tiny(**options).init, jax.random.key(0), jnp.zeros(shape))
+
+
+def test_optional_parts_have_leaves():
+  model = tiny(
+    num_classes=0,
+    registers=3,
+    pre_norm=True,
+    qk_norm=True,
+    qkv_bias=False,
+    patch_bias=False,
+    layer_scale=0.1,
+    swiglu=True,
+    class_position=False,
+    norm_after_pool=True,
+    pool='gap',
+    class_token=True,
+  )
+  tree = abstract(model, 4)
+  found = shapes(tree)
+  assert found['registers'] == (1, 3, 8)
+  assert found['Transformer/posembed_input/pos_embedding'] == (1, 4, 8)
+  block = 'Transformer/encoderblock_0/'
+  assert found[f'{block}MlpBlock_3/gate/kernel'] == (8, 12)
+  assert found[f'{block}LayerScale_1/gamma'] == (8,)
+  assert found[f'{block}MultiHeadDotProductAttention_1/key_norm/scale'] == (4,)
+  assert {'Transformer', 'cls', 'registers', 'embedding', 'fc_norm'} == set(
+    tree
+  )
+  assert not any(name.endswith('query/bias') for name in found)
+  images = jax.ShapeDtypeStruct((3, 4, 4, 3), jnp.float32)
+  out = jax.eval_shape(model.apply, {'params': tree}, images)
+  assert out.shape == (3, 8)
+
+
+def test_tokens_are_not_averaged(variables, images):
+  model = tiny(pool='gap', class_token=True, registers=1)
+  params = {**variables['params'], 'registers': np.ones((1, 1, 8), np.float32)}
+  captured, state = jax.jit(
+    lambda p, x: model.apply({'params': p}, x, capture_intermediates=True)
+  )(params, images)
+  encoded = state['intermediates']['Transformer']['__call__'][0]
+  assert encoded.shape == (3, 1 + 1 + 4, 8)
+  head = params['head']
+  expected = encoded[:, 2:].mean(1) @ head['kernel'] + head['bias']
+  # The same product, summed in another order.
+  np.testing.assert_allclose(captured, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_class_token_is_needed_to_read_it():
+  with pytest.raises(ValueError, match='class_token=False'):
+    abstract(tiny(class_token=False), 4)
