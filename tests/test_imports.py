@@ -30,14 +30,19 @@ LAYERS = [
 ]
 # They need flax, optax, TFDS or absl, and are imported by name.
 OUTER = {
+  'arrays',
   'augment',
   'data',
   'digits',
   'evaluate',
   'losses',
+  'mae',
+  'metrics',
   'models',
+  'objectives',
   'options',
   'pipeline',
+  'prepared',
   'resume',
   'tfrecord',
   'train',
