@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.masked_share = 0.75
 
   config.model = ml_collections.ConfigDict()
-  config.model.patch_size = 4
+  config.model.patch_size = 7
   config.model.width = 64
   config.model.depth = 6
   config.model.heads = 4
@@ -78,6 +78,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.masked.steps = 2700
 
   if arg == 'gpu':
+    config.model.patch_size = 4
     config.model.width = 192
     config.model.depth = 12
     config.model.heads = 3
@@ -101,6 +102,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       section.checkpoint_every = 3_000
   if arg == 'testing':
     config.seeds = (0, 1)
+    config.model.patch_size = 4
     config.model.width = 16
     config.model.depth = 2
     config.model.heads = 2

@@ -22,10 +22,11 @@ LAYERS = [
   'sites lowrank layers dense',
   'collector',
   'capture kernels allocation',
-  'checkpoint methods plots gradients',
+  'checkpoint methods plots gradients comparison_plots',
   'ranks',
   'collect factorize search',
   'page report',
+  'comparison comparison_page',
   'compress',
 ]
 # They need flax, optax, TFDS or absl, and are imported by name.
