@@ -113,6 +113,7 @@ def test_figure(comparison):
     wanted = [s.mean for _, s in comparison.by_depth('low', energy)]
     np.testing.assert_array_equal(low, wanted)
     assert (high >= low).all()
+    assert axes.get_ylim()[1] > high.max()
     # A band where there are repetitions.
     assert len(axes.collections) == 1
 

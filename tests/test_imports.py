@@ -44,6 +44,7 @@ OUTER = {
   'options',
   'pipeline',
   'prepared',
+  'preprocess',
   'resume',
   'tfrecord',
   'train',

@@ -42,7 +42,6 @@ def by_depth(comparison: Comparison) -> Figure:
     for number, name in enumerate(comparison):
       _line(axes, comparison, name, energy, number, shared)
     axes.set_title(f'energy {energy:g}', fontsize=9.5, color=look.INK)
-    axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f'{value:.0%}')
     if shared:
       ticks = next(iter(labels.values()))
@@ -54,6 +53,9 @@ def by_depth(comparison: Comparison) -> Figure:
     else:
       axes.set_xticks([0, 1], ['first', 'last'])
       axes.set_xlabel('depth')
+  # Shared by all: the highest band decides.
+  top = max(axes.dataLim.ymax for axes in panels[: len(energies)])
+  panels[0].set_ylim(0, min(1.04, 1.05 * top))
   for axes in panels[::across]:
     axes.set_ylabel('layer utilization')
   handles, names = panels[0].get_legend_handles_labels()

@@ -24,6 +24,7 @@ from utilized_rank import arrays
 from utilized_rank import augment as augment_lib
 from utilized_rank import options
 from utilized_rank import prepared
+from utilized_rank import preprocess
 
 Batch = dict[str, np.ndarray]
 
@@ -47,6 +48,9 @@ class DataConfig:
     augment: a key of `augment.AUGMENTATIONS`, or None.
     mean: per channel (or for all) of pixels in [0, 1]; subtracted.
     std: likewise; divided by.
+    preprocess: a key of `preprocess.PREPROCESS` for the images of published
+      checkpoints: it decides how evaluation resizes and crops, and `mean` and
+      `std`, which are then not to be given, like `crop_fraction`.
     image_size: side to resize to; None keeps the size that the set has.
     crop_fraction: part of the shorter side that evaluation sees when it
       resizes; 0.875 is usual for ImageNet.
@@ -61,6 +65,7 @@ class DataConfig:
   augment: str | None = None
   mean: tuple[float, ...] = (0.5,)
   std: tuple[float, ...] = (0.5,)
+  preprocess: str | None = None
   image_size: int | None = None
   crop_fraction: float = 1.0
   cache_bytes: int = 2**30
@@ -92,15 +97,22 @@ class Source:
       augment_lib.AUGMENTATIONS[config.augment] if config.augment else None
     )
     self.num_classes = num_classes
+    self._preprocess = (
+      preprocess.PREPROCESS[config.preprocess] if config.preprocess else None
+    )
+    about = self._preprocess or config
+    self._mean = np.float32(255) * np.asarray(about.mean, np.float32)
+    self._std = np.float32(255) * np.asarray(about.std, np.float32)
     size = config.image_size or stored_shape[0]
     assert size is not None  # load has checked that one of them is given
     self.image_shape = (size, size, channels)
-    pixels = int(np.prod(self.image_shape))
     # Without a fixed size the set is kept as it is stored, so that random
     # crops see the whole image.
-    self._cached = (
-      None not in stored_shape and len(records) * pixels <= config.cache_bytes
-    )
+    self._cached = False
+    if None not in stored_shape:
+      held = stored_shape if self._preprocess else self.image_shape
+      pixels = int(np.prod(held))  # type: ignore[arg-type]
+      self._cached = len(records) * pixels <= config.cache_bytes
 
   def __len__(self) -> int:
     return len(self._records)
@@ -171,7 +183,9 @@ class Source:
       # One thread decodes, and the others wait for it.
       with self._lock:
         images, labels = self._memory
-      return images[indices], labels[indices]
+      if isinstance(images, np.ndarray):
+        return images[indices], labels[indices]
+      return [images[i] for i in indices], labels[indices]
     return self._read_records(indices)
 
   def _read_records(
@@ -186,18 +200,19 @@ class Source:
     return images, np.asarray(labels, np.int32)
 
   @functools.cached_property
-  def _memory(self) -> tuple[np.ndarray, np.ndarray]:
+  def _memory(self) -> tuple[Any, np.ndarray]:
     images, labels = self._read_records(np.arange(len(self)))
-    return self._resize(images), labels
+    # Some preprocessing gives no uint8, which augmentation takes.
+    return images if self._preprocess else self._resize(images), labels
 
   def _resize(self, images: Any) -> np.ndarray:
     size, fraction = self.image_shape[0], self._config.crop_fraction
-    return augment_lib.resize(images, size, fraction)
+    if self._preprocess is None:
+      return augment_lib.resize(images, size, fraction)
+    return np.stack([self._preprocess.resize(x, size) for x in images])
 
   def _batch(self, images: np.ndarray, labels: np.ndarray) -> Batch:
-    mean = np.float32(255) * np.asarray(self._config.mean, np.float32)
-    std = np.float32(255) * np.asarray(self._config.std, np.float32)
-    return {'image': (images - mean) / std, 'label': labels}
+    return {'image': (images - self._mean) / self._std, 'label': labels}
 
 
 def load(config: Any) -> dict[str, Source]:
@@ -215,11 +230,12 @@ def load(config: Any) -> dict[str, Source]:
 
   Raises:
     FileNotFoundError: the set is not prepared in `data_dir`.
-    ValueError: unknown name, split, feature or augmentation; splits that
-      overlap or are empty; images of varying size without `image_size`.
+    ValueError: unknown name, split, feature, augmentation or preprocessing;
+      splits that overlap or are empty; images of varying size without
+      `image_size`.
   """
   config = options.from_config(DataConfig, config, 'config.data')
-  _check_augment(config)
+  _check_names(config)
   specs = _specs(config)
   keys = (config.image_key, config.label_key)
   if config.name == 'arrays':
@@ -266,12 +282,27 @@ def _check_shape(config: DataConfig, shape: tuple[int | None, ...]) -> None:
       )
 
 
-def _check_augment(config: DataConfig) -> None:
-  if config.augment not in (None, *augment_lib.AUGMENTATIONS):
-    raise ValueError(
-      f'config.data.augment={config.augment!r}; it is None or one of '
-      f'{", ".join(augment_lib.AUGMENTATIONS)}.'
-    )
+def _check_names(config: DataConfig) -> None:
+  for name, table in (
+    ('augment', augment_lib.AUGMENTATIONS),
+    ('preprocess', preprocess.PREPROCESS),
+  ):
+    value = getattr(config, name)
+    if value not in (None, *table):
+      raise ValueError(
+        f'config.data.{name}={value!r}; it is None or one of '
+        f'{", ".join(table)}.'
+      )
+  if config.preprocess is not None:
+    for field in dataclasses.fields(config):
+      given = getattr(config, field.name)
+      if field.name in ('mean', 'std', 'crop_fraction') and (
+        given != field.default
+      ):
+        raise ValueError(
+          f'config.data.{field.name}={given!r} and '
+          f'preprocess={config.preprocess!r}, which decides it; give one.'
+        )
 
 
 def _pixels(image: Any, channels: int) -> np.ndarray:
