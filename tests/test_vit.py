@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from utilized_rank.models import stacking
 from utilized_rank.models import vit
 
 # ViT-B/16 at 224 pixels as published, 1,000 classes, written out by hand.
@@ -124,13 +125,13 @@ def test_scan_and_remat_change_nothing(variables, images, options):
     return (model.apply(variables, images) ** 2).sum()
 
   model = tiny(**options)
-  given = vit.stack_blocks(variables) if model.scan else variables
+  given = stacking.stack_blocks(variables) if model.scan else variables
   run = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
   expected, grad = run(tiny(), variables)
   actual, actual_grad = run(model, given)
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
   if model.scan:
-    actual_grad = vit.unstack_blocks(actual_grad)
+    actual_grad = stacking.unstack_blocks(actual_grad)
   # Reordered float32 sums, and leaves whose gradients span decades.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
@@ -141,7 +142,7 @@ def test_scan_and_remat_change_nothing(variables, images, options):
 
 def test_stacking_is_lossless(variables):
   wide = jax.tree.map(lambda x: x.astype(np.float64) / 3, variables)
-  back = vit.unstack_blocks(vit.stack_blocks(wide))
+  back = stacking.unstack_blocks(stacking.stack_blocks(wide))
   assert jax.tree.structure(back) == jax.tree.structure(wide)
   for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(wide), strict=True):
     assert a.dtype == b.dtype
@@ -149,7 +150,7 @@ def test_stacking_is_lossless(variables):
 
 
 def test_stacking_without_the_params_level(variables):
-  stacked = vit.stack_blocks(variables['params'])
+  stacked = stacking.stack_blocks(variables['params'])
   assert set(stacked['Transformer']) == {
     'posembed_input',
     'encoderblock',
@@ -160,17 +161,17 @@ def test_stacking_without_the_params_level(variables):
 def test_stacking_refuses_what_does_not_fit(variables):
   encoder = dict(variables['params']['Transformer'])
   with pytest.raises(ValueError, match='without a gap'):
-    vit.stack_blocks({'Transformer': {}})
+    stacking.stack_blocks({'Transformer': {}})
   first = encoder.pop('encoderblock_0')
   with pytest.raises(ValueError, match='without a gap'):
-    vit.stack_blocks({'Transformer': encoder})
+    stacking.stack_blocks({'Transformer': encoder})
   odd = jax.tree.map(lambda x: x[..., :1], first)
   with pytest.raises(ValueError, match='encoderblock_1 differs'):
-    vit.stack_blocks({'Transformer': {**encoder, 'encoderblock_0': odd}})
+    stacking.stack_blocks({'Transformer': {**encoder, 'encoderblock_0': odd}})
   with pytest.raises(ValueError, match='takes the stacked block'):
-    vit.unstack_blocks(variables)
+    stacking.unstack_blocks(variables)
   with pytest.raises(ValueError, match='a ViT has Transformer'):
-    vit.unstack_blocks({'Dense_0': {}})
+    stacking.unstack_blocks({'Dense_0': {}})
 
 
 def test_dropout_needs_and_uses_its_rng(variables, images):

@@ -1,0 +1,32 @@
+"""A plain multilayer perceptron."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+
+Array = jax.Array
+
+
+class MLP(nn.Module):
+  """Arrays `(B, ...)`, flattened, to `(B, widths[-1])`, with ReLU between.
+
+  >>> import jax, jax.numpy as jnp
+  >>> model, x = MLP((5, 3)), jnp.zeros((2, 4, 4))
+  >>> model.apply(model.init(jax.random.key(0), x), x).shape
+  (2, 3)
+
+  Attributes:
+    widths: of the layers' outputs, the last one's included.
+  """
+
+  widths: Sequence[int]
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    x = x.reshape(x.shape[0], -1)
+    for i, width in enumerate(self.widths):
+      x = nn.Dense(width)(nn.relu(x) if i else x)
+    return x
