@@ -16,7 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from utilized_rank.models import vit
+from utilized_rank.models import blocks
+from utilized_rank.models.positions import PositionEmbedding
+from utilized_rank.models.vit import Encoder
+from utilized_rank.models.vit import ViT
 from utilized_rank.objectives import Objective
 
 Array = jax.Array
@@ -47,23 +50,16 @@ class Decoder(nn.Module):
     shape = (len(tokens), self.grid[0] * self.grid[1], self.width)
     x = jnp.broadcast_to(mask, shape)
     x = x.at[jnp.arange(len(tokens))[:, None], kept].set(tokens)
-    x = vit.PositionEmbedding(self.grid, name='posembed_input')(x)
+    x = PositionEmbedding(self.grid, name='posembed_input')(x)
+    options = blocks.BlockOptions(self.heads, 4 * self.width)
     for i in range(self.depth):
-      x, _ = vit.EncoderBlock(
-        heads=self.heads,
-        mlp_dim=4 * self.width,
-        dropout=0.0,
-        attention_dropout=0.0,
-        deterministic=True,
-        dtype=jnp.float32,
-        name=f'block_{i}',
-      )(x)
+      x, _ = blocks.EncoderBlock(options, True, name=f'block_{i}')(x)
     x = nn.LayerNorm(name='norm')(x)
     return nn.Dense(self.pixels, name='pixels')(x)
 
 
 def decoder_of(
-  model: vit.ViT,
+  model: ViT,
   image_shape: tuple[int, int, int],
   *,
   width: int,
@@ -83,7 +79,7 @@ def decoder_of(
 
 
 def init(
-  model: vit.ViT, decoder: Decoder, key: Array, images: Array
+  model: ViT, decoder: Decoder, key: Array, images: Array
 ) -> dict[str, Any]:
   """Parameters to pre-train.
 
@@ -100,7 +96,7 @@ def init(
 
 @functools.cache
 def objective(
-  model: vit.ViT, decoder: Decoder, *, masked: float = 0.75
+  model: ViT, decoder: Decoder, *, masked: float = 0.75
 ) -> Objective:
   """Mean squared error on the pixels of the hidden patches.
 
@@ -159,7 +155,7 @@ def normalized_patches(images: Array, side: int) -> Array:
 
 
 def encode(
-  model: vit.ViT,
+  model: ViT,
   variables: Any,
   images: Array,
   kept: Array | None = None,
@@ -193,11 +189,11 @@ def encode(
     out = call(*args, **kwargs)
     if context.method_name != '__call__':
       return out
-    if isinstance(context.module, vit.PositionEmbedding) and kept is not None:
+    if isinstance(context.module, PositionEmbedding) and kept is not None:
       first = out.shape[1] - patches
       chosen = jnp.take_along_axis(out[:, first:], kept[..., None], axis=1)
       return jnp.concatenate([out[:, :first], chosen], axis=1)
-    if isinstance(context.module, vit.Encoder):
+    if isinstance(context.module, Encoder):
       tokens.append(out)
     return out
 
