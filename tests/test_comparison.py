@@ -51,7 +51,7 @@ def test_mean_and_spread_over_repetitions(comparison, energy):
   np.testing.assert_allclose(found.std, np.std(expected, ddof=1), rtol=1e-12)
   assert (found.low, found.high) == (min(expected), max(expected))
   single = comparison.mean_layer_utilization('high', energy)
-  assert single.count == 1
+  assert single.runs == 1
   assert np.isnan(single.std)
 
 

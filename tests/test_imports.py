@@ -33,6 +33,9 @@ LAYERS = [
 OUTER = {
   'arrays',
   'augment',
+  'batch_statistics',
+  'compress_config',
+  'costs',
   'data',
   'digits',
   'evaluate',
@@ -40,6 +43,7 @@ OUTER = {
   'mae',
   'metrics',
   'models',
+  'network',
   'objectives',
   'options',
   'pipeline',

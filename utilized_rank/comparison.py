@@ -26,14 +26,14 @@ class Spread(NamedTuple):
     std: their standard deviation (with n - 1); NaN of a single one.
     low: the smallest.
     high: the largest.
-    count: how many there are.
+    runs: how many there are.
   """
 
   mean: float
   std: float
   low: float
   high: float
-  count: int
+  runs: int
 
 
 class Comparison(Mapping[str, tuple[Report, ...]]):
@@ -254,7 +254,7 @@ def compare(
 def percent(spread: Spread) -> str:
   """The mean in percent, with the standard deviation where there is one."""
   text = f'{100 * spread.mean:.1f}%'
-  if spread.count > 1:
+  if spread.runs > 1:
     text += f' ±{100 * spread.std:.1f}'
   return text
 
@@ -268,7 +268,7 @@ def _spread(values: np.ndarray) -> Spread:
 
 def _plain(spread: Spread) -> dict[str, float | None]:
   # JSON has no NaN.
-  std = spread.std if spread.count > 1 else None
+  std = spread.std if spread.runs > 1 else None
   return {
     'mean': spread.mean, 'std': std, 'min': spread.low, 'max': spread.high,
   }  # fmt: skip

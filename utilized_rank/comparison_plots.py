@@ -86,7 +86,7 @@ def _line(
     linewidth=1.6, markersize=4.5, markeredgewidth=0, zorder=3,
     label=look.label(name, 24),
   )  # fmt: skip
-  if spreads[0].count > 1:
+  if spreads[0].runs > 1:
     low = [spread.low for spread in spreads]
     high = [spread.high for spread in spreads]
     axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)

@@ -127,7 +127,7 @@ def objective(
     order = random_order(rng, len(images), count)
     kept, hidden = order[:, :visible], order[:, visible:]
     tokens = encode(model, params['encoder'], images, kept, rng=rng)
-    predicted = decoder.apply(params['decoder'], tokens, kept)
+    predicted: Any = decoder.apply(params['decoder'], tokens, kept)
     target = normalized_patches(images, model.patch_size)
     error = jnp.square(predicted - target).mean(axis=-1)
     error = jnp.take_along_axis(error, hidden, axis=1)

@@ -289,8 +289,18 @@ def linen_forward(model: Any) -> Forward:
     train: bool = False,
     rng: jax.Array | None = None,
   ) -> jax.Array:
-    rngs = {'dropout': rng} if train else None
-    return model.apply(params, images, train=train, rngs=rngs)
+    if not train:
+      return model.apply(params, images, train=False)
+    # Batch norms would write their statistics, which is
+    # `batch_statistics.reestimate`'s work.
+    logits, _ = model.apply(
+      params,
+      images,
+      train=True,
+      rngs={'dropout': rng},
+      mutable=[name for name in params if name != 'params'],
+    )
+    return logits
 
   return forward
 
