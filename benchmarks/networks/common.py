@@ -1,4 +1,4 @@
-"""What a port gives, and the checks that it is the published network."""
+"""What a network gives, and the checks that it is the published network."""
 
 from __future__ import annotations
 
@@ -44,22 +44,6 @@ def read(root: str, *parts: str) -> dict[str, np.ndarray]:
     return {k: file[k] for k in file.files}
 
 
-def nest(flat: dict[str, np.ndarray], separator: str = '/') -> dict[str, Any]:
-  """Nested dictionaries from joined keys.
-
-  >>> nest({'a/b': 1, 'a/c': 2})
-  {'a': {'b': 1, 'c': 2}}
-  """
-  tree: dict[str, Any] = {}
-  for path, value in flat.items():
-    *parents, last = path.split(separator)
-    node = tree
-    for key in parents:
-      node = node.setdefault(key, {})
-    node[last] = value
-  return tree
-
-
 def scores(
   fn: Callable[[Any, Batch], jax.Array],
   params: Any,
@@ -83,7 +67,7 @@ def check_golden(
   logits: np.ndarray,
   tolerance: float,
 ) -> None:
-  """Raises unless the port's logits are those of the original network."""
+  """Raises unless our logits are those of the original network."""
   got = np.asarray(jax.jit(fn)(params, {'x': x})).reshape(logits.shape)
   worst = float(np.abs(got - logits).max())
   if not worst <= tolerance:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import jax
+import os
+
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.networks import common
+from utilized_rank.models.importing import load_checkpoint
 
 CALIBRATION = 8192
 
 
-def fn(params, batch):
-  x = batch['x'].reshape(len(batch['x']), -1)
-  x = (x.astype(jnp.float32) / 255 - 0.5) / 0.5
-  for i in range(5):
-    layer = params[f'Dense_{i}']
-    x = x @ layer['kernel'] + layer['bias']
-    if i < 4:
-      x = jax.nn.relu(x)
-  return x
-
-
 def load(root: str) -> common.Network:
-  params = common.nest(common.read(root, 'networks', 'mlp_fmnist_relu.npz'))
+  model, params, _ = load_checkpoint(
+    os.path.join(root, 'networks', 'mlp_fmnist_relu.npz')
+  )
+
+  def fn(params, batch):
+    x = (batch['x'].astype(jnp.float32) / 255 - 0.5) / 0.5
+    return model.apply(params, x)
+
   train = common.read(root, 'data', 'fmnist_train60000.npz')
   test = common.read(root, 'data', 'fmnist_test5000.npz')
   log_p = common.scores(fn, params, test, 500)
@@ -37,7 +35,7 @@ def load(root: str) -> common.Network:
     'mlp_fmnist_relu',
     fn,
     params,
-    [('Dense_4/.*', False), ('.*kernel', True)],
+    [('params/Dense_4/.*', False), ('.*kernel', True)],
     [(calibration, test)],
     f'calibrated on {CALIBRATION} training images drawn at random, judged on '
     '5,000 test images; all kernels but the head',

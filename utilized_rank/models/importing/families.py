@@ -1,0 +1,280 @@
+"""Models whose hyper-parameters are read off the shapes of their leaves.
+
+Each function has the form of `layout.Layout.family`. The shapes are those of
+the file: heads are not apart where the file has them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import itertools
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from utilized_rank.models.gpt import GPT
+from utilized_rank.models.kwt import KeywordTransformer
+from utilized_rank.models.llama import Llama
+from utilized_rank.models.mlp import MLP
+from utilized_rank.models.positions import square_grid
+from utilized_rank.models.resnet import ResNet
+from utilized_rank.models.vgg import VGG
+from utilized_rank.models.vit import ViT
+
+if TYPE_CHECKING:
+  from utilized_rank.models.importing.layout import Layout
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+Options = Mapping[str, Any]
+Built = tuple[nn.Module, jax.ShapeDtypeStruct]
+
+
+def vit(layout: Layout, mapped: Shapes, source: Shapes, options: Options):
+  del source
+  block = 'params/Transformer/encoderblock_0/'
+  attention = f'{block}MultiHeadDotProductAttention_1/'
+  patch, _, channels, width = mapped['params/embedding/kernel']
+  positions = mapped['params/Transformer/posembed_input/pos_embedding'][-2]
+  found = square_grid(positions)
+  if found is None:
+    raise ValueError(
+      f'{positions} position embeddings are no square grid of patches with at '
+      'most one token in front.'
+    )
+  (side, _), tokens = found
+  query = mapped[f'{attention}query/kernel']
+  if len(query) == 3:
+    heads = query[1]
+  elif f'{attention}query_norm/scale' in mapped:
+    heads = width // mapped[f'{attention}query_norm/scale'][0]
+  else:
+    heads = _heads(layout, width, options)
+  swiglu = f'{block}MlpBlock_3/gate/kernel' in mapped
+  hidden = 'gate' if swiglu else 'Dense_0'
+  class_token = 'params/cls' in mapped
+  norm_after_pool = 'params/fc_norm/scale' in mapped
+  averages = norm_after_pool or not class_token
+  head = mapped.get('params/head/kernel', (0, 0))
+  representation = mapped.get('params/pre_logits/kernel', (0, None))[1]
+  model = _build(
+    ViT,
+    {
+      'num_classes': head[1],
+      'patch_size': patch,
+      'width': width,
+      'depth': _count(mapped, r'params/Transformer/encoderblock_(\d+)/.*'),
+      'heads': heads,
+      'mlp_dim': mapped[f'{block}MlpBlock_3/{hidden}/kernel'][1],
+      'pool': 'gap' if averages else 'token',
+      'class_token': class_token,
+      'class_position': tokens == 1,
+      'registers': mapped.get('params/registers', (0, 0, 0))[-2],
+      'representation_size': representation,
+      'patch_bias': 'params/embedding/bias' in mapped,
+      'head_bias': 'params/head/bias' in mapped,
+      'pre_norm': 'params/Transformer/pre_norm/scale' in mapped,
+      'norm_after_pool': norm_after_pool,
+      'swiglu': swiglu,
+      'qkv_bias': f'{attention}query/bias' in mapped,
+      'qk_norm': f'{attention}query_norm/scale' in mapped,
+      'layer_scale': 1e-5 if f'{block}LayerScale_1/gamma' in mapped else None,
+    },
+    options,
+  )
+  return model, _images(side * patch, channels)
+
+
+def resnet(layout: Layout, mapped: Shapes, source: Shapes, options: Options):
+  del layout, source
+  size, _, channels, width = mapped['params/conv1/kernel']
+  stages = _count(mapped, r'params/layer(\d+)_.*', first=1)
+  shortcut = 'pad'
+  if any('conv_shortcut' in path for path in mapped):
+    norms = any('bn_shortcut' in path for path in mapped)
+    shortcut = 'norm' if norms else 'conv'
+  model = _build(
+    ResNet,
+    {
+      'num_classes': mapped['params/head/kernel'][1],
+      'stages': tuple(
+        _count(mapped, rf'params/layer{i + 1}_(\d+)/.*') for i in range(stages)
+      ),
+      'width': width,
+      'bottleneck': 'params/layer1_0/conv3/kernel' in mapped,
+      'small_images': size == 3,
+      'shortcut': shortcut,
+    },
+    options,
+  )
+  return model, _images(32 if size == 3 else 224, channels)
+
+
+def vgg(layout: Layout, mapped: Shapes, source: Shapes, options: Options):
+  del layout
+  widths = [
+    mapped[f'params/conv{i}/kernel'][3]
+    for i in range(_count(mapped, r'params/conv(\d+)/kernel'))
+  ]
+  batch_norm = 'batch_stats/bn0/mean' in mapped
+  at = places(source, 'features', 4)
+  stages: list[list[int]] = [[widths[0]]]
+  for (before, after), width in zip(
+    itertools.pairwise(at), widths[1:], strict=True
+  ):
+    # A pooling lies between them.
+    if after - before > (3 if batch_norm else 2):
+      stages.append([])
+    stages[-1].append(width)
+  hidden = [
+    mapped[f'params/fc{i}/kernel'][1]
+    for i in range(_count(mapped, r'params/fc(\d+)/kernel'))
+  ]
+  first = mapped['params/fc0/kernel' if hidden else 'params/head/kernel'][0]
+  pool_size = math.isqrt(first // widths[-1])
+  model = _build(
+    VGG,
+    {
+      'num_classes': mapped['params/head/kernel'][1],
+      'stages': tuple(map(tuple, stages)),
+      'hidden': tuple(hidden),
+      'pool_size': pool_size,
+      'batch_norm': batch_norm,
+    },
+    options,
+  )
+  side = pool_size * 2 ** len(stages)
+  return model, _images(side, mapped['params/conv0/kernel'][2])
+
+
+def keyword_transformer(
+  layout: Layout, mapped: Shapes, source: Shapes, options: Options
+) -> Built:
+  del source
+  coefficients, width = mapped['params/embedding/kernel']
+  block = 'params/Transformer/encoderblock_0/'
+  model = _build(
+    KeywordTransformer,
+    {
+      'num_classes': mapped['params/head/kernel'][1],
+      'width': width,
+      'depth': _count(mapped, r'params/Transformer/encoderblock_(\d+)/.*'),
+      'heads': _heads(layout, width, options),
+      'mlp_dim': mapped[f'{block}MlpBlock_3/Dense_0/kernel'][1],
+    },
+    options,
+  )
+  positions = mapped['params/Transformer/posembed_input/pos_embedding'][-2]
+  shape = (1, positions - 1, coefficients)
+  return model, jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def gpt(
+  layout: Layout, mapped: Shapes, source: Shapes, options: Options
+) -> Built:
+  del source
+  vocabulary, width = mapped['params/embedding/embedding']
+  context = mapped['params/positions'][0]
+  model = _build(
+    GPT,
+    {
+      'vocabulary': mapped['params/head/kernel'][1],
+      'context': context,
+      'width': width,
+      'depth': _count(mapped, r'params/block_(\d+)/.*'),
+      'heads': _heads(layout, width, options),
+    },
+    options,
+  )
+  del vocabulary
+  return model, jax.ShapeDtypeStruct((1, context), jnp.int32)
+
+
+def llama(
+  layout: Layout, mapped: Shapes, source: Shapes, options: Options
+) -> Built:
+  del source
+  vocabulary, width = mapped['params/embedding/embedding']
+  heads = _heads(layout, width, options)
+  queries = mapped['params/block_0/query/kernel'][1]
+  head_dim = queries // heads
+  model = _build(
+    Llama,
+    {
+      'vocabulary': vocabulary,
+      'width': width,
+      'depth': _count(mapped, r'params/block_(\d+)/.*'),
+      'heads': heads,
+      'kv_heads': mapped['params/block_0/key/kernel'][1] // head_dim,
+      'mlp_dim': mapped['params/block_0/mlp/gate/kernel'][1],
+      'head_dim': head_dim,
+      'tied': 'params/head/kernel' not in mapped,
+    },
+    options,
+  )
+  return model, jax.ShapeDtypeStruct((1, 8), jnp.int32)
+
+
+def mlp(
+  layout: Layout, mapped: Shapes, source: Shapes, options: Options
+) -> Built:
+  del layout, source
+  kernels = [
+    mapped[f'params/Dense_{i}/kernel']
+    for i in range(_count(mapped, r'params/Dense_(\d+)/kernel'))
+  ]
+  model = _build(MLP, {'widths': tuple(k[1] for k in kernels)}, options)
+  return model, jax.ShapeDtypeStruct((1, kernels[0][0]), jnp.float32)
+
+
+def places(shapes: Shapes, sequential: str, ndim: int) -> list[int]:
+  """Where in an `nn.Sequential` the weights of so many axes are.
+
+  >>> places({'f.0.weight': (2, 3), 'f.1.weight': (2,)}, 'f', 2)
+  [0]
+  """
+  pattern = re.compile(re.escape(sequential) + r'\.(\d+)\.weight')
+  return sorted(
+    int(m[1])
+    for name, shape in shapes.items()
+    if len(shape) == ndim and (m := pattern.fullmatch(name))
+  )
+
+
+def _build(kind: type, read: dict[str, Any], options: Options) -> nn.Module:
+  known = {f.name for f in dataclasses.fields(kind)} - {'parent', 'name'}
+  if unknown := set(options) - known:
+    raise TypeError(
+      f'{kind.__name__} has no options {sorted(unknown)}; it has '
+      f'{sorted(known)}.'
+    )
+  return kind(**{**read, **options})
+
+
+def _heads(layout: Layout, width: int, options: Options) -> int:
+  if 'heads' in options:
+    return options['heads']
+  if width not in layout.heads:
+    raise ValueError(
+      f'no shape tells the number of attention heads, and the layout of '
+      f'{layout.name} has no convention for width {width}; give heads=.'
+    )
+  return layout.heads[width]
+
+
+def _count(paths: Iterable[str], pattern: str, first: int = 0) -> int:
+  """How many there are of what is numbered without a gap."""
+  numbers = {int(m[1]) for path in paths if (m := re.fullmatch(pattern, path))}
+  expected = set(range(first, first + len(numbers)))
+  if numbers != expected:
+    raise ValueError(f'the numbers {sorted(numbers)} in {pattern} have a gap.')
+  return len(numbers)
+
+
+def _images(side: int, channels: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
