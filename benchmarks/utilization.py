@@ -7,9 +7,8 @@ checked against its published numbers, measured at three energies, and searched:
 per kernel the lowest energy whose projection costs no more than 0.1 % of the
 accuracy on data that calibrated nothing. On few examples that means not one
 more mistake. In networks of more than 24 kernels those of a block are searched
-together. In networks of more than 24 kernels those of a block are searched
-together. Writes `utilization.json` and `utilization.png`; a network that
-the file has already, measured with the same options, is not measured again.
+together. Writes `utilization.json` and `utilization.png`; a network that the
+file has already, measured with the same options, is not measured again.
 """
 
 from __future__ import annotations
