@@ -83,6 +83,9 @@ def measure(variant: str) -> dict:
     'init',
     lambda: jax.jit(model.init)(jax.random.key(0), jnp.asarray(images[:1])),
   )
+  # The head starts from zeros, and every network would give the same logits.
+  head = params['params']['head']
+  head['kernel'] = jax.random.normal(jax.random.key(1), head['kernel'].shape)
   moments = timed(
     'collect',
     lambda: ur.collect(
