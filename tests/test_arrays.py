@@ -119,6 +119,16 @@ def test_augmentation_before_preprocessing_that_gives_floats(folder):
   assert np.abs(batch['image']).max() <= 1
 
 
+def test_grey_images_have_no_colours_to_normalise(folder):
+  splits = dict.fromkeys(SPLITS, 'grey.npz')
+  for i, name in enumerate(splits):
+    splits[name] += f'[{10 * i}:{10 * i + 10}]'
+  with pytest.raises(ValueError, match="'clip': its mean has 3 values.*have 1"):
+    data.load(
+      {**PLAIN, 'data_dir': folder, 'splits': splits, 'preprocess': 'clip'}
+    )
+
+
 @pytest.mark.parametrize(
   ('split', 'options', 'error', 'message'),
   [

@@ -274,11 +274,16 @@ def _check_shape(config: DataConfig, shape: tuple[int | None, ...]) -> None:
       f'the images of {config.name} have shape {shape}; set '
       'config.data.image_size to bring them to one square size.'
     )
+  about: Any = config
+  where = 'config.data.'
+  if config.preprocess is not None:
+    about = preprocess.PREPROCESS[config.preprocess]
+    where = f'preprocess={config.preprocess!r}: its '
   for name in ('mean', 'std'):
-    if len(getattr(config, name)) not in (1, shape[-1]):
+    if len(getattr(about, name)) not in (1, shape[-1]):
       raise ValueError(
-        f'config.data.{name} has {len(getattr(config, name))} values; the '
-        f'images of {config.name} have {shape[-1]} channels.'
+        f'{where}{name} has {len(getattr(about, name))} values; the images '
+        f'of {config.name} have {shape[-1]} channels.'
       )
 
 
