@@ -6,7 +6,14 @@ import re
 import ml_collections
 import pytest
 
+from configs import cifar_resnet
+from configs import cifar_vgg
 from configs import digits_vit
+from configs import imagenet_resnet50
+from configs import imagenet_vit_b16
+from configs import imagenet_vit_l16
+from configs import self_supervised
+from configs import ssl_vit
 from configs import tfds_vit
 from utilized_rank import data
 from utilized_rank import options
@@ -32,7 +39,32 @@ def test_sections_are_read(name):
   assert set(config.model) >= {'patch_size', 'width', 'depth', 'heads'}
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+# Their sections are read in test_paper_configs.py.
+PAPER = {
+  module.__name__: module.get_config()
+  for module in (
+    cifar_resnet,
+    cifar_vgg,
+    imagenet_resnet50,
+    imagenet_vit_b16,
+    imagenet_vit_l16,
+    self_supervised,
+    ssl_vit,
+  )
+}
+
+
+@pytest.mark.parametrize('argument', self_supervised.ARGUMENTS)
+def test_self_supervised(argument):
+  config = self_supervised.get_config(argument)
+  options.from_config(data.DataConfig, config.data, 'config.data')
+  for section in (config.supervised, config.masked):
+    options.from_config(train.TrainConfig, section, 'config.train')
+  with pytest.raises(ValueError, match='argument is one of cpu, gpu'):
+    self_supervised.get_config('tpu')
+
+
+@pytest.mark.parametrize('name', [*CONFIGS, *PAPER])
 def test_no_lists(name):
   """ml_collections cannot override a list on the command line."""
 
@@ -42,7 +74,7 @@ def test_no_lists(name):
       for child in value.values():
         check(child)
 
-  check(CONFIGS[name])
+  check((CONFIGS | PAPER)[name])
 
 
 @pytest.mark.parametrize(

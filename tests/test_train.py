@@ -295,6 +295,23 @@ def test_evaluate_is_exact_with_a_ragged_batch(params):
   assert again['accuracy'] == result['accuracy']
 
 
+@pytest.mark.parametrize('classes', [3, 9])
+def test_evaluate_counts_the_five_best(classes):
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(50, classes)).astype(np.float32)
+  labels = rng.integers(0, classes, 50)
+  best = np.argsort(-logits, axis=1)
+  table = lambda params, images, *, train, rng: params[images[:, 0, 0, 0]]
+  images = np.arange(50).reshape(50, 1, 1, 1)
+  result = train.evaluate(
+    table, jnp.asarray(logits), [{'image': images, 'label': labels}]
+  )
+  for name, count in (('correct', 1), ('top5_correct', 5)):
+    expected = (best[:, :count] == labels[:, None]).any(axis=1).sum()
+    assert result[name] == expected
+  assert result['top5_accuracy'] == result['top5_correct'] / 50
+
+
 def test_evaluate_ignores_what_padding_gives(params):
   def fragile(params, images, *, train, rng):
     # Zero images, as the padding is, give NaN.

@@ -15,6 +15,8 @@ from utilized_rank.capture import find_sites
 from utilized_rank.checkpoint import load
 from utilized_rank.checkpoint import save
 from utilized_rank.collect import collect
+from utilized_rank.comparison import Comparison
+from utilized_rank.comparison import compare
 from utilized_rank.compress import compress
 from utilized_rank.divergence import kl_divergence
 from utilized_rank.divergence import squared_error

@@ -1,4 +1,4 @@
-"""Image classification data from TFDS, read without TensorFlow.
+"""Image classification data, from TFDS without TensorFlow or from arrays.
 
 A batch of training images is a function of the seed and the step alone: any
 step can be made at any time, which is what resuming needs, and several are
@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 import concurrent.futures
 import contextlib
 import dataclasses
-import difflib
 import functools
 import itertools
 import os
@@ -21,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from utilized_rank import arrays
 from utilized_rank import augment as augment_lib
 from utilized_rank import options
-from utilized_rank import tfrecord
+from utilized_rank import prepared
+from utilized_rank import preprocess
 
 Batch = dict[str, np.ndarray]
 
@@ -37,19 +38,25 @@ class DataConfig:
   """What to read; the section `config.data`.
 
   Attributes:
-    name: TFDS name, with `/config` and `:version` as TFDS takes them.
-    data_dir: directory of prepared sets; None for TFDS's own default.
-    splits: a TFDS split or slice, such as `train[:90%]`, for each of
-      `SPLITS`; None when the set has these four splits itself.
+    name: TFDS name, with `/config` and `:version` as TFDS takes them; or
+      'arrays' for `.npz` files.
+    data_dir: directory of prepared sets, None for TFDS's own default; or the
+      directory of the files.
+    splits: for each of `SPLITS` a TFDS split or slice, such as
+      `train[:90%]`, or a file or slice of it, such as `train.npz[:90%]` (see
+      `arrays`); None when a TFDS set has these four splits itself.
     augment: a key of `augment.AUGMENTATIONS`, or None.
     mean: per channel (or for all) of pixels in [0, 1]; subtracted.
     std: likewise; divided by.
+    preprocess: a key of `preprocess.PREPROCESS` for the images of published
+      checkpoints: it decides how evaluation resizes and crops, and `mean` and
+      `std`, which are then not to be given, like `crop_fraction`.
     image_size: side to resize to; None keeps the size that the set has.
     crop_fraction: part of the shorter side that evaluation sees when it
       resizes; 0.875 is usual for ImageNet.
     cache_bytes: a split whose decoded images need no more is held in memory.
-    image_key: name of the image feature.
-    label_key: name of the label feature.
+    image_key: name of the image feature, or of the file's array.
+    label_key: name of the label feature, or of the file's array.
   """
 
   name: str
@@ -58,6 +65,7 @@ class DataConfig:
   augment: str | None = None
   mean: tuple[float, ...] = (0.5,)
   std: tuple[float, ...] = (0.5,)
+  preprocess: str | None = None
   image_size: int | None = None
   crop_fraction: float = 1.0
   cache_bytes: int = 2**30
@@ -89,15 +97,22 @@ class Source:
       augment_lib.AUGMENTATIONS[config.augment] if config.augment else None
     )
     self.num_classes = num_classes
+    self._preprocess = (
+      preprocess.PREPROCESS[config.preprocess] if config.preprocess else None
+    )
+    about = self._preprocess or config
+    self._mean = np.float32(255) * np.asarray(about.mean, np.float32)
+    self._std = np.float32(255) * np.asarray(about.std, np.float32)
     size = config.image_size or stored_shape[0]
     assert size is not None  # load has checked that one of them is given
     self.image_shape = (size, size, channels)
-    pixels = int(np.prod(self.image_shape))
     # Without a fixed size the set is kept as it is stored, so that random
     # crops see the whole image.
-    self._cached = (
-      None not in stored_shape and len(records) * pixels <= config.cache_bytes
-    )
+    self._cached = False
+    if None not in stored_shape:
+      held = stored_shape if self._preprocess else self.image_shape
+      pixels = int(np.prod(held))  # type: ignore[arg-type]
+      self._cached = len(records) * pixels <= config.cache_bytes
 
   def __len__(self) -> int:
     return len(self._records)
@@ -168,7 +183,9 @@ class Source:
       # One thread decodes, and the others wait for it.
       with self._lock:
         images, labels = self._memory
-      return images[indices], labels[indices]
+      if isinstance(images, np.ndarray):
+        return images[indices], labels[indices]
+      return [images[i] for i in indices], labels[indices]
     return self._read_records(indices)
 
   def _read_records(
@@ -178,24 +195,24 @@ class Source:
     labels = [example[self._config.label_key] for example in examples]
     channels = self.image_shape[-1]
     images = [
-      augment_lib.decode(example[self._config.image_key], channels)
-      for example in examples
+      _pixels(example[self._config.image_key], channels) for example in examples
     ]
     return images, np.asarray(labels, np.int32)
 
   @functools.cached_property
-  def _memory(self) -> tuple[np.ndarray, np.ndarray]:
+  def _memory(self) -> tuple[Any, np.ndarray]:
     images, labels = self._read_records(np.arange(len(self)))
-    return self._resize(images), labels
+    # Some preprocessing gives no uint8, which augmentation takes.
+    return images if self._preprocess else self._resize(images), labels
 
   def _resize(self, images: Any) -> np.ndarray:
     size, fraction = self.image_shape[0], self._config.crop_fraction
-    return augment_lib.resize(images, size, fraction)
+    if self._preprocess is None:
+      return augment_lib.resize(images, size, fraction)
+    return np.stack([self._preprocess.resize(x, size) for x in images])
 
   def _batch(self, images: np.ndarray, labels: np.ndarray) -> Batch:
-    mean = np.float32(255) * np.asarray(self._config.mean, np.float32)
-    std = np.float32(255) * np.asarray(self._config.std, np.float32)
-    return {'image': (images - mean) / std, 'label': labels}
+    return {'image': (images - self._mean) / self._std, 'label': labels}
 
 
 def load(config: Any) -> dict[str, Source]:
@@ -213,81 +230,32 @@ def load(config: Any) -> dict[str, Source]:
 
   Raises:
     FileNotFoundError: the set is not prepared in `data_dir`.
-    ValueError: unknown name, split, feature or augmentation; splits that
-      overlap or are empty; images of varying size without `image_size`.
+    ValueError: unknown name, split, feature, augmentation or preprocessing;
+      splits that overlap or are empty; images of varying size without
+      `image_size`.
   """
   config = options.from_config(DataConfig, config, 'config.data')
-  _check_augment(config)
-  builder = _builder(config)
-  specs = _specs(config, builder)
-  shape, num_classes = _features(config, builder)
-  instructions = {
-    split: _instructions(builder, split, spec) for split, spec in specs.items()
-  }
-  _check_disjoint(instructions, specs)
-  sources = {}
-  for split, spec in specs.items():
-    sources[split] = Source(
-      _records(builder, spec, instructions[split], config.image_key),
+  _check_names(config)
+  specs = _specs(config)
+  keys = (config.image_key, config.label_key)
+  if config.name == 'arrays':
+    opened = arrays.open_splits(config.data_dir, specs, *keys)
+  else:
+    opened = prepared.open_splits(config.name, config.data_dir, specs, *keys)
+  _check_shape(config, opened.shape)
+  return {
+    split: Source(
+      opened.records[split],
       config,
-      num_classes=num_classes,
-      stored_shape=shape,
-      channels=shape[-1] or 3,
+      num_classes=opened.num_classes,
+      stored_shape=opened.shape,
+      channels=opened.shape[-1] or 3,
     )
-  return sources
+    for split in specs
+  }
 
 
-def _builder(config: DataConfig) -> Any:
-  import tensorflow_datasets as tfds
-
-  where = config.data_dir or tfds.core.constants.DATA_DIR
-  if config.name == 'sk_digits':
-    return _digits_builder(config.data_dir)
-  try:
-    builder = tfds.builder(config.name, data_dir=config.data_dir)
-  except tfds.core.registered.DatasetNotFoundError:
-    names = tfds.list_builders(with_community_datasets=False)
-    close = difflib.get_close_matches(config.name, [*names, 'sk_digits'], 1)
-    hint = f'; did you mean {close[0]!r}?' if close else '.'
-    raise ValueError(
-      f'TFDS knows no data set {config.name!r}, and {where} holds none of '
-      f'that name{hint}'
-    ) from None
-  except (ValueError, AssertionError) as error:
-    reason = str(error).strip().split('\n')[0]
-    raise ValueError(f'config.data.name={config.name!r}: {reason}') from None
-  if not builder.is_prepared():
-    raise FileNotFoundError(
-      f'{config.name} is not prepared in {where}. Set config.data.data_dir to '
-      'the directory that holds it, or prepare it once with: '
-      'python -c "import tensorflow_datasets as tfds; '
-      f"tfds.builder('{config.name}', data_dir=DIR, "
-      "file_format='array_record').download_and_prepare()\""
-    )
-  return builder
-
-
-def _digits_builder(data_dir: str | None) -> Any:
-  import tensorflow_datasets as tfds
-
-  from utilized_rank import digits
-
-  builder = digits.SkDigits(data_dir=data_dir)
-  if builder.is_prepared():
-    return builder
-  tfds.disable_progress_bar()
-  builder = digits.SkDigits(data_dir=data_dir, file_format='array_record')
-  try:
-    builder.download_and_prepare()
-  except Exception:
-    # Another process may have finished the same directory meanwhile.
-    builder = digits.SkDigits(data_dir=data_dir)
-    if not builder.is_prepared():
-      raise
-  return builder
-
-
-def _specs(config: DataConfig, builder: Any) -> dict[str, str]:
+def _specs(config: DataConfig) -> dict[str, str]:
   given = {split: split for split in SPLITS}
   if config.splits is not None:
     given = {key: config.splits[key] for key in config.splits}
@@ -296,119 +264,56 @@ def _specs(config: DataConfig, builder: Any) -> dict[str, str]:
       f'config.data.splits has the keys {sorted(given)}; it takes '
       f'{", ".join(SPLITS)}.'
     )
-  missing = [split for split in given.values() if not _known(builder, split)]
-  if missing:
-    raise ValueError(
-      f'{config.name} has the splits {", ".join(builder.info.splits)}; '
-      f'{missing[0]!r} is none of them. Set config.data.splits to slices of '
-      "them, such as train='train[:90%]', calibration='train[90%:92%]', "
-      "validation='train[92%:]', test='test'."
-    )
   return {split: given[split] for split in SPLITS}
 
 
-def _known(builder: Any, spec: str) -> bool:
-  try:
-    builder.info.splits[spec]
-  except (KeyError, ValueError):
-    return False
-  return True
-
-
-def _features(
-  config: DataConfig, builder: Any
-) -> tuple[tuple[int | None, ...], int]:
-  import tensorflow_datasets as tfds
-
-  features = builder.info.features
-  for key in (config.image_key, config.label_key):
-    if key not in features:
-      raise ValueError(
-        f'{config.name} has the features {", ".join(features)}; {key!r} is '
-        'none of them. Set config.data.image_key and config.data.label_key.'
-      )
-  image, label = features[config.image_key], features[config.label_key]
-  if not isinstance(image, tfds.features.Image):
-    raise ValueError(
-      f'the feature {config.image_key!r} of {config.name} is '
-      f'{type(image).__name__}; it must be an Image.'
-    )
-  if not isinstance(label, tfds.features.ClassLabel):
-    raise ValueError(
-      f'the feature {config.label_key!r} of {config.name} is '
-      f'{type(label).__name__}; it must be a ClassLabel.'
-    )
-  shape = tuple(image.shape)
+def _check_shape(config: DataConfig, shape: tuple[int | None, ...]) -> None:
   square = shape[0] is not None and shape[0] == shape[1]
   if config.image_size is None and not square:
     raise ValueError(
       f'the images of {config.name} have shape {shape}; set '
       'config.data.image_size to bring them to one square size.'
     )
+  about: Any = config
+  where = 'config.data.'
+  if config.preprocess is not None:
+    about = preprocess.PREPROCESS[config.preprocess]
+    where = f'preprocess={config.preprocess!r}: its '
   for name in ('mean', 'std'):
-    if len(getattr(config, name)) not in (1, shape[-1]):
+    if len(getattr(about, name)) not in (1, shape[-1]):
       raise ValueError(
-        f'config.data.{name} has {len(getattr(config, name))} values; the '
-        f'images of {config.name} have {shape[-1]} channels.'
-      )
-  return shape, label.num_classes
-
-
-def _check_augment(config: DataConfig) -> None:
-  if config.augment not in (None, *augment_lib.AUGMENTATIONS):
-    raise ValueError(
-      f'config.data.augment={config.augment!r}; it is None or one of '
-      f'{", ".join(augment_lib.AUGMENTATIONS)}.'
-    )
-
-
-def _instructions(builder: Any, split: str, spec: str) -> list[Any]:
-  instructions = [
-    i for i in builder.info.splits[spec].file_instructions if i.take
-  ]
-  if not instructions:
-    raise ValueError(
-      f'config.data.splits.{split}={spec!r} selects no image of '
-      f'{builder.info.name}.'
-    )
-  return instructions
-
-
-def _check_disjoint(
-  instructions: Mapping[str, list[Any]], specs: Mapping[str, str]
-) -> None:
-  for one, other in itertools.combinations(instructions, 2):
-    shared = 0
-    for a in instructions[one]:
-      for b in instructions[other]:
-        if a.filename == b.filename:
-          stop = min(a.skip + a.take, b.skip + b.take)
-          shared += max(0, stop - max(a.skip, b.skip))
-    if shared:
-      raise ValueError(
-        f'config.data.splits.{one}={specs[one]!r} and '
-        f'config.data.splits.{other}={specs[other]!r} share {shared} images; '
-        'choose slices that do not overlap.'
+        f'{where}{name} has {len(getattr(about, name))} values; the images '
+        f'of {config.name} have {shape[-1]} channels.'
       )
 
 
-def _records(
-  builder: Any, spec: str, instructions: list[Any], image_key: str
-) -> Any:
-  import tensorflow_datasets as tfds
+def _check_names(config: DataConfig) -> None:
+  for name, table in (
+    ('augment', augment_lib.AUGMENTATIONS),
+    ('preprocess', preprocess.PREPROCESS),
+  ):
+    value = getattr(config, name)
+    if value not in (None, *table):
+      raise ValueError(
+        f'config.data.{name}={value!r}; it is None or one of '
+        f'{", ".join(table)}.'
+      )
+  if config.preprocess is not None:
+    for field in dataclasses.fields(config):
+      given = getattr(config, field.name)
+      if field.name in ('mean', 'std', 'crop_fraction') and (
+        given != field.default
+      ):
+        raise ValueError(
+          f'config.data.{field.name}={given!r} and '
+          f'preprocess={config.preprocess!r}, which decides it; give one.'
+        )
 
-  # TFDS without TensorFlow returns an image with the channels of its file;
-  # `augment.decode` brings it to those of the feature.
-  decoders = {image_key: tfds.decode.SkipDecoding()}
-  file_format = builder.info.file_format.value
-  if file_format == 'array_record':
-    return builder.as_data_source(split=spec, decoders=decoders)
-  if file_format == 'tfrecord':
-    return tfrecord.TfRecords(instructions, builder.info.features, decoders)
-  raise ValueError(
-    f'{builder.info.name} is stored as {file_format}; array_record and '
-    'tfrecord are read.'
-  )
+
+def _pixels(image: Any, channels: int) -> np.ndarray:
+  if isinstance(image, bytes):
+    return augment_lib.decode(image, channels)
+  return image.reshape(*image.shape[:2], channels)
 
 
 @functools.lru_cache(maxsize=4)

@@ -54,7 +54,9 @@ def evaluate(
     batches: `{'image': (B, H, W, C), 'label': (B,)}` each.
 
   Returns:
-    `accuracy` in [0, 1], `cross_entropy` in nats per example, `count`.
+    `accuracy` (top 1) and `top5_accuracy` in [0, 1], the counts `correct`
+    and `top5_correct` behind them, `cross_entropy` in nats per example, and
+    `count`.
 
   Raises:
     ValueError: there is no example.
@@ -69,12 +71,18 @@ def evaluate(
     parts.append(_sums(forward, params, images, np.pad(labels, (0, pad)), mask))
   # Fetched at the end: nothing above waits for the device.
   parts = jax.device_get(parts)
-  count = sum(int(part['count']) for part in parts)
+  count, correct, top5 = (
+    sum(int(part[name]) for part in parts)
+    for name in ('count', 'correct', 'top5_correct')
+  )
   if not count:
     raise ValueError('evaluate got no example; batches is empty.')
   return {
-    'accuracy': sum(int(part['correct']) for part in parts) / count,
+    'accuracy': correct / count,
+    'top5_accuracy': top5 / count,
     'cross_entropy': math.fsum(part['cross_entropy'] for part in parts) / count,
+    'correct': correct,
+    'top5_correct': top5,
     'count': count,
   }
 
@@ -89,10 +97,13 @@ def _sums(
 ) -> dict[str, jax.Array]:
   logits = forward(params, images, train=False, rng=None)
   entropy = losses.cross_entropy(logits, labels)
-  correct = logits.argmax(axis=-1) == labels
+  # The first of equal logits counts, as for argmax.
+  _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+  right = best == labels[:, None]
   return {
     # where, not a product: padding may give anything, NaN included.
     'cross_entropy': jnp.where(mask, entropy, 0.0).sum(),
-    'correct': (correct & mask).sum(),
+    'correct': (right[:, 0] & mask).sum(),
+    'top5_correct': (right.any(axis=-1) & mask).sum(),
     'count': mask.sum(),
   }

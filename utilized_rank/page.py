@@ -103,17 +103,22 @@ def html(
     _terms(),
   ]
   if runs:
-    sections.append(_section('Size and accuracy', _run_section(runs)))
+    sections.append(section('Size and accuracy', _run_section(runs)))
   sections += [
-    _section('Utilization by depth', _depth_section(layers)),
-    _section('Spectra', _spectra_section(layers, energy)),
-    _section('Layers', _layer_section(layers)),
+    section('Utilization by depth', _depth_section(layers)),
+    section('Spectra', _spectra_section(layers, energy)),
+    section('Layers', _layer_section(layers)),
   ]
   details = _details(meta)
+  return document(title, '\n'.join([*sections, details]))
+
+
+def document(title: str, body: str) -> str:
+  """A page of the report's look around HTML, which must be escaped."""
   return _PAGE.format(
-    title=_text(title),
+    title=escape(title),
     style=_resource('page.css'),
-    body='\n'.join([*sections, details]),
+    body=body,
     script=_resource('page.js'),
   )
 
@@ -124,12 +129,14 @@ def _resource(name: str) -> str:
   return package.joinpath(name).read_text('utf-8')
 
 
-def _text(value: Any) -> str:
+def escape(value: Any) -> str:
+  """Text, with what HTML would read as its own set apart."""
   return html_lib.escape(str(value), quote=True)
 
 
-def _section(title: str, body: str) -> str:
-  return f'<section><h2>{_text(title)}</h2>\n{body}\n</section>'
+def section(title: str, body: str) -> str:
+  """HTML, which must be escaped, under a heading."""
+  return f'<section><h2>{escape(title)}</h2>\n{body}\n</section>'
 
 
 def _heading(
@@ -149,8 +156,8 @@ def _heading(
   if 'centered' in meta:
     facts.append('centred' if meta['centered'] else 'uncentred')
   facts.append(f'energy {energy:g}')
-  line = ' · '.join(_text(fact) for fact in facts)
-  return f'<header><h1>{_text(title)}</h1>\n<p class="sub">{line}</p></header>'
+  line = ' · '.join(escape(fact) for fact in facts)
+  return f'<header><h1>{escape(title)}</h1>\n<p class="sub">{line}</p></header>'
 
 
 def _tiles(
@@ -195,8 +202,8 @@ def _tiles(
     for layer, what in ((low, 'lowest'), (high, 'highest')):
       tiles.append((f'{100 * layer.utilization:.1f}%', what, names[layer.name]))
   cells = ''.join(
-    f'<div class="tile"><b>{_text(value)}</b><span>{_text(label)}</span>'
-    f'<small>{_text(note)}</small></div>'
+    f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span>'
+    f'<small>{escape(note)}</small></div>'
     for value, label, note in tiles
   )
   return f'<div class="tiles">{cells}</div>\n{_mlu_table(mlu)}'
@@ -227,7 +234,7 @@ def _terms() -> str:
 
 def _math(text: str) -> str:
   """Escapes, and sets r, k_S, d_in as symbols, with the index below."""
-  text = re.sub(r'\br\b', '<i>r</i>', _text(text))
+  text = re.sub(r'\br\b', '<i>r</i>', escape(text))
   return re.sub(r'\b([kd])_(\w+)', r'<i>\1</i><sub>\2</sub>', text)
 
 
@@ -245,13 +252,13 @@ def _run_section(runs: Sequence[Mapping[str, Any]]) -> str:
     'vs dense': 'points vs dense',
   }
   head = ''.join(
-    f'<th scope="col" colspan="{span}">{_text(names.get(title, title))}</th>'
+    f'<th scope="col" colspan="{span}">{escape(names.get(title, title))}</th>'
     for title, span in groups
   )
   body = ''
   for name, *cells in rows:
-    body += f'<tr><th scope="row">{_text(name)}</th>'
-    body += ''.join(f'<td>{_text(cell)}</td>' for cell in cells) + '</tr>\n'
+    body += f'<tr><th scope="row">{escape(name)}</th>'
+    body += ''.join(f'<td>{escape(cell)}</td>' for cell in cells) + '</tr>\n'
   table = (
     f'<div class="scroll"><table class="runs"><thead><tr>{head}</tr></thead>'
     f'<tbody>{body}</tbody></table></div>'
@@ -322,15 +329,15 @@ def _layer_section(layers: Sequence[LayerReport]) -> str:
       for value in map(float, (layer.error_projected, layer.error_bound))
     )
     # Breaks after the slashes only, so that names wrap on a phone.
-    shown = _text(name).replace('/', '/<wbr>')
+    shown = escape(name).replace('/', '/<wbr>')
     body.append(
-      f'<tr><th scope="row" title="{_text(layer.name)}">{shown}</th>{cells}'
+      f'<tr><th scope="row" title="{escape(layer.name)}">{shown}</th>{cells}'
       f'<td class="bar" data-v="{share:.6g}">'
       f'<i style="--w:{share:.1f}%"></i>{share:.1f}%</td>{errors}</tr>'
     )
   shared = ''
   if prefix or suffix:
-    shared = f' Names stand for <code>{_text(f"{prefix}…{suffix}")}</code>.'
+    shared = f' Names stand for <code>{escape(f"{prefix}…{suffix}")}</code>.'
   return (
     '<p class="note">Errors are shares of the layer’s output energy: lost by '
     'the projection onto the utilized directions, and by the best pair of '
@@ -354,7 +361,7 @@ def _details(meta: Mapping[str, Any]) -> str:
   for name, table in (('Seconds', seconds), ('Versions', meta.get('versions'))):
     if table:
       rows = ''.join(
-        f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>'
+        f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>'
         for key, value in table.items()
       )
       blocks += f'<div><h3>{name}</h3><table>{rows}</table></div>'
@@ -362,7 +369,7 @@ def _details(meta: Mapping[str, Any]) -> str:
   if config is not None:
     if not isinstance(config, str):
       config = json.dumps(config, indent=2, default=str, ensure_ascii=False)
-    blocks += f'<div><h3>Config</h3><pre>{_text(config)}</pre></div>'
+    blocks += f'<div><h3>Config</h3><pre>{escape(config)}</pre></div>'
   if not blocks:
     return ''
   return (

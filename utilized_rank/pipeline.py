@@ -5,14 +5,11 @@ started again goes on after the last finished one."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-import dataclasses
 import functools
 import importlib.metadata
 import itertools
 import os
-import statistics
 import sys
-import time
 from typing import Any
 
 import jax
@@ -20,18 +17,22 @@ import jax.numpy as jnp
 import ml_collections
 
 import utilized_rank as ur
+from utilized_rank import batch_statistics
+from utilized_rank import costs
 from utilized_rank import data
 from utilized_rank import methods
+from utilized_rank import network
 from utilized_rank import options
 from utilized_rank import page
 from utilized_rank import paths
 from utilized_rank import tables
 from utilized_rank import train
+from utilized_rank.compress_config import CompressConfig
 from utilized_rank.lowrank import is_low_rank
-from utilized_rank.models.vit import ViT
 from utilized_rank.report import Report
 from utilized_rank.workdir import Workdir
 
+# A run with a checkpoint has 'restore' in place of the first.
 STAGES = (
   'train',
   'collect',
@@ -41,52 +42,9 @@ STAGES = (
   'evaluate',
   'report',
 )
+# Enough to forget all statistics from before, see `batch_statistics`.
+_STATISTICS_BATCHES = 100
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
-
-
-@dataclasses.dataclass(frozen=True)
-class CompressConfig:
-  """What to shrink, and how far; the section `config.compress`.
-
-  Attributes:
-    select: ordered `(regex, bool)` rules over leaf paths: the kernels.
-    fractions: shares of those kernels' parameters to keep, one model each.
-    energies: shares of energy to give the mean layer utilization at.
-    energy: the one that the table of layers is at.
-    centered: take the spectra about the mean.
-    method: see `factorize`; 'loss' and 'fisher_rows' collect gradients too, of
-      labels drawn from the model itself.
-    compensate_mean: see `factorize`.
-    allocation: 'uniform' (`uniform_ranks`), or 'budget' (`budget_ranks`, in
-      nats of loss where the method is 'loss').
-    batch_size: images per batch of calibration and evaluation.
-    calibration_images: augmented calibration images to collect moments over;
-      0 for one pass over the split as it is.
-    latency_batch_size: images per call when the speed is measured.
-  """
-
-  select: tuple[tuple[str, bool], ...]
-  fractions: tuple[float, ...] = (0.5, 0.25)
-  energies: tuple[float, ...] = (0.9, 0.95, 0.99, 0.999)
-  energy: float = 0.99
-  centered: bool = False
-  method: str = 'loss'
-  compensate_mean: bool = True
-  allocation: str = 'budget'
-  batch_size: int = 64
-  calibration_images: int = 0
-  latency_batch_size: int = 64
-
-  def __post_init__(self):
-    if not self.fractions or any(not 0 < f < 1 for f in self.fractions):
-      raise ValueError(
-        f'config.compress.fractions={self.fractions}: shares in (0, 1)'
-      )
-    methods.check_method(self.method)
-    if self.allocation not in ('uniform', 'budget'):
-      raise ValueError(
-        f"config.compress.allocation={self.allocation!r}: 'uniform' or 'budget'"
-      )
 
 
 def run(config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -94,7 +52,9 @@ def run(config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
 
   Args:
     config: an `ml_collections.ConfigDict` such as `configs/digits_vit.py`
-      makes; its sections are `model`, `data`, `train`, `finetune`, `compress`.
+      makes. Its sections are `model`, `data`, `compress`; `train` or, for
+      trained weights, `checkpoint`; and `finetune` where anything is made
+      smaller.
     workdir: the run's directory.
 
   Returns:
@@ -105,7 +65,7 @@ def run(config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
       of another run, or a damaged checkpoint.
   """
   job = Job(config, workdir)
-  for name in STAGES:
+  for name in job.stages:
     done = ' (done before)' if job.workdir.finished(name) else ''
     print(f'stage {name}{done}', file=sys.stderr, flush=True)
     result = job.workdir.stage(name, getattr(job, name))
@@ -117,31 +77,27 @@ class Job:
 
   def __init__(self, config: Any, workdir: str | os.PathLike[str]):
     plain = ml_collections.ConfigDict(config).to_dict()
-    sections = ('model', 'data', 'train', 'finetune', 'compress')
-    for key in plain:
-      if key not in (*sections, 'seed'):
-        raise ValueError(
-          f'config has the unknown key {key!r}; it takes seed, '
-          f'{", ".join(sections)}'
-        )
-    for key in ('seed', *sections):
-      if key not in plain:
-        raise ValueError(f'config lacks the key {key!r}')
     # Everything is checked before anything is written.
+    _check_sections(plain)
     self.seed = plain['seed']
-    self.model_config = plain['model']
+    self.model_config = network.ModelConfig.of(plain['model'])
     self.data_config = options.from_config(
       data.DataConfig, plain['data'], 'config.data'
     )
-    self.train_config = self._training(plain, 'train')
-    self.finetune_config = self._training(plain, 'finetune')
+    self.checkpoint = self.train_config = self.finetune_config = None
+    if 'checkpoint' in plain:
+      self.checkpoint = options.from_config(
+        network.CheckpointConfig, plain['checkpoint'], 'config.checkpoint'
+      )
+    else:
+      self.train_config = self._training(plain, 'train')
     self.compress = options.from_config(
       CompressConfig, plain['compress'], 'config.compress'
     )
-    fields = [f.name for f in dataclasses.fields(ViT)]
-    for key in self.model_config:
-      if key not in fields or key in ('parent', 'name', 'num_classes'):
-        raise ValueError(f'config.model has the unknown key {key!r}')
+    if self.compress.fractions:
+      self.finetune_config = self._training(plain, 'finetune')
+    first = 'train' if self.checkpoint is None else 'restore'
+    self.stages = (first, *STAGES[1:])
     self.config = plain
     self.workdir = Workdir(workdir, plain)
 
@@ -156,9 +112,17 @@ class Job:
     return data.load(self.data_config)
 
   @functools.cached_property
-  def model(self) -> ViT:
-    classes = self.sources['train'].num_classes
-    return ViT(num_classes=classes, **self.model_config)
+  def model(self) -> Any:
+    """The module; of a checkpoint, as its shapes describe it."""
+    if self.checkpoint is not None:
+      return self._restored[0]
+    return self.model_config.build(self.sources['train'].num_classes)
+
+  @functools.cached_property
+  def _restored(self) -> tuple[Any, Any]:
+    assert self.checkpoint is not None  # or the stage would be 'train'
+    size = self.sources['train'].image_shape[0]
+    return self.model_config.restore(self.checkpoint, size)
 
   @functools.cached_property
   def forward(self):
@@ -182,25 +146,35 @@ class Job:
     name = 'finetuned' if tuned else 'factorized'
     return ur.load(self.workdir.file(name, str(fraction)))
 
-  def _batches(self, config: train.TrainConfig):
-    return lambda start: self.sources['train'].batches(
+  def _fit(self, forward, params, config, *where: str, **more) -> Any:
+    """Trains, and brings batch norms' statistics in line."""
+    batches = lambda start: self.sources['train'].batches(
       config.batch_size, seed=config.seed, start_step=start
     )
+    params = train.fit(
+      forward,
+      params,
+      batches,
+      config,
+      directory=self.workdir.file(*where),
+      **more,
+    )
+    fresh = itertools.islice(batches(config.steps), _STATISTICS_BATCHES)
+    return batch_statistics.reestimate(self.model, params, fresh)
 
   # --- stages ---
 
   def train(self) -> dict[str, Any]:
     image = jnp.zeros((1, *self.sources['train'].image_shape))
     params = jax.jit(self.model.init)(jax.random.key(self.seed), image)
-    params = train.fit(
-      self.forward,
-      params,
-      self._batches(self.train_config),
-      self.train_config,
-      directory=self.workdir.file('train'),
-    )
+    params = self._fit(self.forward, params, self.train_config, 'train')
     ur.save(self.workdir.file('dense'), params, overwrite=True)
     return {'validation': self._evaluate(self.forward, params, 'validation')}
+
+  def restore(self) -> dict[str, Any]:
+    model, params = self._restored
+    ur.save(self.workdir.file('dense'), params, overwrite=True)
+    return {'model': repr(model)}
 
   def collect(self) -> dict[str, Any]:
     source = self.sources['calibration']
@@ -208,7 +182,9 @@ class Job:
     examples = self.compress.calibration_images or len(source)
     steps = -(-examples // size)
     if self.compress.calibration_images:
-      stream = source.batches(size, seed=self.seed)
+      stream = source.batches(
+        size, seed=self.seed, augment=self.compress.calibration_augment
+      )
     else:
       stream = source.epoch(size)
     loss = None
@@ -269,17 +245,19 @@ class Job:
     )
 
   def finetune(self) -> dict[str, Any]:
+    validation: dict[str, Any] = {}
+    if self.finetune_config is None:
+      return {'validation': validation}
     teacher = None
     if self.finetune_config.distill_weight > 0:
       teacher = train.Teacher(self.forward, self.dense)
-    validation = {}
     for fraction in self.compress.fractions:
-      small = train.fit(
+      small = self._fit(
         self.small_forward,
         self._small(fraction, tuned=False),
-        self._batches(self.finetune_config),
         self.finetune_config,
-        directory=self.workdir.file('finetune', str(fraction)),
+        'finetune',
+        str(fraction),
         teacher=teacher,
         desc='finetune',
       )
@@ -295,30 +273,17 @@ class Job:
     """The only stage that sees the test split."""
     test = lambda forward, params: self._evaluate(forward, params, 'test')
     models = [(self.forward, self.dense)]
-    runs = [
-      {
-        'params_fraction': 1.0,
-        'test_accuracy': test(self.forward, self.dense)['accuracy'],
-        'test_accuracy_before_finetune': None,
-      }
-    ]
+    runs = [_run(1.0, test(self.forward, self.dense), {})]
     for fraction in self.compress.fractions:
       raw, tuned = (self._small(fraction, tuned=t) for t in (False, True))
       models.append((self.small_forward, tuned))
-      runs.append(
-        {
-          'params_fraction': fraction,
-          'test_accuracy': test(self.small_forward, tuned)['accuracy'],
-          'test_accuracy_before_finetune': test(self.small_forward, raw)[
-            'accuracy'
-          ],
-        }
-      )
+      after, before = (test(self.small_forward, x) for x in (tuned, raw))
+      runs.append(_run(fraction, after, before))
     batch = next(
       iter(self.sources['test'].epoch(self.compress.latency_batch_size))
     )
-    costs = _costs(models, jnp.asarray(batch['image']))
-    for entry, (_, params), cost in zip(runs, models, costs, strict=True):
+    found = costs.measure(models, jnp.asarray(batch['image']))
+    for entry, (_, params), cost in zip(runs, models, found, strict=True):
       entry['params'] = ur.count_params(params)
       entry['kernel_params'] = self._kernel_params(params)
       entry.update(cost)
@@ -328,7 +293,7 @@ class Job:
     report = Report.load(self.workdir.file('utilization.json'))
     runs = self.workdir.read('stages/evaluate.json')['result']['runs']
     seconds = self.workdir.seconds()
-    seconds = {name: seconds[name] for name in STAGES if name in seconds}
+    seconds = {k: seconds[k] for k in self.stages if k in seconds}
     versions = {
       'utilized_rank': ur.__version__,
       'python': sys.version.split()[0],
@@ -370,12 +335,48 @@ class Job:
     return result
 
   def _evaluate(self, forward, params, split: str) -> dict[str, float]:
-    batches = self.sources[split].epoch(self.compress.batch_size)
+    source = self.sources[split]
+    if self.model.num_classes != source.num_classes:
+      return {}  # features, or classes of another set
+    batches = source.epoch(self.compress.batch_size)
     return train.evaluate(forward, params, batches)
 
   def _kernel_params(self, params: Any) -> int:
     named, _ = paths.flatten(params, is_low_rank)
     return ur.count_params([named[path] for path in self.moments])
+
+
+def _check_sections(plain: Mapping[str, Any]) -> None:
+  known = ('model', 'data', 'train', 'checkpoint', 'finetune', 'compress')
+  for key in plain:
+    if key not in (*known, 'seed'):
+      raise ValueError(
+        f'config has the unknown key {key!r}; it takes seed, {", ".join(known)}'
+      )
+  for key in ('seed', 'model', 'data', 'compress'):
+    if key not in plain:
+      raise ValueError(f'config lacks the key {key!r}')
+  if ('train' in plain) == ('checkpoint' in plain):
+    both = 'both' if 'train' in plain else 'neither'
+    raise ValueError(
+      f"config has {both} of 'train' and 'checkpoint'; it takes one"
+    )
+  if 'finetune' not in plain and plain['compress'].get('fractions', True):
+    raise ValueError("config lacks the key 'finetune'")
+
+
+def _run(
+  fraction: float, after: Mapping[str, float], before: Mapping[str, float]
+) -> dict[str, Any]:
+  """What the evaluation of one model found; None for what it has not."""
+  return {
+    'params_fraction': fraction,
+    'test_accuracy': after.get('accuracy'),
+    'test_accuracy_before_finetune': before.get('accuracy'),
+    'test_top5_accuracy': after.get('top5_accuracy'),
+    'test_correct': after.get('correct'),
+    'test_count': after.get('count'),
+  }
 
 
 class _sized:
@@ -389,27 +390,3 @@ class _sized:
 
   def __len__(self) -> int:
     return self._length
-
-
-def _costs(models, images: jax.Array, rounds: int = 25) -> list[dict]:
-  """FLOPs per example and milliseconds per example of each model.
-
-  The models take turns, so that a busy machine slows all of them alike.
-  """
-  calls, costs = [], []
-  for forward, params in models:
-    step = jax.jit(lambda p, x, f=forward: f(p, x, train=False, rng=None))
-    compiled = step.lower(params, images).compile()
-    analysis = compiled.cost_analysis() or {}
-    costs.append({'flops': analysis.get('flops', 0.0) / len(images)})
-    calls.append(functools.partial(compiled, params, images))
-  times: list[list[float]] = [[] for _ in calls]
-  for _ in range(rounds):
-    for call, seconds in zip(calls, times, strict=True):
-      start = time.perf_counter()
-      jax.block_until_ready(call())
-      seconds.append(time.perf_counter() - start)
-  for cost, seconds in zip(costs, times, strict=True):
-    cost['latency_ms'] = 1e3 * statistics.median(seconds) / len(images)
-    cost['latency_batch_size'] = len(images)
-  return costs

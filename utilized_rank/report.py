@@ -129,17 +129,14 @@ class Report(Mapping[str, LayerReport]):
 
   def utilization_at(self, energies: Sequence[float]) -> dict[float, float]:
     """MLU at other energies, from the same spectra."""
-    return {
-      e: float(
-        np.mean(
-          [
-            _ranks_at(layer, check_energy(e))[2] / layer.full_rank
-            for layer in self.layers
-          ]
-        )
-      )
-      for e in energies
-    }
+    return {e: float(np.mean(self.layers_at(e))) for e in energies}
+
+  def layers_at(self, energy: float) -> np.ndarray:
+    """Every layer's utilization at another energy, in their order."""
+    check_energy(energy)
+    return np.array(
+      [_ranks_at(layer, energy)[2] / layer.full_rank for layer in self.layers]
+    )
 
   def __str__(self) -> str:
     about = 'about the mean' if self.centered else 'uncentred'

@@ -96,10 +96,28 @@ def run_table(runs: Sequence[Mapping[str, Any]]) -> str:
     raise ValueError('no runs: expected the dense model first')
   check_runs(runs)
   titles, rows = run_cells(runs)
+  known = [
+    i for i in range(len(titles)) if {row[i] for row in rows} != {MISSING}
+  ]
+  return text_table(
+    [titles[i] for i in known], [[row[i] for i in known] for row in rows]
+  )
+
+
+def text_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Columns under their titles: the first to the left, the others right.
+
+  >>> print(text_table(['', 'a'], [['one', '1'], ['two', '22']]))
+        a
+  ───────
+  one   1
+  two  22
+  """
   columns = [
-    _aligned(title, cells, left=title == 'model')
-    for title, cells in zip(titles, zip(*rows, strict=True), strict=True)
-    if set(cells) != {MISSING}
+    _aligned(title, cells, left=not i)
+    for i, (title, cells) in enumerate(
+      zip(titles, zip(*rows, strict=True), strict=True)
+    )
   ]
   lines = ['  '.join(row).rstrip() for row in zip(*columns, strict=True)]
   return '\n'.join([lines[0], '─' * max(map(len, lines)), *lines[1:]])

@@ -6,11 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
-import json
-import math
 import os
 import re
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from utilized_rank import losses
+from utilized_rank import metrics
+from utilized_rank import objectives
 from utilized_rank import options
 from utilized_rank import progress
 from utilized_rank import resume
 from utilized_rank.evaluate import Forward
 from utilized_rank.evaluate import evaluate
+from utilized_rank.metrics import DivergedError
 
 __all__ = [
   'DivergedError',
@@ -33,6 +32,7 @@ __all__ = [
   'evaluate',
   'fit',
   'linen_forward',
+  'minimize',
 ]
 
 
@@ -99,15 +99,15 @@ class TrainConfig:
     )
 
 
+# The batches from a step on; see `fit`.
+Batches = Callable[[int], Iterator[Mapping[str, Any]]]
+
+
 class Teacher(NamedTuple):
   """The model whose logits a fine-tune imitates."""
 
   forward: Forward
   params: Any
-
-
-class DivergedError(FloatingPointError):
-  """The loss or the gradient became NaN or infinite."""
 
 
 class _State(NamedTuple):
@@ -119,7 +119,7 @@ class _State(NamedTuple):
 def fit(
   forward: Forward,
   params: Any,
-  batches: Callable[[int], Iterator[Mapping[str, Any]]],
+  batches: Batches,
   config: Any,
   *,
   directory: str | os.PathLike[str] | None = None,
@@ -169,14 +169,70 @@ def fit(
       f'{"a" if teacher is not None else "no"} teacher; a teacher and a '
       'positive weight go together.'
     )
+  objective = objectives.supervised(
+    forward,
+    config.label_smoothing,
+    teacher.forward if teacher is not None else None,
+    config.distill_weight,
+    config.distill_temperature,
+  )
+  frozen = teacher.params if teacher is not None else None
+  return minimize(
+    objective,
+    params,
+    batches,
+    config,
+    frozen=frozen,
+    directory=directory,
+    desc=desc,
+  )
+
+
+def minimize(
+  objective: objectives.Objective,
+  params: Any,
+  batches: Batches,
+  config: Any,
+  *,
+  frozen: Any = None,
+  directory: str | os.PathLike[str] | None = None,
+  desc: str = 'train',
+) -> Any:
+  """`fit` for any objective, such as `mae.objective`.
+
+  Example:
+    >>> def distance(params, frozen, batch, rng):
+    ...   return jnp.square(params['x'] - batch['image']).mean(), {}
+    >>> params = minimize(distance, {'x': jnp.zeros(())},
+    ...                   lambda start: iter(lambda: {'image': np.ones(2)}, 0),
+    ...                   TrainConfig(steps=99, batch_size=2, learning_rate=.1))
+    >>> round(float(params['x']), 2)
+    1.0
+
+  Args:
+    objective: see `objectives.Objective`; the options of `config` that only
+      concern labels and teachers are the caller's to pass on to it.
+    params: see `fit`, as for the rest.
+    batches: see there.
+    config: see there.
+    frozen: the objective's constants.
+    directory: see there.
+    desc: see there.
+
+  Returns:
+    The trained tree, of the type and shapes of `params`.
+
+  Raises:
+    DivergedError: loss or gradient is not finite; names the steps.
+    ValueError: a wrong option, a decay rule that no leaf matches, or a
+      checkpoint that is damaged or belongs to other options.
+  """
+  config = options.from_config(TrainConfig, config, f'config.{desc}')
   optimizer = _optimizer(config, params)
   # A copy: the step donates its state, and params stay the caller's.
   params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
   state = _State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-  update = _make_update(
-    forward, teacher.forward if teacher is not None else None, config
-  )
-  teacher_params = teacher.params if teacher is not None else None
+  update = _make_update(objective, config)
   with contextlib.ExitStack() as stack:
     checkpoints = None
     if directory is not None:
@@ -187,7 +243,14 @@ def fit(
       if found is not None:
         state = jax.tree.map(jnp.asarray, found[1])
     start = int(state.step)
-    log = _Log(directory, start, config, desc)
+    log = metrics.Log(
+      directory,
+      start,
+      desc,
+      batch_size=config.batch_size,
+      every=config.log_every,
+      schedule=_schedule(config),
+    )
     stream = batches(start)
     # An iterator that makes batches ahead stops when it is closed.
     stack.callback(getattr(stream, 'close', lambda: None))
@@ -199,11 +262,11 @@ def fit(
       unit='step',
       status=log.status,
     ):
-      state, metrics = update(state, next(stream), teacher_params)
+      state, values = update(state, next(stream), frozen)
       saves = step == config.steps or (
         config.checkpoint_every and step % config.checkpoint_every == 0
       )
-      log.add(step, metrics, flush=bool(saves))
+      log.add(step, values, flush=bool(saves))
       if saves and checkpoints is not None:
         checkpoints.save(step, state)
   return state.params
@@ -226,8 +289,18 @@ def linen_forward(model: Any) -> Forward:
     train: bool = False,
     rng: jax.Array | None = None,
   ) -> jax.Array:
-    rngs = {'dropout': rng} if train else None
-    return model.apply(params, images, train=train, rngs=rngs)
+    if not train:
+      return model.apply(params, images, train=False)
+    # Batch norms would write their statistics, which is
+    # `batch_statistics.reestimate`'s work.
+    logits, _ = model.apply(
+      params,
+      images,
+      train=True,
+      rngs={'dropout': rng},
+      mutable=[name for name in params if name != 'params'],
+    )
+    return logits
 
   return forward
 
@@ -277,39 +350,21 @@ def _decayed(rule: str, params: Any) -> Any:
 # second half of an interrupted one, share one compilation.
 @functools.lru_cache(maxsize=8)
 def _make_update(
-  forward: Forward, teacher_forward: Forward | None, config: TrainConfig
+  objective: objectives.Objective, config: TrainConfig
 ) -> Callable[..., tuple[_State, dict[str, jax.Array]]]:
   optimizer = _transform(config)
-  weight = config.distill_weight
 
   @functools.partial(jax.jit, donate_argnums=0)
   def update(
-    state: _State, batch: Mapping[str, jax.Array], teacher_params: Any
+    state: _State, batch: Mapping[str, jax.Array], frozen: Any
   ) -> tuple[_State, dict[str, jax.Array]]:
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    images, labels = batch['image'], batch['label']
-
-    def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
-      logits = forward(params, images, train=True, rng=rng)
-      loss = losses.cross_entropy(logits, labels, config.label_smoothing)
-      if teacher_forward is not None:
-        target = teacher_forward(teacher_params, images, train=False, rng=None)
-        imitation = losses.distillation(
-          logits, target, config.distill_temperature
-        )
-        loss = (1 - weight) * loss + weight * imitation
-      return loss.mean(), logits
-
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, logits), grads = grad_fn(state.params)
+    grad_fn = jax.value_and_grad(objective, has_aux=True)
+    (loss, more), grads = grad_fn(state.params, frozen, batch, rng)
     change, moments = optimizer.update(grads, state.optimizer, state.params)
-    metrics = {
-      'loss': loss,
-      'accuracy': jnp.mean(logits.argmax(axis=-1) == labels),
-      'grad_norm': _norm(grads),
-    }
+    values = {'loss': loss, **more, 'grad_norm': _norm(grads)}
     params = optax.apply_updates(state.params, change)
-    return _State(params, moments, state.step + 1), metrics
+    return _State(params, moments, state.step + 1), values
 
   return update
 
@@ -324,77 +379,6 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
   del identity['checkpoint_every'], identity['log_every']
   # JSON has no infinity.
   return {key: repr(value) for key, value in identity.items()}
-
-
-class _Log:
-  """Gathers metrics on the device; fetches, checks and writes them rarely."""
-
-  def __init__(
-    self,
-    directory: str | os.PathLike[str] | None,
-    start: int,
-    config: TrainConfig,
-    desc: str,
-  ):
-    self._config = config
-    self._desc = desc
-    self._schedule = _schedule(config)
-    self._window: list[dict[str, jax.Array]] = []
-    self._since = time.monotonic()
-    self._text = ''
-    self._path = None
-    if directory is not None:
-      self._path = os.path.join(directory, 'metrics.jsonl')
-      kept = _lines_until(self._path, start)
-      with open(self._path, 'w', encoding='utf-8') as file:
-        file.writelines(kept)
-
-  def status(self) -> str:
-    return self._text
-
-  def add(
-    self, step: int, metrics: dict[str, jax.Array], *, flush: bool
-  ) -> None:
-    self._window.append(metrics)
-    if not flush and step % self._config.log_every:
-      return
-    first = step - len(self._window) + 1
-    window = jax.device_get(self._window)
-    seconds = time.monotonic() - self._since
-    for i, values in enumerate(window):
-      for name in ('loss', 'grad_norm'):
-        if not math.isfinite(values[name]):
-          raise DivergedError(
-            f'{self._desc}: {name} is {values[name]} at step {first + i}, '
-            f'seen in steps {first} to {step}. Lower the learning rate '
-            f'({self._config.learning_rate}), or check the data and the '
-            'parameters for values that are not finite.'
-          )
-    record: dict[str, float] = {'step': step}
-    for name in window[0]:
-      record[name] = float(np.mean([values[name] for values in window]))
-    record['learning_rate'] = float(self._schedule(step - 1))
-    images = len(window) * self._config.batch_size
-    record['images_per_second'] = round(images / seconds, 1)
-    self._text = f'loss {record["loss"]:.4f}'
-    self._text += f', accuracy {record["accuracy"]:.4f}'
-    if self._path is not None:
-      with open(self._path, 'a', encoding='utf-8') as file:
-        file.write(json.dumps(record) + '\n')
-    self._window = []
-    self._since = time.monotonic()
-
-
-def _lines_until(path: str, step: int) -> list[str]:
-  """The lines that a run which goes on after `step` keeps."""
-  kept = []
-  if os.path.exists(path):
-    with open(path, encoding='utf-8') as file:
-      for line in file:
-        # The last line may be cut off, where the run was killed.
-        if line.endswith('\n') and json.loads(line)['step'] <= step:
-          kept.append(line)
-  return kept
 
 
 def _require(config: TrainConfig, name: str, holds: bool, what: str) -> None:

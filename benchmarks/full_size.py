@@ -1,0 +1,132 @@
+"""ViT-B/16- and L/16-sized runs through the whole library, timed.
+
+  python -m benchmarks.full_size [--variants B/16 L/16]
+
+Random weights and made images: what is shown is that the sizes of the paper
+run, how long each step takes and how much memory the process needs. Each size
+is a process of its own, so that its peak memory is its own. Writes
+`full_size.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import record
+import utilized_rank as ur
+from utilized_rank import train
+from utilized_rank.models import vit
+
+IMAGES, BATCH, SIDE = 16, 8, 224
+SELECT = (
+  (r'params/Transformer/encoderblock_\d+/.*kernel', True),
+  ('.*', False),
+)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--variants', nargs='+', default=['B/16', 'L/16'])
+  parser.add_argument('--one', action='store_true', help='run in this process')
+  parser.add_argument('--out', type=pathlib.Path, default=record.RESULTS)
+  args = parser.parse_args()
+  if args.one:
+    print(json.dumps(measure(args.variants[0])))
+    return
+  sizes = {}
+  for variant in args.variants:
+    command = [sys.executable, '-m', 'benchmarks.full_size', '--one']
+    done = subprocess.run(
+      [*command, '--variants', variant],
+      stdout=subprocess.PIPE,
+      text=True,
+      check=True,
+    )
+    sizes[variant] = json.loads(done.stdout.splitlines()[-1])
+    print(variant, json.dumps(sizes[variant], indent=1), flush=True)
+  path = args.out / 'full_size.json'
+  record.write(path, 'python -m benchmarks.full_size', {'sizes': sizes})
+
+
+def measure(variant: str) -> dict:
+  """Seconds of every step, and what came out."""
+  fraction = {'B/16': 0.5, 'L/16': 0.25}.get(variant, 0.5)
+  model = vit.ViT(num_classes=1000, **vit.VARIANTS[variant])
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(IMAGES, SIDE, SIDE, 3)).astype(np.float32)
+  labels = rng.integers(0, 1000, IMAGES)
+  batches = [
+    {'image': images[i : i + BATCH], 'label': labels[i : i + BATCH]}
+    for i in range(0, IMAGES, BATCH)
+  ]
+  forward = train.linen_forward(model)
+  seconds: dict[str, float] = {}
+
+  def timed(name, step):
+    since = time.monotonic()
+    result = jax.block_until_ready(step())
+    seconds[name] = round(time.monotonic() - since, 1)
+    print(f'  {variant} {name}: {seconds[name]} s', file=sys.stderr, flush=True)
+    return result
+
+  params = timed(
+    'init',
+    lambda: jax.jit(model.init)(jax.random.key(0), jnp.asarray(images[:1])),
+  )
+  # The head starts from zeros, and every network would give the same logits.
+  head = params['params']['head']
+  head['kernel'] = jax.random.normal(jax.random.key(1), head['kernel'].shape)
+  moments = timed(
+    'collect',
+    lambda: ur.collect(
+      lambda p, batch: forward(p, batch['image']),
+      params,
+      batches,
+      select=SELECT,
+      progress=False,
+    ),
+  )
+  report = timed('measure', lambda: ur.measure(params, moments))
+  ranks = timed(
+    'budget',
+    lambda: ur.budget_ranks(
+      params, moments, params_fraction=fraction, method='output'
+    ),
+  )
+  small = timed('factorize', lambda: ur.factorize(params, moments, ranks))
+  dense_scores = timed(
+    'evaluate dense', lambda: train.evaluate(forward, params, batches)
+  )
+  small_scores = timed(
+    'evaluate small',
+    lambda: train.evaluate(ur.low_rank(forward), small, batches),
+  )
+  # Kilobytes on Linux.
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return {
+    'images': IMAGES,
+    'tokens': (SIDE // model.patch_size) ** 2 + 1,
+    'params_fraction': fraction,
+    'params_dense': ur.count_params(params),
+    'params_small': ur.count_params(small),
+    'kernels': len(report.layers),
+    'mean_layer_utilization': report.json()['mean_layer_utilization'],
+    'cross_entropy_dense': dense_scores['cross_entropy'],
+    'cross_entropy_small': small_scores['cross_entropy'],
+    'seconds': seconds,
+    'peak_memory_gib': round(peak / 2**30, 2),
+  }
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,158 @@
+"""Utilization of published networks, and what the paper's search finds.
+
+  python -m benchmarks.utilization --data_root=DIR [--networks kwt1 ...]
+
+DIR holds `networks/` and `data/` (see `benchmarks/networks`). Each network is
+checked against its published numbers, measured at three energies, and searched:
+per kernel the lowest energy whose projection costs no more than 0.1 % of the
+accuracy on data that calibrated nothing. On few examples that means not one
+more mistake. In networks of more than 24 kernels those of a block are searched
+together. Writes `utilization.json` and `utilization.png`; a network that the
+file has already, measured with the same options, is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from benchmarks import networks
+from benchmarks import record
+from benchmarks.networks import common
+import utilized_rank as ur
+from utilized_rank import subspace
+
+ENERGIES = (0.9, 0.95, 0.99)
+# The most kernels that are searched one by one.
+UNGROUPED = 24
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--data_root', required=True)
+  parser.add_argument('--networks', nargs='+', default=list(networks.LOADERS))
+  parser.add_argument('--judged', type=int, default=256, help='examples')
+  parser.add_argument('--steps', type=int, default=8, help='of the search')
+  parser.add_argument('--out', type=pathlib.Path, default=record.RESULTS)
+  args = parser.parse_args()
+  path = args.out / 'utilization.json'
+  options = {'judged': args.judged, 'steps': args.steps}
+  found = {}
+  if path.exists():
+    old = json.loads(path.read_text())
+    found = old['networks'] if old['options'] == options else {}
+  for name in args.networks:
+    if name in found:
+      continue
+    print(name, flush=True)
+    network = networks.LOADERS[name](args.data_root)
+    found[name] = measure(network, args.judged, args.steps)
+    result = {'options': options, 'networks': found}
+    record.write(
+      path, 'python -m benchmarks.utilization --data_root=DIR', result
+    )
+  comparison = comparison_of(found)
+  comparison.plot().savefig(args.out / 'utilization.png')
+  print(f'\n{comparison}\n')
+  for name, each in found.items():
+    print(
+      f'{name}: the search keeps {each["search"]["mean_layer_utilization"]:.1%}'
+      f' ({each["search"]["evaluations"]} evaluations)'
+    )
+
+
+def measure(network: common.Network, judged: int, steps: int) -> dict:
+  """Spectra at three energies, and the search; `spectra` is `Report.save`'s."""
+  calibration, held_out = network.folds[0]
+  size, since = network.batch_size, time.monotonic()
+  batches = [
+    {'x': calibration['x'][i : i + size]}
+    for i in range(0, len(calibration['x']), size)
+  ]
+  moments = ur.collect(
+    network.fn, network.params, batches, select=network.select, progress=False
+  )
+  report = ur.measure(network.params, moments)
+  held_out = {k: v[:judged] for k, v in held_out.items()}
+  real = held_out['y'] >= 0
+  run = jax.jit(network.fn)
+
+  def accuracy(params) -> float:
+    log_p = common.scores(run, params, held_out, min(size, len(real)))
+    return float(np.mean((log_p.argmax(-1) == held_out['y'])[real]))
+
+  by_block = len(moments) > UNGROUPED
+  searched = ur.search_ranks(
+    accuracy,
+    network.params,
+    moments,
+    tolerance=1e-3,
+    steps=steps,
+    group=block_of if by_block else None,
+    progress=False,
+  )
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'report.json'
+    report.save(path)
+    spectra = json.loads(path.read_text())
+  return {
+    'protocol': network.protocol,
+    'examples_judged': int(real.sum()),
+    'mean_layer_utilization': report.json(ENERGIES)['mean_layer_utilization'],
+    'search': {
+      'by_block': by_block,
+      'accuracy_dense': searched.baseline,
+      'evaluations': len(searched.trials) + 1,
+      'energies': searched.energies,
+      'mean_layer_utilization': searched_utilization(report, searched),
+    },
+    'seconds': round(time.monotonic() - since, 1),
+    'spectra': spectra,
+  }
+
+
+def block_of(path: str) -> str:
+  """The path up to its first numbered part.
+
+  >>> block_of('params/Transformer/encoderblock_3/MlpBlock_3/Dense_0/kernel')
+  'params/Transformer/encoderblock_3'
+  """
+  match = re.match(r'.*?\d[^/]*', path)
+  return match[0] if match else path
+
+
+def searched_utilization(
+  report: ur.Report, searched: ur.SearchedRanks
+) -> float:
+  """MLU at each kernel's own energy; 1 where no energy was enough."""
+  shares = []
+  for layer in report.layers:
+    share = 1.0
+    if layer.path in searched.energies:
+      e_in, e_out = searched.energies[layer.path]
+      k_in = subspace.energy_rank(layer.spectrum_in, e_in)
+      k_out = subspace.energy_rank(layer.spectrum_out, e_out)
+      share = min(k_in, k_out) / layer.full_rank
+    shares.append(share)
+  return float(np.mean(shares))
+
+
+def comparison_of(found: dict) -> ur.Comparison:
+  reports = []
+  with tempfile.TemporaryDirectory() as folder:
+    for name, each in found.items():
+      path = pathlib.Path(folder) / f'{name}.json'
+      path.write_text(json.dumps(each['spectra']))
+      reports.append(ur.Report.load(path))
+  return ur.compare(reports, list(found), energies=ENERGIES)
+
+
+if __name__ == '__main__':
+  main()
