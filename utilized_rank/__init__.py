@@ -9,6 +9,7 @@
 >>> outputs = ur.low_rank(fn)(small, batch)             # doctest: +SKIP
 """
 
+from utilized_rank.attention import find_attention
 from utilized_rank.capture import capture
 from utilized_rank.capture import find_sites
 from utilized_rank.checkpoint import load
@@ -17,7 +18,11 @@ from utilized_rank.collect import collect
 from utilized_rank.compress import compress
 from utilized_rank.factorize import factorize
 from utilized_rank.factorize import project
+from utilized_rank.factorize_heads import budget_head_ranks
+from utilized_rank.factorize_heads import factorize_heads
+from utilized_rank.factorize_heads import uniform_head_ranks
 from utilized_rank.gradients import sampled_cross_entropy
+from utilized_rank.heads import Attention
 from utilized_rank.interpret import UnsupportedError
 from utilized_rank.layers import stack
 from utilized_rank.layers import unstack
@@ -29,6 +34,7 @@ from utilized_rank.lowrank import merge
 from utilized_rank.moments import Moment
 from utilized_rank.moments import Moments
 from utilized_rank.moments import merge_moments
+from utilized_rank.narrow import NarrowHeads
 from utilized_rank.ranks import budget_ranks
 from utilized_rank.ranks import energy_ranks
 from utilized_rank.ranks import predict_loss

@@ -73,6 +73,10 @@ class LowRank:
     """The kernel multiplied out; `c` is not part of it."""
     return _dense(self.a, self.b, self.layout)
 
+  def payload(self) -> Any:
+    """What stands for the leaf while a function is walked."""
+    return Factored.of(self)
+
   def tree_flatten_with_keys(self):
     key = jax.tree_util.GetAttrKey
     return (
@@ -189,7 +193,7 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
     values = [
       Param(
         View.of_leaf(p, leaf.shape, leaf.dtype, leaf.layout.atoms),
-        Factored.of(leaf),
+        leaf.payload(),
       )
       if is_low_rank(leaf)
       else leaf
@@ -300,10 +304,10 @@ class Factored:
     left = sorted(order)
     array = matrices.reshape(sizes(order))
     array = array.transpose([order.index(a) for a in left])
-    return _lay_out(array, f.layout.atoms, left, view)
+    return lay_out(array, f.layout.atoms, left, view)
 
 
-def _lay_out(
+def lay_out(
   array: Any, coarse: Atoms, left: Sequence[int], view: View
 ) -> jax.Array:
   """Lays out an array with one axis per atom of `left` as the view says."""
@@ -343,13 +347,18 @@ class _Substitution:
   def product(self, eqn, operands, which, walk):
     param = operands[which]
     found = products.describe(eqn, param.view, which)
-    factors = param.payload.factors
+    payload = param.payload
     if isinstance(found, str):
       reason = found
-    elif not products.fits(factors, found):
+    elif not isinstance(payload, Factored):  # it runs its products itself
+      out = payload.multiply(eqn, which, found, operands[1 - which])
+      if not isinstance(out, str):
+        return out
+      reason = out
+    elif not products.fits(payload.factors, found):
       reason = f'{eqn.primitive.name} over other axes than it was factored for'
     else:
-      return found.factored(operands[1 - which], factors)
+      return found.factored(operands[1 - which], payload.factors)
     plain = list(operands)
     plain[which] = walk.materialise(param, reason)
     return compat.bind(eqn, plain)[0]
