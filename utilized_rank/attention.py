@@ -119,5 +119,5 @@ def _finish(recorder: Recorder, params: dict[str, Any]) -> heads.Attention:
   for path, uses in products.items():
     if path not in paired and path not in unseen:
       ends = [use.end for use in uses if use.end is not None]
-      unseen[path] = trouble(path) or (ends or ['its output is not used'])[0]
+      unseen[path] = trouble(path) or ends[0]
   return heads.Attention(pairs, unseen)

@@ -23,6 +23,7 @@ from utilized_rank.lowrank import LowRank
 from utilized_rank.moments import Entry
 from utilized_rank.moments import Moments
 from utilized_rank.moments import Sums
+from utilized_rank.narrow import NarrowHeads
 
 _FORMAT = 1
 _KEY = 'utilized_rank'
@@ -154,6 +155,9 @@ def _leaves(tree: Any, prefix: str = '') -> Iterator[tuple[str, np.ndarray]]:
 
 def _encode(tree: Any, where: str) -> tuple[Any, Any]:
   """(arrays, structure); containers without arrays leave no trace in arrays."""
+  if isinstance(tree, NarrowHeads):
+    record = {'head': tree.head, **dataclasses.asdict(tree.layout)}
+    return {'a': tree.a}, {'kind': 'narrow_heads', **record}
   if isinstance(tree, LowRank):
     arrays = {'a': tree.a, 'b': tree.b}
     if tree.c is not None:
@@ -217,6 +221,9 @@ def _decode(arrays: Any, structure: Any) -> Any:
       jnp.asarray(arrays['c']) if 'c' in arrays else None,
       _layout(structure),
     )
+  if kind == 'narrow_heads':
+    layout, head = _layout(structure), structure['head']
+    return NarrowHeads(jnp.asarray(arrays['a']), None, None, layout, head=head)
   if kind == 'moments':
     table = tuple(
       Entry(**{**entry, 'layout': _layout(entry['layout'])})

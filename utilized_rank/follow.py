@@ -350,9 +350,9 @@ def _values(eqn: Any, output: Output, kernel: Param, which: int):
   sizes: list[int] = []
   at = dict(zip(kernel_contract, contract, strict=True))
   for axis, size in enumerate(kernel.view.sizes):
-    pieces = _named(view, at[axis]) if axis in at else []
-    names += [label[a] for a in pieces] or [None]
-    sizes += [view.atoms[a] for a in pieces] or [size]
+    parts = _named(view, at[axis]) if axis in at else []
+    names += [label[a] for a in parts] or [None]
+    sizes += [view.atoms[a] for a in parts] or [size]
   wanted = {mixed.head, *mixed.shared}
   if not wanted <= set(names):
     raise _NoPair(f'does not meet {kernel.view.path!r} with all of its heads')

@@ -18,6 +18,7 @@ from utilized_rank.layout import Layout
 from utilized_rank.layout import pieces_of
 from utilized_rank.lowrank import LowRank
 from utilized_rank.lowrank import is_low_rank
+from utilized_rank.narrow import NarrowHeads
 
 
 def pad_factors(
@@ -184,6 +185,8 @@ def _layer(leaf: Any, i: int) -> Any:
     less(layout.inputs),
     less(layout.outputs),
   )
+  if isinstance(leaf, NarrowHeads):
+    return NarrowHeads(leaf.a[i], None, None, inner, head=leaf.head - 1)
   c = None if leaf.c is None else leaf.c[i]
   return LowRank(leaf.a[i], leaf.b[i], c, inner)
 
@@ -194,8 +197,9 @@ def _join(leaves: Sequence[Any]) -> Any:
     return array.stack(leaves)
   first = leaves[0]
   same = all(
-    is_low_rank(v)
+    type(v) is type(first)
     and v.layout == first.layout
+    and getattr(v, 'head', None) == getattr(first, 'head', None)
     and (v.c is None) == (first.c is None)
     for v in leaves
   )
@@ -213,6 +217,9 @@ def _join(leaves: Sequence[Any]) -> Any:
     more(layout.inputs),
     more(layout.outputs),
   )
+  if isinstance(first, NarrowHeads):
+    a = jnp.stack([v.padded(max(w.rank for w in leaves)) for v in leaves])
+    return NarrowHeads(a, None, None, outer, head=first.head + 1)
   rank, lead = max(v.rank for v in leaves), len(layout.groups)
   pad = lambda v, axis: jnp.pad(
     v,

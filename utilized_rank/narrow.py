@@ -55,8 +55,12 @@ class NarrowHeads(LowRank):
   def dtype(self) -> Any:
     return self.a.dtype
 
+  def padded(self, rank: int) -> jax.Array:
+    """`a` with zeros after each head's features, to `rank` of them."""
+    return _pad(self.a, _order(self.layout).index(self.head), rank)
+
   def dense(self) -> jax.Array:
-    padded = _padded(self.a, self.layout, self.layout.groups, self.head)
+    padded = self.padded(self.layout.atoms[self.head])
     groups, matrix = self.layout.group_shape, self.layout.matrix_shape
     return self.layout.from_matrices(padded.reshape(groups + matrix))
 
@@ -77,11 +81,6 @@ def _order(layout: Layout, groups: Atoms | None = None) -> Atoms:
   """Atoms of a narrow kernel's axes."""
   groups = layout.groups if groups is None else groups
   return groups + layout.inputs + layout.outputs
-
-
-def _padded(array: Any, layout: Layout, groups: Atoms, head: int) -> Any:
-  axis = _order(layout, groups).index(head)
-  return _pad(array, axis, layout.atoms[head])
 
 
 def _pad(array: Any, axis: int, size: int) -> Any:
@@ -130,7 +129,7 @@ class Narrowed:
 
   def materialise(self, view: View) -> Any:
     f = self.grouped.factors
-    array = _padded(f.a, f.layout, f.present, self.head)
+    array = _pad(f.a, self._axis, f.layout.atoms[self.head])
     return self._laid_out(array, f.layout.atoms, view)
 
   def _laid_out(self, array: Any, atoms: Atoms, view: View) -> Any:
