@@ -97,7 +97,7 @@ def run(network: common.Network, fractions) -> dict:
   start = time.perf_counter()
   few = {'x': network.folds[0][0]['x'][:2]}
   pairs = ur.find_attention(network.fn, network.params, few)
-  print(f'\n== {network.name}\n{pairs}')
+  print(f'\n== {network.name}: {str(pairs).splitlines()[-1]}')
   paths = [s.path for p in pairs.values() for s in (p.left, p.right)]
   network = dataclasses.replace(network, select=[(p, True) for p in paths])
   moments = [_calibrate(network, batch) for batch, _ in network.folds]

@@ -20,6 +20,7 @@ from utilized_rank.factorize import factorize
 from utilized_rank.factorize import project
 from utilized_rank.factorize_heads import budget_head_ranks
 from utilized_rank.factorize_heads import factorize_heads
+from utilized_rank.factorize_heads import head_damages
 from utilized_rank.factorize_heads import uniform_head_ranks
 from utilized_rank.gradients import sampled_cross_entropy
 from utilized_rank.heads import Attention

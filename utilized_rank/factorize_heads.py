@@ -53,6 +53,39 @@ def uniform_head_ranks(
   return ranks
 
 
+def head_damages(
+  params: Any,
+  moments: Moments,
+  pairs: heads.Attention,
+  *,
+  method: str = 'loss',
+  compensate_mean: bool = True,
+  damping: float = methods.DAMPING,
+) -> dict[str, np.ndarray]:
+  """What every rank of every pair is predicted to cost, for allocations.
+
+  Args:
+    params: dense parameters.
+    moments: moments of the pairs' kernels.
+    pairs: as `find_attention` found them.
+    method: as for `factorize_heads`, and with it the unit: 'loss' is in nats
+      per example, as `predict_loss` is; 'output' is the mean square error of
+      logits or of outputs, which have no unit in common.
+    compensate_mean: as for `factorize_heads`.
+    damping: as for `factorize_heads`.
+
+  Returns:
+    Name of the pair to (e + 1,): entry r is the damage of rank r.
+  """
+  methods.check_method(method, joint.METHODS)
+  return {
+    name: problem.damages()
+    for name, _, problem in _problems(
+      params, moments, pairs, pairs, method, compensate_mean, damping
+    )
+  }
+
+
 def budget_head_ranks(
   params: Any,
   moments: Moments,
@@ -85,15 +118,19 @@ def budget_head_ranks(
       cost, or the moments lack a kernel or the gradients.
   """
   _check_fraction(params_fraction)
+  damages = head_damages(
+    params,
+    moments,
+    pairs,
+    method='loss',
+    compensate_mean=compensate_mean,
+    damping=damping,
+  )
   offers, choices, total = [], [], 0
-  for _, pair, problem in _problems(
-    params, moments, pairs, pairs, 'loss', compensate_mean, damping
-  ):
+  for name, pair in pairs.items():
     ranks = np.arange(multiple_of, pair.full_rank, multiple_of)
-    ranks = np.append(ranks, pair.width)
-    damages = problem.damages()
-    damages[pair.full_rank :] = 0  # such a pair stays as it is
-    offers.append(allocation.Choices(pair.cost * ranks, damages[ranks]))
+    ranks = np.append(ranks, pair.width)  # such a pair stays as it is
+    offers.append(allocation.Choices(pair.cost * ranks, damages[name][ranks]))
     choices.append(ranks)
     total += pair.cost * pair.width
   solution = allocation.allocate(offers, int(params_fraction * total))
