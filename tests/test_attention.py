@@ -1,10 +1,13 @@
 """Pairs of attention's kernels are found by what is computed, or refused."""
 
+import equinox as eqx
 from flax import nnx
 import flax.linen as nn
+import haiku as hk
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import utilized_rank as ur
@@ -147,6 +150,36 @@ def test_pairs_of_flax_attention():
   fn = lambda p, x: nnx.merge(graph, p, rest)(x)
   pairs = ur.find_attention(fn, params, X)
   assert [p.right.path.split('/')[0] for p in pairs.values()] == ['key', 'out']
+
+
+def equinox_attention():
+  module = eqx.nn.MultiheadAttention(2, D, key=jax.random.key(0))
+  return lambda m, x: jax.vmap(lambda y: m(y, y, y))(x), module
+
+
+def haiku_attention():
+  start = hk.initializers.VarianceScaling(1.0)
+  net = hk.without_apply_rng(
+    hk.transform(lambda x: hk.MultiHeadAttention(2, E, w_init=start)(x, x, x))
+  )
+  return net.apply, net.init(jax.random.key(0), jnp.ones(X.shape))
+
+
+@pytest.mark.parametrize('make', [equinox_attention, haiku_attention])
+def test_attention_of_other_frameworks_runs_narrow(make):
+  """Equinox keeps kernels transposed; both cut heads out of matrices."""
+  fn, params = make()
+  x = jax.random.normal(jax.random.key(1), X.shape)
+  pairs = ur.find_attention(fn, params, x)
+  assert [p.kind for p in pairs.values()] == ['query-key', 'value-output']
+  moments = ur.capture(fn)(params, x)[1]
+  ranks = ur.uniform_head_ranks(pairs, params_fraction=0.7)
+  small = ur.factorize_heads(params, moments, pairs, ranks)
+  assert ur.count_params(small) < ur.count_params(params)
+  # The same sums of float32 in another order.
+  np.testing.assert_allclose(
+    ur.low_rank(fn)(small, x), fn(ur.merge(small), x), atol=1e-5
+  )
 
 
 def test_pairs_of_a_scanned_vit():
