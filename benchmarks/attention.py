@@ -33,7 +33,7 @@ from benchmarks.networks import common
 import utilized_rank as ur
 from utilized_rank.models.vit import ViT
 
-FRACTIONS = (0.5, 0.35, 0.25)
+FRACTIONS = (0.5, 0.35, 0.25, 0.15)
 # (how, method, allocation)
 RECIPES = (
   ('joint', 'output', 'uniform'),
