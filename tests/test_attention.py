@@ -375,6 +375,10 @@ NEGATIVE = {
   'bias': (
     shared_bias, shapes(q=(D, E), k=(D, E), b=(E,)), 'q', "bias 'b' is used",
   ),
+  'scaled_bias': (
+    lambda p, x: (x @ p['q'] * 2 + p['b']) @ (x @ p['k']).swapaxes(1, 2),
+    shapes(q=(D, E), k=(D, E), b=(E,)), 'q', 'its output meets add',
+  ),
   'integers': (
     whole,
     {n: jax.ShapeDtypeStruct((D, E), jnp.int32) for n in 'qk'},

@@ -336,6 +336,40 @@ def test_queries_that_share_a_key_share_its_narrow_head(case):
           np.testing.assert_allclose(error, np.sum(tail**2), rtol=1e-6)
 
 
+def test_members_of_an_ensemble_are_as_if_alone(case):
+  """Logits of three pairs of kernels, which a vmap runs over."""
+  rng = np.random.default_rng(3)
+  params = {n: rng.normal(size=(3, D, H, E)) for n in 'qk'}
+  params |= {'k_bias': rng.normal(size=(3, H, E))}
+
+  def logits(p, x):
+    q, k = (jnp.einsum('btd,dhe->bthe', x, p[n]) for n in 'qk')
+    return jnp.einsum('bqhe,bkhe->bqkh', q, k + p['k_bias'])
+
+  def alone(p, x):
+    return jnp.stack([logits(member, x) for member in p], 1)
+
+  apart = [{n: w[i] for n, w in params.items()} for i in range(3)]
+  results = []
+  with jax.enable_x64(True):
+    for fn, p in ((jax.vmap(logits, (0, None), 1), params), (alone, apart)):
+      pairs = ur.find_attention(fn, p, case.x)
+      moments = ur.collect(
+        fn,
+        p,
+        [case.x],
+        loss=lambda y, _: jnp.sum(jnp.sin(y), (1, 2, 3, 4)),
+        progress=False,
+      )
+      for method in ('output', 'loss'):
+        small = ur.factorize_heads(
+          p, moments, pairs, {n: 2 for n in pairs}, method=method
+        )
+        results.append(ur.low_rank(fn)(small, case.x))
+  np.testing.assert_allclose(results[0], results[2], atol=1e-8)
+  np.testing.assert_allclose(results[1], results[3], atol=1e-8)
+
+
 def scanned(p, x):
   body = lambda x, p: (x + jnp.tanh(attention(p, x)) / 9, None)
   return lax.scan(body, x, p)[0]

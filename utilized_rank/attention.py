@@ -50,7 +50,7 @@ def find_attention(
   k         4×4      1      4  key, with q
   v                            - its output, summed over rows, meets tanh
   o                            - its output ends in the function's output
-  1 pairs of 4 kernels
+  2 of 4 kernels in pairs
   """
   found: list[heads.Attention] = []
 

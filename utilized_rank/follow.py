@@ -39,6 +39,7 @@ class Projection:
 
   product: Product
   bias: str | None = None
+  scaled: bool = False
   end: str | None = None
 
   @property
@@ -114,11 +115,12 @@ class Recorder:
     return Output(product.output, out, projection)
 
   def biased(self, output: Output, bias: Param) -> bool:
-    if isinstance(output.use, _Mixed) or output.use.bias is not None:
+    use = output.use
+    if isinstance(use, _Mixed) or use.bias is not None or use.scaled:
       return False
-    if not is_bias(output.use.product, output.view, bias.view):
+    if not is_bias(use.product, output.view, bias.view):
       return False
-    output.use.bias = bias.view.path
+    use.bias = bias.view.path
     return True
 
   def stacked(self, use: Any, loop: Any, size: int, is_stacked: bool) -> Any:
@@ -185,10 +187,14 @@ class Follower(Walk):
     name = eqn.primitive.name
     if name in ('add', 'add_any') and params:
       return self.visitor.biased(output, params[0])
-    if name == 'mul' or (name == 'div' and operands[0] is output):
-      sizes = [a.aval.size for a in eqn.invars]
-      return min(sizes) == 1
-    return False
+    if name != 'mul' and (name != 'div' or operands[0] is not output):
+      return False
+    (other,) = (a.aval for a, v in zip(eqn.invars, operands) if v is not output)
+    if other.size != 1 or eqn.outvars[0].aval.shape != output.view.sizes:
+      return False
+    if isinstance(output.use, Projection):
+      output.use.scaled = True
+    return True
 
   def _meet(self, eqn: Any, operands: list[Any], plain: list[Any]) -> list[Any]:
     """A product of a followed output with anything."""

@@ -152,7 +152,6 @@ class Attention(Mapping[str, HeadPair]):
       ).rstrip()
       for row in rows
     ]
-    lines.append(
-      f'{len(self)} pairs of {2 * len(self) + len(self.unseen)} kernels'
-    )
+    paired = 2 * len(self)
+    lines.append(f'{paired} of {paired + len(self.unseen)} kernels in pairs')
     return '\n'.join(lines)
