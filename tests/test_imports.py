@@ -21,7 +21,7 @@ LAYERS = [
   'moments subspace',
   'sites lowrank layers dense heads narrow',
   'collector',
-  'capture kernels allocation follow',
+  'capture kernels allocation pairing follow',
   'checkpoint methods plots gradients attention',
   'ranks joint',
   'collect factorize search factorize_heads',

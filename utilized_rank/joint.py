@@ -53,6 +53,7 @@ class Problem:
     right: [W_k; b_k] or W_o^T, (..., many, rows, e).
     sigma: Sigma, (..., e, e).
     metric: N, (..., e, e).
+    judged: N without damping, which damages are told in.
     mean: of z, (..., many, e); None for logits.
     nats: (...), what makes tr(...) nats per example; None without gradients.
   """
@@ -61,6 +62,7 @@ class Problem:
   right: np.ndarray
   sigma: np.ndarray
   metric: np.ndarray
+  judged: np.ndarray
   mean: np.ndarray | None = None
   nats: np.ndarray | None = None
 
@@ -76,7 +78,7 @@ class Problem:
     scale = np.ones(self.sigma.shape[:2]) if self.nats is None else self.nats
     return sum(
       scale[head]
-      * subspace.tails(self.family(head), self.sigma[head], self.metric[head])
+      * subspace.tails(self.family(head), self.sigma[head], self.judged[head])
       for head in np.ndindex(*self.sigma.shape[:2])
     )
 
@@ -103,12 +105,12 @@ def logits(
   sigma = _gram(q, _augmented(left, members[left.path]))
   metric = _gram(k, _augmented(right, members[right.path]))
   if method == 'output':
-    return Problem(q, k, sigma, metric)
+    return Problem(q, k, sigma, metric, metric)
   gradient = _blocks(left, _gradient(members[left.path]), left.layout.outputs)
   share = damping * _trace(gradient) / np.maximum(_trace(metric), 1e-300)
   metric = gradient + share[..., None, None] * metric
   nats = _rows(left, members[left.path]) / 2
-  return Problem(q, k, sigma / q.shape[2], metric, None, nats)
+  return Problem(q, k, sigma / q.shape[2], metric, gradient, None, nats)
 
 
 def values(
@@ -143,10 +145,12 @@ def values(
   rows = o.shape[3]
   eye = np.broadcast_to(np.eye(rows), (*o.shape[:2], rows, rows))
   if method == 'output':
-    return Problem(v, o, sigma, _gram(o, eye), z)
+    metric = _gram(o, eye)
+    return Problem(v, o, sigma, metric, metric, z)
   g = _arranged(right, _gradient(its), layout.groups, trailing=2)
-  g = g + damping / rows * _trace(g)[..., None, None] * eye
-  return Problem(v, o, sigma, _gram(o, g), z, _rows(right, its) / 2)
+  damped = g + damping / rows * _trace(g)[..., None, None] * eye
+  nats = _rows(right, its) / 2
+  return Problem(v, o, sigma, _gram(o, damped), _gram(o, g), z, nats)
 
 
 def weights(side: Side, named: Mapping[str, Any]) -> np.ndarray:
