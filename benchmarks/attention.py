@@ -7,7 +7,7 @@ parameters; everything else stays dense. 'joint' narrows the heads
 (`ur.factorize_heads`), 'separate' gives every kernel a pair of its own
 (`ur.factorize`). Accuracy, cross-entropy and the KL divergence from the dense
 network are measured on data that calibrated nothing. `vit` is a small ViT that
-is trained here on scikit-learn's digits, a minute or two; `kwt1` needs DIR (see
+is trained here on scikit-learn's digits, some minutes; `kwt1` needs DIR (see
 `benchmarks/networks`). Writes attention.json.
 """
 
@@ -44,7 +44,7 @@ RECIPES = (
   ('separate', 'loss', 'uniform'),
   ('separate', 'loss', 'budget'),
 )
-STEPS, CALIBRATION, JUDGED = 1500, 512, 500
+STEPS, CALIBRATION, JUDGED = 3000, 512, 500
 
 
 def vit() -> common.Network:

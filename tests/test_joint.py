@@ -371,6 +371,24 @@ def test_members_of_an_ensemble_are_as_if_alone(case):
   np.testing.assert_allclose(results[1], results[3], atol=1e-8)
 
 
+@pytest.mark.parametrize('rank', [2, E])
+def test_a_single_head_with_an_axis_of_its_own(rank, case):
+  params = {
+    n: w[..., :1, :] if n not in ('o', 'o_bias') else w
+    for n, w in case.params.items()
+  } | {'o': case.params['o'][:1]}
+  with jax.enable_x64(True):
+    pairs = ur.find_attention(attention, params, case.x)
+    moments = ur.collect(attention, params, [case.x], loss=loss, progress=False)
+    small = ur.factorize_heads(
+      params, moments, pairs, {'q': rank, 'v': rank}, method='loss'
+    )
+    got = ur.low_rank(attention)(small, case.x)
+    tree = params if rank == E else ur.merge(small)
+    np.testing.assert_allclose(got, attention(tree, case.x), atol=1e-10)
+  assert small['q_bias'].shape == (1, E)
+
+
 def scanned(p, x):
   body = lambda x, p: (x + jnp.tanh(attention(p, x)) / 9, None)
   return lax.scan(body, x, p)[0]

@@ -183,9 +183,10 @@ def leaves(side: Side, array: np.ndarray) -> tuple[np.ndarray, Any]:
   if head_bias(side) is not None:
     array, row = array[..., :-1, :], array[..., -1, :]
     row = np.pad(row, [(0, 0)] * 3 + [(0, side.width - rank)])
-    names = lead + (side.head,)
-    row = row.reshape(layout.sizes(names))
     order = layout.groups + layout.outputs
+    names = lead + (side.head,)
+    names += tuple(a for a in order if a not in names)  # of size one
+    row = row.reshape(layout.sizes(names))
     bias = row.transpose([names.index(a) for a in order])
   names = lead + _own(side) + (side.head,)
   array = array.reshape(*layout.sizes(names[:-1]), rank)
@@ -227,6 +228,8 @@ def _arranged(
   rest = array.shape[array.ndim - trailing :]
   axes = (side.loops, side.shared, *tail)
   order = tuple(a for axis in axes for a in axis)
+  # An atom of size one may have no place: a single head's own axis.
+  names = tuple(a for a in names if a in order or layout.atoms[a] > 1)
   array = array.reshape((*layout.sizes(names), *rest)).transpose(
     [names.index(a) for a in order if a in names]
     + list(range(len(names), len(names) + trailing))
