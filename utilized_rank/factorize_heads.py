@@ -299,7 +299,8 @@ def _truncated(
   new = [np.empty((*w.shape[:-1], rank)) for w in (left, right)]
   lost = np.zeros((left.shape[0], right.shape[3]))
   for head in np.ndindex(*problem.sigma.shape[:2]):
-    p = methods.truncate(problem.family(head), rank)
+    full = problem.family(head)
+    p = subspace.Factors(full.a[:, :rank], full.b[:rank])
     flat = [w[head].reshape(-1, w.shape[-1]) for w in (left, right)]
     pair = subspace.balanced(
       subspace.Factors(flat[0] @ p.a, (flat[1] @ p.b.T).T)

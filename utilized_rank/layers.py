@@ -218,8 +218,10 @@ def _join(leaves: Sequence[Any]) -> Any:
     more(layout.outputs),
   )
   if isinstance(first, NarrowHeads):
-    a = jnp.stack([v.padded(max(w.rank for w in leaves)) for v in leaves])
-    return NarrowHeads(a, None, None, outer, head=first.head + 1)
+    narrow = [v.padded(max(w.rank for w in leaves)) for v in leaves]
+    return NarrowHeads(
+      jnp.stack(narrow), None, None, outer, head=first.head + 1
+    )
   rank, lead = max(v.rank for v in leaves), len(layout.groups)
   pad = lambda v, axis: jnp.pad(
     v,
