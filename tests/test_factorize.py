@@ -212,3 +212,17 @@ def test_a_stack_may_have_a_rank_for_each_member(problem):
     ur.factorize(params, moments, {path: (2, 5, 1)})
   with pytest.raises(ValueError, match='rank 9 for'):
     ur.factorize(params, moments, {path: (2, 9)})
+
+
+def test_float64_kernels_stay_float64_where_a_context_allows_them():
+  rng = np.random.default_rng(0)
+  with jax.enable_x64(True):
+    params = {'w': jnp.asarray(rng.normal(size=(6, 4)))}
+    x = jnp.asarray(rng.normal(size=(40, 6)))
+    fn = lambda p, x: x @ p['w']
+    moments = ur.collect(fn, params, [x], progress=False)
+    full = ur.factorize(params, moments, {'w': 4}, progress=False)
+    assert full['w'].a.dtype == full['w'].c.dtype == np.float64
+    np.testing.assert_allclose(
+      ur.low_rank(fn)(full, x), fn(params, x), rtol=1e-12, atol=1e-12
+    )

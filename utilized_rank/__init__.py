@@ -10,6 +10,7 @@
 """
 
 from utilized_rank.anchor import anchor
+from utilized_rank.attention import find_attention
 from utilized_rank.capture import capture
 from utilized_rank.capture import find_sites
 from utilized_rank.checkpoint import load
@@ -22,9 +23,14 @@ from utilized_rank.divergence import kl_divergence
 from utilized_rank.divergence import squared_error
 from utilized_rank.factorize import factorize
 from utilized_rank.factorize import project
+from utilized_rank.factorize_heads import budget_head_ranks
+from utilized_rank.factorize_heads import factorize_heads
+from utilized_rank.factorize_heads import head_damages
+from utilized_rank.factorize_heads import uniform_head_ranks
 from utilized_rank.families import Families
 from utilized_rank.families import decompose
 from utilized_rank.gradients import sampled_cross_entropy
+from utilized_rank.heads import Attention
 from utilized_rank.interpret import UnsupportedError
 from utilized_rank.latency import LatencyTable
 from utilized_rank.latency import measure_latency
@@ -38,6 +44,7 @@ from utilized_rank.lowrank import merge
 from utilized_rank.moments import Moment
 from utilized_rank.moments import Moments
 from utilized_rank.moments import merge_moments
+from utilized_rank.narrow import NarrowHeads
 from utilized_rank.ranks import budget_ranks
 from utilized_rank.ranks import energy_ranks
 from utilized_rank.ranks import predict_loss

@@ -8,6 +8,7 @@ import math
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -289,6 +290,7 @@ class _Fit:
     none = Factors(np.zeros((d, 1)), np.zeros((1, m)))
     pairs = [none if pair is None else pair for pair in self._pairs]
     leaf = to_low_rank(pairs, layout, self._named[path], self._gauge)
+    leaf = jax.tree.map(jnp.asarray, leaf)
     if not self._compensate_mean:
       return {path: leaf}
     return give_back(self._named, path, bias, leaf, self._constants)

@@ -113,11 +113,11 @@ def find_sites(
     found.append(sites)
     return outputs, moments
 
-  _eval_shape(shapes, params, args, kwargs)
+  eval_shape(shapes, params, args, kwargs)
   return found[-1]
 
 
-def _eval_shape(fn, *args):
+def eval_shape(fn, *args):
   """`jax.eval_shape` that leaves Python scalars and functions alone."""
   leaves, treedef = jax.tree.flatten(args)
   moving = [i for i, v in enumerate(leaves) if tracing.is_array(v)]

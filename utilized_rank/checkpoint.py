@@ -24,6 +24,7 @@ from utilized_rank.lowrank import LowRank
 from utilized_rank.moments import Entry
 from utilized_rank.moments import Moments
 from utilized_rank.moments import Sums
+from utilized_rank.narrow import NarrowHeads
 
 _FORMAT = 1
 _KEY = 'utilized_rank'
@@ -155,6 +156,9 @@ def _leaves(tree: Any, prefix: str = '') -> Iterator[tuple[str, np.ndarray]]:
 
 def _encode(tree: Any, where: str) -> tuple[Any, Any]:
   """(arrays, structure); containers without arrays leave no trace in arrays."""
+  if isinstance(tree, NarrowHeads):
+    record = {'head': tree.head, **dataclasses.asdict(tree.layout)}
+    return {'a': tree.a}, {'kind': 'narrow_heads', **record}
   if isinstance(tree, LowRank):
     factors = {'a': tree.a, 'b': tree.b, 'c': tree.c}
     arrays = {name: v for name, v in factors.items() if v is not None}
@@ -227,6 +231,9 @@ def _decode(arrays: Any, structure: Any) -> Any:
       Order(structure['order']) if 'order' in structure else None,
       structure.get('left'),
     )
+  if kind == 'narrow_heads':
+    layout, head = _layout(structure), structure['head']
+    return NarrowHeads(jnp.asarray(arrays['a']), None, None, layout, head=head)
   if kind == 'moments':
     table = tuple(
       Entry(**{**entry, 'layout': _layout(entry['layout'])})

@@ -136,47 +136,9 @@ class Collector:
     return Output(product.output, out, use)
 
   def biased(self, output: Output, bias: Param) -> bool:
-    """Whether the added leaf is laid out as the product's own constant."""
-    use, view = output.use, output.view
-    layout = use.product.layout.refine(view.atoms)
-    if len(bias.view.axes) != len(view.axes):
-      return False  # a scalar
-    # One axis for each of the kernel's atoms, or for a row or broadcast axis.
-    names: list[int | None] = []
-    sizes: list[int] = []
-    for atoms, size in zip(view.axes, bias.view.sizes, strict=True):
-      named = [a for a in atoms if view.atoms[a] > 1]
-      names += named or [None]
-      sizes += [view.atoms[a] for a in named] or [size]
-    if math.prod(sizes) != math.prod(bias.view.sizes):
+    if not is_bias(output.use.product, output.view, bias.view):
       return False
-    cut = bias.view.reshape(sizes)
-    if cut is None:
-      return False
-    pairs: dict[int, int] = {}
-    for name, atoms in zip(names, cut.axes, strict=True):
-      its = [a for a in atoms if cut.atoms[a] > 1]
-      if len(its) != (name is not None):
-        return False
-      if name is not None:
-        pairs[name] = its[0]
-    taken = {by: a for a, by in cut.taken if isinstance(by, Loop)}
-    for a, by in use.product.view.taken:
-      if isinstance(by, Loop) and by in taken:
-        pairs[pieces_of(use.product.layout.atoms, view.atoms)[a][0]] = (
-          taken.pop(by)
-        )
-      elif use.product.layout.atoms[a] > 1:
-        return False
-    order = [
-      pairs.get(a)
-      for a in layout.groups + layout.outputs
-      if layout.atoms[a] > 1
-    ]
-    every = [a for a, size in enumerate(cut.atoms) if size > 1]
-    if taken or order != every:
-      return False
-    use.bias = bias.view.path
+    output.use.bias = bias.view.path
     return True
 
   def stacked(self, use: _Use, loop, size: int, is_stacked: bool) -> _Use:
@@ -290,6 +252,49 @@ class Collector:
         )
     shapes = {p: tuple(v.shape) for p, v in self.params.items()}
     return Sites(sites, unseen, shapes, self.holes)
+
+
+def is_bias(product: Product, view: View, bias: View) -> bool:
+  """Whether an added leaf is laid out as the product's own constant.
+
+  Args:
+    product: the product.
+    view: its output as it is where the leaf is added.
+    bias: the leaf.
+  """
+  layout = product.layout.refine(view.atoms)
+  if len(bias.axes) != len(view.axes):
+    return False  # a scalar
+  # One axis for each of the kernel's atoms, or for a row or broadcast axis.
+  names: list[int | None] = []
+  sizes: list[int] = []
+  for atoms, size in zip(view.axes, bias.sizes, strict=True):
+    named = [a for a in atoms if view.atoms[a] > 1]
+    names += named or [None]
+    sizes += [view.atoms[a] for a in named] or [size]
+  if math.prod(sizes) != math.prod(bias.sizes):
+    return False
+  cut = bias.reshape(sizes)
+  if cut is None:
+    return False
+  pairs: dict[int, int] = {}
+  for name, atoms in zip(names, cut.axes, strict=True):
+    its = [a for a in atoms if cut.atoms[a] > 1]
+    if len(its) != (name is not None):
+      return False
+    if name is not None:
+      pairs[name] = its[0]
+  taken = {by: a for a, by in cut.taken if isinstance(by, Loop)}
+  for a, by in product.view.taken:
+    if isinstance(by, Loop) and by in taken:
+      pairs[pieces_of(product.layout.atoms, view.atoms)[a][0]] = taken.pop(by)
+    elif product.layout.atoms[a] > 1:
+      return False
+  order = [
+    pairs.get(a) for a in layout.groups + layout.outputs if layout.atoms[a] > 1
+  ]
+  every = [a for a, size in enumerate(cut.atoms) if size > 1]
+  return not taken and order == every
 
 
 def _put(array: jax.Array, at: Any, size: int) -> jax.Array:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import certify
@@ -216,7 +218,7 @@ def factorize(
     for i, (path, leaf, discarded, _) in enumerate(made):
       if i:  # the first of a set holds the left factor
         leaf = dataclasses.replace(leaf, a=None, left=made[0].path)
-      named[path] = leaf
+      named[path] = leaf = jax.tree.map(jnp.asarray, leaf)
       if compensate_mean:
         bias = moments[path].entry.bias
         named |= give_back(named, path, bias, leaf, discarded)

@@ -117,7 +117,7 @@ class Walk:
     def write(var, value):
       if isinstance(value, Output) and uses.get(var, 0) != 1:
         # Only a bias that is the sole thing done to a product is its bias.
-        value = value.value
+        value = self.shared(value)
       env[var] = value
 
     def read(atom):
@@ -139,6 +139,10 @@ class Walk:
           if not live[atom]:
             del env[atom]
     return [read(a) for a in jaxpr.outvars]
+
+  def shared(self, output: Output) -> Any:
+    """What stands for a product's output that is used more than once."""
+    return output.value
 
   def materialise(self, value: Any, reason: str) -> Any:
     """The plain array behind a value of the walk, the loss being noted."""
@@ -179,7 +183,7 @@ class Walk:
   def _plain(self, eqn: Any, operands: list[Any]) -> list[Any]:
     if any(isinstance(v, Output) for v in operands):
       if len(operands) == 1:
-        view = _moved(eqn, operands[0].view)
+        view = moved(eqn, operands[0].view)
         if view is not None:
           (value,) = compat.bind(eqn, [operands[0].value])
           return [Output(view, value, operands[0].use)]
@@ -243,7 +247,7 @@ class Walk:
       return None if part is None else [part]
     if name in ('split', 'unstack'):
       return _parts(eqn, param)
-    view = _moved(eqn, param.view)
+    view = moved(eqn, param.view)
     if view is None:
       return None
     return [Param(view, param.payload.relayout(eqn, view))]
@@ -324,7 +328,7 @@ def member(param: Param, axis: int, at: int) -> Param | None:
   return Param(part.view.squeeze([axis]), part.payload.squeeze(axis))
 
 
-def _moved(eqn: Any, view: View) -> View | None:
+def moved(eqn: Any, view: View) -> View | None:
   """The view after a layout operation; None if the equation is not one."""
   name, p = eqn.primitive.name, eqn.params
   if name == 'convert_element_type':

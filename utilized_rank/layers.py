@@ -21,6 +21,7 @@ from utilized_rank.layout import Layout
 from utilized_rank.layout import pieces_of
 from utilized_rank.lowrank import LowRank
 from utilized_rank.lowrank import is_low_rank
+from utilized_rank.narrow import NarrowHeads
 
 
 def pad_factors(
@@ -211,6 +212,8 @@ def _layer(leaf: Any, i: int) -> Any:
     less(layout.inputs),
     less(layout.outputs),
   )
+  if isinstance(leaf, NarrowHeads):
+    return NarrowHeads(leaf.a[i], None, None, inner, head=leaf.head - 1)
   c = None if leaf.c is None else leaf.c[i]
   order = None if leaf.order is None else Order(leaf.order.array[i])
   a = None if leaf.a is None else leaf.a[i]
@@ -223,8 +226,9 @@ def _join(leaves: Sequence[Any]) -> Any:
     return array.stack(leaves)
   first = leaves[0]
   same = all(
-    is_low_rank(v)
+    type(v) is type(first)
     and v.layout == first.layout
+    and getattr(v, 'head', None) == getattr(first, 'head', None)
     and (v.c is None) == (first.c is None)
     and (v.order is None) == (first.order is None)
     and (v.a is None, v.left) == (first.a is None, first.left)
@@ -245,6 +249,11 @@ def _join(leaves: Sequence[Any]) -> Any:
     more(layout.inputs),
     more(layout.outputs),
   )
+  if isinstance(first, NarrowHeads):
+    narrow = [v.padded(max(w.rank for w in leaves)) for v in leaves]
+    return NarrowHeads(
+      jnp.stack(narrow), None, None, outer, head=first.head + 1
+    )
   rank = max(v.rank for v in leaves)
   order = None
   if first.order is not None:

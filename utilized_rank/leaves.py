@@ -21,7 +21,11 @@ from utilized_rank.subspace import Factors
 def to_low_rank(
   pairs: list[Factors], layout: Layout, leaf: Any, gauge: str | None = None
 ) -> LowRank:
-  """The pairs of a leaf's matrices as one leaf of its dtype."""
+  """The pairs of a leaf's matrices as one leaf of its dtype, on the host.
+
+  Threads may call it: where float64 is enabled by a context, they do not see
+  that, and arrays of JAX would be cut to float32.
+  """
   groups, dtype = layout.group_shape, leaf.dtype
   rank = max(f.a.shape[1] for f in pairs)
   order, b_shape = None, layout.output_shape
@@ -34,8 +38,8 @@ def to_low_rank(
   else:
     a, b = pad_factors(pairs)
   return LowRank(
-    jnp.asarray(a.reshape(groups + layout.input_shape + (rank,)), dtype),
-    jnp.asarray(b.reshape(groups + (rank,) + b_shape), dtype),
+    np.asarray(a.reshape(groups + layout.input_shape + (rank,)), dtype),
+    np.asarray(b.reshape(groups + (rank,) + b_shape), dtype),
     None,
     layout,
     order,

@@ -90,6 +90,10 @@ class LowRank:
     factors = Factored.of(self).factors
     return self.layout.from_matrices(_multiply(factors))
 
+  def payload(self) -> Any:
+    """What stands for the leaf while a function is walked."""
+    return Factored.of(self)
+
   def tree_flatten_with_keys(self):
     key = jax.tree_util.GetAttrKey
     return (
@@ -226,7 +230,7 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
     values = [
       Param(
         View.of_leaf(p, leaf.shape, leaf.dtype, leaf.layout.atoms),
-        Factored.of(leaf),
+        leaf.payload(),
       )
       if is_low_rank(leaf)
       else leaf
@@ -348,10 +352,10 @@ class Factored:
     left = sorted(order)
     array = matrices.reshape(sizes(order))
     array = array.transpose([order.index(a) for a in left])
-    return _lay_out(array, f.layout.atoms, left, view)
+    return lay_out(array, f.layout.atoms, left, view)
 
 
-def _lay_out(
+def lay_out(
   array: Any, coarse: Atoms, left: Sequence[int], view: View
 ) -> jax.Array:
   """Lays out an array with one axis per atom of `left` as the view says."""
@@ -402,14 +406,19 @@ class _Substitution:
   def product(self, eqn, operands, which, walk):
     param = operands[which]
     found = products.describe(eqn, param.view, which)
-    factors = param.payload.factors
+    payload = param.payload
     if isinstance(found, str):
       reason = found
-    elif not products.fits(factors, found):
+    elif not isinstance(payload, Factored):  # it runs its products itself
+      out = payload.multiply(eqn, which, found, operands[1 - which])
+      if not isinstance(out, str):
+        return out
+      reason = out
+    elif not products.fits(payload.factors, found):
       reason = f'{eqn.primitive.name} over other axes than it was factored for'
     else:
       x = operands[1 - which]
-      if factors.order is not None and compat.has_explicit_axes(x):
+      if payload.factors.order is not None and compat.has_explicit_axes(x):
         raise ValueError(
           f'{param.view.path!r} has an identity block, whose outputs are put '
           'in order by a lookup; on AxisType.Explicit meshes JAX does not say '
@@ -417,7 +426,7 @@ class _Substitution:
         )
       left = self._lefts.get(param.view.path)
       if left is None:
-        return found.factored(x, factors, lambda make: make())
+        return found.factored(x, payload.factors, lambda make: make())
       key = (
         left,
         tuple(_token(by) for a, by in sorted(param.view.taken)),
@@ -427,7 +436,9 @@ class _Substitution:
         which,
         compat.params_key(eqn),
       )
-      return found.factored(x, factors, lambda make: walk.once(key, make))
+      return found.factored(
+        x, payload.factors, lambda make: walk.once(key, make)
+      )
     plain = list(operands)
     plain[which] = walk.materialise(param, reason)
     return compat.bind(eqn, plain)[0]

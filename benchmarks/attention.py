@@ -1,0 +1,216 @@
+"""Attention's kernels at equal parameters: jointly per head, or one by one.
+
+  python -m benchmarks.attention --data_root=DIR [--networks vit kwt1]
+
+The query, key, value and output kernels alone are cut to shares of their
+parameters; everything else stays dense. 'joint' narrows the heads
+(`ur.factorize_heads`), 'separate' gives every kernel a pair of its own
+(`ur.factorize`). Accuracy, cross-entropy and the KL divergence from the dense
+network are measured on data that calibrated nothing. `vit` is a small ViT that
+is trained here on scikit-learn's digits, some minutes; `kwt1` needs DIR (see
+`benchmarks/networks`). Writes attention.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn import datasets
+
+from benchmarks import networks
+from benchmarks import quality
+from benchmarks.networks import common
+import utilized_rank as ur
+from utilized_rank.models.vit import ViT
+
+FRACTIONS = (0.5, 0.35, 0.25, 0.15)
+# (how, method, allocation)
+RECIPES = (
+  ('joint', 'output', 'uniform'),
+  ('joint', 'loss', 'uniform'),
+  ('joint', 'loss', 'budget'),
+  ('separate', 'weight', 'uniform'),
+  ('separate', 'output', 'uniform'),
+  ('separate', 'loss', 'uniform'),
+  ('separate', 'loss', 'budget'),
+)
+STEPS, CALIBRATION, JUDGED = 3000, 512, 500
+
+
+def vit() -> common.Network:
+  """Four blocks of width 64, four heads of 16, on 8x8 digits."""
+  images, labels = datasets.load_digits(return_X_y=True)
+  images = (images.reshape(-1, 8, 8, 1) / 16 - 0.305) / 0.376
+  order = np.random.default_rng(0).permutation(len(labels))
+  x, y = images[order].astype(np.float32), labels[order].astype(np.int32)
+  held, rest = slice(0, JUDGED), slice(JUDGED, None)
+  model = ViT(10, patch_size=2, width=64, depth=4, heads=4, mlp_dim=256,
+              pool='gap')  # fmt: skip
+  params = model.init(jax.random.key(0), jnp.asarray(x[:1]))
+  optimiser = optax.adamw(
+    optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, STEPS), weight_decay=0.1
+  )
+
+  @jax.jit
+  def step(params, state, images, labels):
+    def loss(params):
+      logits = model.apply(params, images)
+      return optax.softmax_cross_entropy_with_integer_labels(
+        logits, labels
+      ).mean()
+
+    grads = jax.grad(loss)(params)
+    updates, state = optimiser.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = optimiser.init(params)
+  rng = np.random.default_rng(1)
+  for _ in range(STEPS):
+    rows = rng.integers(JUDGED, len(y), 64)
+    shift = tuple(rng.integers(-1, 2, 2))
+    params, state = step(
+      params, state, np.roll(x[rows], shift, (1, 2)), y[rows]
+    )
+  calibration = {'x': x[rest][:CALIBRATION], 'y': y[rest][:CALIBRATION]}
+  return common.Network(
+    'vit',
+    lambda params, batch: model.apply(params, batch['x']),
+    params,
+    [],
+    [(calibration, {'x': x[held], 'y': y[held]})],
+    f'calibrated on {CALIBRATION} training images, judged on {JUDGED} others',
+    100,
+  )
+
+
+def run(network: common.Network, fractions) -> dict:
+  start = time.perf_counter()
+  few = {'x': network.folds[0][0]['x'][:2]}
+  pairs = ur.find_attention(network.fn, network.params, few)
+  print(f'\n== {network.name}: {str(pairs).splitlines()[-1]}')
+  paths = [s.path for p in pairs.values() for s in (p.left, p.right)]
+  network = dataclasses.replace(network, select=[(p, True) for p in paths])
+  moments = [_calibrate(network, batch) for batch, _ in network.folds]
+  judges = [
+    quality.Judge(network, m, batch)
+    for m, (_, batch) in zip(moments, network.folds, strict=True)
+  ]
+  rows = [_row(('dense', '', ''), 1, 1.0, [j(network.params) for j in judges])]
+  _show(rows[0])
+  for fraction in fractions:
+    for recipe in RECIPES:
+      found, kept = [], []
+      for of_fold, judge in zip(moments, judges, strict=True):
+        small = _compressed(network.params, of_fold, pairs, recipe, fraction)
+        kept.append(_kept(small, paths))
+        # The judge compiles once, for pairs; narrow heads it gets padded.
+        found.append(judge(ur.merge(small) if recipe[0] == 'joint' else small))
+      rows.append(_row(recipe, fraction, float(np.mean(kept)), found))
+      _show(rows[-1])
+  return {
+    'network': network.name,
+    'protocol': network.protocol,
+    'labels_judged': sum(len(b['y']) for _, b in network.folds),
+    'pairs': len(pairs),
+    'seconds': round(time.perf_counter() - start, 1),
+    'rows': rows,
+  }
+
+
+def _calibrate(network: common.Network, batch: common.Batch) -> ur.Moments:
+  size = network.batch_size
+  starts = range(0, len(batch['x']), size)
+  return ur.collect(
+    network.fn,
+    network.params,
+    [{'x': batch['x'][i : i + size]} for i in starts],
+    loss=ur.sampled_cross_entropy(),
+    select=network.select,
+    progress=False,
+  )
+
+
+def _compressed(params, moments, pairs, recipe, fraction):
+  how, method, allocation = recipe
+  if how == 'joint':
+    ranks = ur.uniform_head_ranks(pairs, params_fraction=fraction)
+    if allocation == 'budget':
+      ranks = ur.budget_head_ranks(
+        params, moments, pairs, params_fraction=fraction
+      )
+    return ur.factorize_heads(params, moments, pairs, ranks, method=method)
+  choose = ur.budget_ranks if allocation == 'budget' else ur.uniform_ranks
+  ranks = choose(params, moments, params_fraction=fraction)
+  return ur.factorize(params, moments, ranks, method=method)
+
+
+def _kept(tree, paths) -> float:
+  named, _ = ur.paths.flatten(tree, lambda v: isinstance(v, ur.LowRank))
+  left = sum(ur.count_params(named[p]) for p in paths)
+  return left / sum(int(np.prod(named[p].shape)) for p in paths)
+
+
+def _row(recipe, fraction, kept, found) -> dict:
+  pooled = {k: np.concatenate([f[k] for f in found]) for k in found[0]}
+  return {
+    **dict(zip(('how', 'method', 'allocation'), recipe, strict=True)),
+    'asked': fraction,
+    'kept': round(kept, 4),
+    **{k: round(float(v.mean()), 5) for k, v in pooled.items()},
+  }
+
+
+def _show(row: dict) -> None:
+  print(
+    f'{row["how"]:9}{row["method"]:8}{row["allocation"]:9}{row["asked"]:6}'
+    f'{row["kept"]:8.3f}{100 * row["accuracy"]:8.2f}'
+    f'{row["cross_entropy"]:8.4f}{row["kl"]:8.4f}',
+    flush=True,
+  )
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--data_root')
+  parser.add_argument('--networks', nargs='+', default=['vit', 'kwt1'])
+  parser.add_argument('--fractions', nargs='+', type=float, default=FRACTIONS)
+  parser.add_argument('--out', default='benchmarks/results/attention.json')
+  args = parser.parse_args()
+  if set(args.networks) - {'vit'} and args.data_root is None:
+    parser.error('all networks but vit need --data_root')
+  results = []
+  for name in args.networks:
+    network = vit() if name == 'vit' else networks.LOADERS[name](args.data_root)
+    results.append(run(network, tuple(args.fractions)))
+  record = {
+    'command': 'python -m benchmarks.attention --data_root=DIR --networks '
+    + ' '.join(args.networks),
+    'date': datetime.date.today().isoformat(),
+    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
+    f'{jax.default_backend()} backend',
+    'versions': {
+      'utilized_rank': ur.__version__,
+      'jax': jax.__version__,
+      'numpy': np.__version__,
+      'python': platform.python_version(),
+    },
+    'seeds': {'sampled_cross_entropy': 0, 'vit': 0},
+    'results': results,
+  }
+  with open(args.out, 'w') as f:
+    json.dump(record, f, indent=1)
+    f.write('\n')
+
+
+if __name__ == '__main__':
+  main()
