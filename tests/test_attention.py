@@ -169,7 +169,7 @@ def haiku_attention():
 def test_attention_of_other_frameworks_runs_narrow(make):
   """Equinox keeps kernels transposed; both cut heads out of matrices."""
   fn, params = make()
-  x = jax.random.normal(jax.random.key(1), X.shape)
+  x = jax.random.normal(jax.random.key(1), (8, T, D))
   pairs = ur.find_attention(fn, params, x)
   assert [p.kind for p in pairs.values()] == ['query-key', 'value-output']
   moments = ur.capture(fn)(params, x)[1]

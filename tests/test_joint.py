@@ -123,7 +123,6 @@ def test_logits_reach_the_bound_of_the_dense_svd(biases):
       )
 
 
-@jax.enable_x64(True)
 def test_joint_logits_beat_two_kernels_at_equal_parameters(case):
   """Rank-r heads against q and k, each of the rank of as many parameters."""
   paths = {n: case.moments[n].layout for n in 'qk'}
@@ -131,10 +130,11 @@ def test_joint_logits_beat_two_kernels_at_equal_parameters(case):
     _, joint = case.factorized(rank)
     d, m = paths['q'].matrix_shape
     alone = max(1, rank * m // E * d // (d + m))
+    # In float32: the inequality is not that close.
+    params = jax.tree.map(np.float32, case.params)
     small = ur.factorize(
-      case.params, case.moments, dict.fromkeys(paths, alone),
-      compensate_mean=False,
-    )  # fmt: skip
+      params, case.moments, dict.fromkeys(paths, alone), compensate_mean=False
+    )
     separate = jax.tree.map(np.asarray, ur.merge(small))
     assert alone * (d + m) <= rank * H * d
     for head in range(H):
