@@ -14,7 +14,7 @@ ROOT = pathlib.Path(utilized_rank.__file__).parent
 # Lower rows may be imported by higher ones, not the other way round.
 LAYERS = [
   'compat progress files layout paths depth look svg',
-  'tracing numerics tables factors',
+  'tracing numerics gram tables factors',
   'product',
   'contraction convolution',
   'values sharded interpret control products',

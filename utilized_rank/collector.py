@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import compat
-from utilized_rank import numerics
+from utilized_rank import gram
 from utilized_rank import products
 from utilized_rank.interpret import PART
 from utilized_rank.layout import Atoms
@@ -122,7 +122,7 @@ class Collector:
       groups = ((a,), *groups)
 
     def make():
-      total, second = numerics.sharded_gram(product.features, x)
+      total, second = gram.sharded_gram(product.features, x, product.blocks)
       lead = second.shape[:-2]
       count = jnp.full(lead, product.num_rows, jnp.int32)
       sums = Sums(count, total, second)
