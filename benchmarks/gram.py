@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import functools
 
-from benchmarks import timing
 import jax
 import jax.numpy as jnp
 
+from benchmarks import timing
 from utilized_rank import gram
 
 

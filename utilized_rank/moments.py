@@ -78,12 +78,14 @@ class Moment:
   @property
   def mean(self) -> Any:
     """mu = s / n, shape (*groups, d)."""
-    return self.sums.total / _divisor(self.sums.count)[..., None]
+    total = self.sums.total
+    return total / _divisor(self.sums.count, total)[..., None]
 
   @property
   def second(self) -> Any:
     """S = C / n, uncentred, shape (*groups, d, d)."""
-    return self.sums.second / _divisor(self.sums.count)[..., None, None]
+    second = self.sums.second
+    return second / _divisor(self.sums.count, second)[..., None, None]
 
   @property
   def grad_second(self) -> Any:
@@ -91,7 +93,7 @@ class Moment:
     kernel's output, shape (*groups, m, m); None without a loss."""
     if self.grad is None:
       return None
-    return self.grad / _divisor(self.sums.count)[..., None, None]
+    return self.grad / _divisor(self.sums.count, self.grad)[..., None, None]
 
   @property
   def rows_per_example(self) -> Any:
@@ -99,7 +101,7 @@ class Moment:
     loss."""
     if self.examples is None:
       return None
-    return self.sums.count / _divisor(self.examples)
+    return self.sums.count / _divisor(self.examples, self.sums.total)
 
   @property
   def covariance(self) -> Any:
@@ -108,11 +110,11 @@ class Moment:
     return self.second - mean[..., :, None] * mean[..., None, :]
 
 
-def _divisor(count: Any) -> Any:
+def _divisor(count: Any, sums: Any) -> Any:
   # Branches that were never taken and experts that no token reached have no
   # rows; their moments are zero, not NaN.
   at_least_one = (jnp if isinstance(count, jax.Array) else np).maximum(count, 1)
-  return at_least_one.astype(np.float32)
+  return at_least_one.astype(sums.dtype)
 
 
 @jax.tree_util.register_pytree_node_class
