@@ -18,6 +18,7 @@ import numpy as np
 
 from utilized_rank import accumulation
 from utilized_rank import checkpoint
+from utilized_rank import passes
 from utilized_rank import paths
 from utilized_rank import tracing
 from utilized_rank.capture import capture
@@ -25,6 +26,8 @@ from utilized_rank.capture import find_sites
 from utilized_rank.gradients import LossFn
 from utilized_rank.gradients import gradient_sums
 from utilized_rank.moments import Moments
+from utilized_rank.plan import plan
+from utilized_rank.plan import rules_for
 from utilized_rank.progress import track
 
 # Rows that the devices may count before the host takes the sums over: int32
@@ -44,6 +47,7 @@ def collect(
   checkpoint_dir: str | os.PathLike[str] | None = None,
   checkpoint_every: int = 100,
   accumulate: str = 'float32',
+  memory_limit: int | None = None,
   progress: bool = True,
 ) -> Moments:
   """Collects the moments of every kernel's input over a stream of batches.
@@ -72,6 +76,9 @@ def collect(
       what each addition rounds off kept beside it (twice the memory, no
       drift over millions of batches); 'float64', on the host, which every
       batch's sums are moved to. Within a batch sums are float32 always.
+    memory_limit: bytes on one device. Where all sums do not fit, the batches
+      are run through several times, as `plan(..., memory_limit=)` says, some
+      kernels at a time; the sums are the same.
     progress: show a progress bar.
 
   Returns:
@@ -81,6 +88,8 @@ def collect(
     ValueError: no batches; a batch that is empty or whose arrays disagree in
       their leading axis; parameters that do not fit the function; a checkpoint
       of another collection; an unknown way to accumulate.
+    ValueError: the batches are an iterator and have to be run through twice;
+      the limit is too low for one kernel.
     FloatingPointError: an activation is NaN or infinite; names the kernel and
       the batch.
 
@@ -93,11 +102,40 @@ def collect(
   accumulation.check(accumulate)
   devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
   total = len(batches) if isinstance(batches, Sized) else None
-  batches = iter(batches)
+  whole, batches = batches, iter(batches)
   first = next(batches, None)
   if first is None:
     raise ValueError('collect needs at least one batch, got none')
   check_batch(first, 0)
+  if memory_limit is not None:
+    share = lambda a: jax.ShapeDtypeStruct(
+      (-(-a.shape[0] // len(devices)), *a.shape[1:]), a.dtype
+    )
+    options: dict[str, Any] = dict(
+      loss=loss, on_opaque=on_opaque, accumulate=accumulate
+    )
+    costs = plan(
+      fn,
+      params,
+      jax.tree.map(share, first),
+      select=select,
+      memory_limit=memory_limit,
+      **options,
+    )
+    if len(costs.passes) > 1:
+      passes.check_repeatable(whole, len(costs.passes))
+      if checkpoint_dir is not None:
+        raise ValueError(
+          f'the sums fit memory_limit in {len(costs.passes)} passes, and '
+          'checkpoint_dir resumes a single one: collect the kernels of each '
+          'of plan(...).passes by itself, with select and a directory each'
+        )
+      options |= dict(mesh=mesh, progress=progress)
+      parts = [
+        collect(fn, params, whole, select=rules_for(members), **options)
+        for members in costs.passes
+      ]
+      return passes.join(parts, costs.kernels)
   sites = find_sites(fn, params, first, select=select, on_opaque=on_opaque)
   if sites.holes:
     warnings.warn(
@@ -305,6 +343,8 @@ class _Run:
       self._flush()
       assert self._host is not None
       return self._host
+    if len(self._devices) == 1:  # no second copy of the sums
+      return jax.tree.map(lambda a: np.asarray(a)[0], self._state)
     reduced = jax.jit(
       lambda state: jax.tree.map(lambda a: a.sum(0, dtype=a.dtype), state)
     )(self._state)
