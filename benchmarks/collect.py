@@ -6,7 +6,7 @@ ViT-B/16 at 224 px. Times are the least of interleaved repeats in one run. The
 floor is (forward FLOPs + symmetric Gram FLOPs) / forward FLOPs. Bars: within
 1.25 x of the floor on two CPU cores (1.3 x on a GPU), peak memory within 10 %
 of plain forward pass + sums. Memory is that of one process each: the largest
-resident set on the CPU, less that of the process before its first compilation;
+resident set on the CPU, less what the process held before it made parameters;
 the allocator's peak elsewhere.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 
@@ -71,9 +70,10 @@ def times(args, costs):
 
 def peak(args, what):
   """Runs one job in this process; bytes that it took at its worst."""
+  before = timing.resident()
   fn, params, images = job(args)
   jax.block_until_ready(params)
-  before = _resident()
+  timing.forget_peak()
   if what == 'plain':
     plain = jax.jit(fn)
     for _ in range(2):
@@ -82,12 +82,10 @@ def peak(args, what):
     moments = ur.collect(fn, params, [images] * 2, progress=False)
     assert int(moments['params/head/kernel'].count) == 2 * args.batch
   stats = jax.local_devices()[0].memory_stats()
-  held = stats['peak_bytes_in_use'] if stats else _resident() - before
+  held = (
+    stats['peak_bytes_in_use'] if stats else timing.resident('VmHWM') - before
+  )
   print(json.dumps(held))
-
-
-def _resident() -> int:
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def memory(argv, costs):

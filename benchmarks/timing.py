@@ -38,6 +38,19 @@ def interleaved(
   return times
 
 
+def resident(what: str = 'VmRSS') -> int:
+  """Bytes that this process holds, or at most held (`VmHWM`); Linux."""
+  with open('/proc/self/status') as f:
+    line = next(line for line in f if line.startswith(what))
+  return int(line.split()[1]) * 1024
+
+
+def forget_peak() -> None:
+  """Sets `VmHWM` to what the process holds now."""
+  with open('/proc/self/clear_refs', 'w') as f:
+    f.write('5')
+
+
 def conditions(module: str) -> dict[str, Any]:
   """Date, command, machine, versions and load."""
   return {
