@@ -43,6 +43,7 @@ def collect(
   loss: LossFn | None = None,
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
+  from_outputs: paths.Rules | None = None,
   mesh: Mesh | None = None,
   checkpoint_dir: str | os.PathLike[str] | None = None,
   checkpoint_every: int = 100,
@@ -67,6 +68,10 @@ def collect(
     select: ordered `(regex, bool)` rules over leaf paths; default all kernels.
     on_opaque: 'error', or 'report' to pass over parameters that enter a
       primitive which hides its computation, with a warning that names them.
+    from_outputs: ordered `(regex, bool)` rules over leaf paths: kernels that
+      are measured from the output side, by T (m, m) in place of S (d, d),
+      for inputs much wider than outputs. 'output' factors need no more;
+      what needs S (k_S, the other methods) raises an error.
     mesh: devices to use, all axes flattened; default every local device.
     checkpoint_dir: where to keep the running sums. If it holds some, the
       batches that they cover are skipped, and the result equals that of an
@@ -112,7 +117,10 @@ def collect(
       (-(-a.shape[0] // len(devices)), *a.shape[1:]), a.dtype
     )
     options: dict[str, Any] = dict(
-      loss=loss, on_opaque=on_opaque, accumulate=accumulate
+      loss=loss,
+      on_opaque=on_opaque,
+      from_outputs=from_outputs,
+      accumulate=accumulate,
     )
     costs = plan(
       fn,
@@ -136,7 +144,14 @@ def collect(
         for members in costs.passes
       ]
       return passes.join(parts, costs.kernels)
-  sites = find_sites(fn, params, first, select=select, on_opaque=on_opaque)
+  sites = find_sites(
+    fn,
+    params,
+    first,
+    select=select,
+    on_opaque=on_opaque,
+    from_outputs=from_outputs,
+  )
   if sites.holes:
     warnings.warn(
       f'the moments leave out {sorted(sites.holes)}, which enter primitives '
@@ -148,7 +163,10 @@ def collect(
       'the function has no kernel: no parameter leaf meets a matrix product '
       f'or a convolution\n{sites}'
     )
-  run = _Run(fn, params, sites, select, on_opaque, devices, loss, accumulate)
+  captured = capture(
+    fn, select=select, on_opaque=on_opaque, from_outputs=from_outputs
+  )
+  run = _Run(captured, fn, params, sites, devices, loss, accumulate)
   done = 0
   if checkpoint_dir is not None and os.path.isdir(checkpoint_dir):
     done = run.restore(checkpoint_dir, sites)
@@ -199,18 +217,17 @@ class _Run:
 
   def __init__(
     self,
+    captured,
     fn,
     params,
     sites,
-    select,
-    on_opaque,
     devices,
     loss=None,
     accumulate='float32',
   ):
     self._accumulate = accumulate
     self._devices = devices
-    self._captured = capture(fn, select=select, on_opaque=on_opaque)
+    self._captured = captured
     self._gradients = None
     if loss is not None:
       layouts = {path: site.layout for path, site in sites.items()}

@@ -112,12 +112,28 @@ def sharded_gram(
     x: what a product reads.
     blocks: number of blocks; only one block's rows exist at a time.
   """
+  return _over_blocks(lambda i, x: gram(features(x, i)), x, blocks)
+
+
+def sharded_total(
+  features: Callable[[jax.Array, Any], jax.Array], x: jax.Array, blocks: int
+) -> tuple[jax.Array, None]:
+  """s = sum x alone, as `sharded_gram` has it, and None."""
+
+  def total(i, x):
+    rows = features(x, i)
+    return jnp.sum(rows, axis=-2, dtype=accumulator_dtype(rows.dtype)), None
+
+  return _over_blocks(total, x, blocks)
+
+
+def _over_blocks(read: Callable[[Any, jax.Array], Any], x: Any, blocks: int):
+  """The sum of `read(i, x)` over blocks i, replicated, without derivative."""
   x = jax.lax.stop_gradient(x)
 
   def sums(x):
-    read = lambda i: gram(features(x, i))
-    add = lambda i, sums: jax.tree.map(jnp.add, sums, read(i))
-    return jax.lax.fori_loop(1, blocks, add, read(0))
+    add = lambda i, so_far: jax.tree.map(jnp.add, so_far, read(i, x))
+    return jax.lax.fori_loop(1, blocks, add, read(0, x))
 
   if not compat.has_explicit_axes(x):
     return sums(x)

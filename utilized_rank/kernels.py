@@ -16,6 +16,7 @@ from utilized_rank import paths
 from utilized_rank import subspace
 from utilized_rank.layout import Layout
 from utilized_rank.moments import Moments
+from utilized_rank.moments import unknown_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,6 @@ class Kernel:
     path: the leaf's path.
     index: place in the leaf's group axes.
     w: (d, m).
-    second: S (d, d); centred if the kernels were asked for so.
     mean: mu (d,).
     count: rows that the moments are over.
     gradient: G (m, m), second moment of the loss's gradient; None without.
@@ -38,20 +38,36 @@ class Kernel:
   path: str
   index: tuple[int, ...]
   w: np.ndarray
-  second: np.ndarray
+  _second: np.ndarray | None
   mean: np.ndarray
   count: int
   gradient: np.ndarray | None
   rows_per_example: float
   _in_basis: Any
+  _output_second: np.ndarray | None = None
+
+  @property
+  def second(self) -> np.ndarray:
+    """S (d, d); centred if the kernels were asked for so.
+
+    Raises:
+      ValueError: the kernel was measured from the output side.
+    """
+    if self._second is None:
+      raise unknown_inputs(self.path)
+    return self._second
 
   @property
   def in_basis(self) -> subspace.Basis:
+    if self._second is None:
+      raise unknown_inputs(self.path)
     return self._in_basis()
 
   @functools.cached_property
   def out_basis(self) -> subspace.Basis:
     """Eigenbasis of T = W^T S W."""
+    if self._output_second is not None:
+      return subspace.measured_output_basis(self.w, self._output_second)
     wide = self.w.shape[1] > self.w.shape[0]
     return subspace.output_basis(
       self.w, self.second, self.in_basis if wide else None
@@ -104,9 +120,16 @@ def kernels(
     if not np.all(np.isfinite(leaf)):
       raise ValueError(f'kernel {path!r} holds NaN or infinite values')
     matrices = layout.to_matrices(leaf)
-    second = moment.covariance if centered else moment.second
-    second = np.asarray(second, np.float64)
     mean = np.asarray(moment.mean, np.float64)
+    from_outputs = moment.entry.side == 'output'
+    if from_outputs:
+      second = np.asarray(moment.output_second, np.float64)
+      if centered:
+        out = np.einsum('...d,...dm->...m', mean, matrices)
+        second = second - out[..., :, None] * out[..., None, :]
+    else:
+      second = moment.covariance if centered else moment.second
+      second = np.asarray(second, np.float64)
     count = np.asarray(moment.count)
     gradient = moment.grad_second
     if gradient is not None:
@@ -126,12 +149,13 @@ def kernels(
           path,
           index,
           matrices[index],
-          second[index],
+          None if from_outputs else second[index],
           mean[index],
           int(count[index]),
           None if gradient is None else gradient[index],
           0.0 if gradient is None else float(rows[index]),
           shared[key],
+          second[index] if from_outputs else None,
         )
       )
     yield path, members
@@ -162,15 +186,17 @@ def _check(path: str, named: dict[str, Any], moments: Moments) -> None:
 def _warn_if_few(moments: list[Any], wanted: list[str]) -> None:
   short = []
   for path, moment in zip(wanted, moments, strict=True):
-    d = moment.layout.matrix_shape[0]
+    from_outputs = moment.entry.side == 'output'
+    d = moment.layout.matrix_shape[from_outputs]
     rows = int(np.min(np.asarray(moment.count)))
     if rows < d:
-      short.append((rows / d, path, rows, d))
+      features = 'output features' if from_outputs else 'input features'
+      short.append((rows / d, path, rows, d, features))
   if short:
-    _, path, rows, d = min(short)
+    _, path, rows, d, features = min(short)
     warnings.warn(
       f'{len(short)} kernels were measured on fewer rows than they have '
-      f'input features (worst: {path!r}, {rows} rows for {d} features); '
+      f'features (worst: {path!r}, {rows} rows for {d} {features}); '
       f'ranks are then bounded by the rows: collect at least {d}, better '
       f'{4 * d} rows',
       stacklevel=3,

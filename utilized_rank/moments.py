@@ -25,7 +25,8 @@ class Sums:
   Attributes:
     count: n, number of rows.  # shape=(*groups,), dtype=int32
     total: s = sum x.  # shape=(*groups, d), dtype=float32
-    second: C = sum x x^T.  # shape=(*groups, d, d), dtype=float32
+    second: C = sum x x^T, (*groups, d, d); of a kernel that is measured from
+      the output side sum y y^T, (*groups, m, m).  # dtype=float32
   """
 
   count: Any
@@ -44,6 +45,8 @@ class Entry:
     bias: path of the leaf that is added to this product and to nothing else,
       or None; a constant output can be moved there.
     kind: 'dot' or 'conv'.
+    side: 'input', or 'output' where the sums are of outputs y = x W: T is
+      measured, S is not known.
   """
 
   path: str
@@ -51,6 +54,7 @@ class Entry:
   index: int
   bias: str | None
   kind: str
+  side: str = 'input'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,23 @@ class Moment:
 
   @property
   def second(self) -> Any:
-    """S = C / n, uncentred, shape (*groups, d, d)."""
+    """S = C / n, uncentred, shape (*groups, d, d).
+
+    Raises:
+      ValueError: the kernel was measured from the output side.
+    """
+    if self.entry.side == 'output':
+      raise unknown_inputs(self.entry.path)
+    return self._second
+
+  @property
+  def output_second(self) -> Any:
+    """T, second moment of the outputs x W, shape (*groups, m, m), of a kernel
+    that was measured from the output side; else None (T = W^T S W)."""
+    return self._second if self.entry.side == 'output' else None
+
+  @property
+  def _second(self) -> Any:
     second = self.sums.second
     return second / _divisor(self.sums.count, second)[..., None, None]
 
@@ -108,6 +128,15 @@ class Moment:
     """S_c = S - mu mu^T, centred, shape (*groups, d, d)."""
     mean = self.mean
     return self.second - mean[..., :, None] * mean[..., None, :]
+
+
+def unknown_inputs(path: str) -> ValueError:
+  """The error for what needs S where only T was measured."""
+  return ValueError(
+    f'{path!r} was measured from the output side, from_outputs=: its T is '
+    "known and its S is not; factorize with method='output' or 'weight' and "
+    'uniform_ranks, or collect it from the input side'
+  )
 
 
 def _divisor(count: Any, sums: Any) -> Any:
@@ -202,6 +231,11 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       raise ValueError(
         f'moments of {path!r} are over {ours[path].layout.shape} in the '
         f'first argument and {theirs[path].layout.shape} in the second'
+      )
+    if ours[path].side != theirs[path].side:
+      raise ValueError(
+        f'moments of {path!r} are of its {ours[path].side}s in the first '
+        f'argument and of its {theirs[path].side}s in the second'
       )
   if [e.index for e in a.table] != [theirs[e.path].index for e in a.table]:
     raise ValueError(

@@ -149,6 +149,7 @@ def plan(
   loss: LossFn | None = None,
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
+  from_outputs: paths.Rules | None = None,
   memory_limit: int | None = None,
   accumulate: str = 'float32',
 ) -> Plan:
@@ -164,6 +165,7 @@ def plan(
     loss: as in `collect`.
     select: as in `collect`.
     on_opaque: as in `collect`.
+    from_outputs: as in `collect`.
     memory_limit: bytes on one device; the kernels are split into as many
       passes over the batches as fit it.
     accumulate: as in `collect`; 'compensated' sums take twice the memory.
@@ -181,7 +183,14 @@ def plan(
   (84, 120, (('w',),))
   """
   accumulation.check(accumulate)
-  sites = find_sites(fn, params, batch, select=select, on_opaque=on_opaque)
+  sites = find_sites(
+    fn,
+    params,
+    batch,
+    select=select,
+    on_opaque=on_opaque,
+    from_outputs=from_outputs,
+  )
   if not sites:
     raise ValueError(f'the function has no kernel\n{sites}')
   peak = functools.partial(
@@ -242,13 +251,14 @@ def _site_costs(
   for path, site in sites.items():
     d, m = site.matrix_shape
     groups = site.layout.num_groups
+    wide = m if site.side == 'output' else d
     first = site.index not in paid
     paid.add(site.index)
     costs[path] = (
-      first * groups * 4 * (d * d + d + 1),
+      first * groups * 4 * (wide * wide + d + 1),
       with_loss * groups * 4 * m * m,
-      first * groups * gram.gram_flops(site.rows, d),
-      first * groups * site.rows * d * (d + 1),
+      first * groups * gram.gram_flops(site.rows, wide),
+      first * groups * site.rows * wide * (wide + 1),
     )
   return costs
 
@@ -275,7 +285,13 @@ def _step_bytes(
   fn, params, batch, loss, sites, on_opaque, accumulate, members
 ) -> int:
   """Peak of the program that adds a batch to the sums of some kernels."""
-  captured = capture(fn, select=rules_for(members), on_opaque=on_opaque)
+  outputs = [p for p in members if sites[p].side == 'output']
+  captured = capture(
+    fn,
+    select=rules_for(members),
+    on_opaque=on_opaque,
+    from_outputs=rules_for(outputs) if outputs else None,
+  )
   gradients = None
   if loss is not None:
     layouts = {p: sites[p].layout for p in members}
