@@ -145,11 +145,10 @@ def test_capture_inside_pmap_and_shard_map(params, rows):
 def test_devices_reduce_once_at_the_end(params, rows):
   """No collective in the program that runs for every batch."""
   run = collect_lib._Run(
+    ur.capture(model),
     model,
     params,
     ur.find_sites(model, params, rows),
-    None,
-    'error',
     jax.local_devices(),
   )
   batch = jax.device_put(rows[:96], run._split)

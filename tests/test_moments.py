@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
+from utilized_rank import gram
 from utilized_rank import numerics
 
 RNG = np.random.default_rng(0)
@@ -58,13 +59,13 @@ def test_merging_what_does_not_belong_together():
 
 def test_gram_accumulates_in_float32():
   x = jnp.full((3000, 2), 1.0, jnp.float16)
-  total, second = numerics.gram(x)
+  total, second = gram.gram(x)
   assert total.tolist() == [3000.0, 3000.0]
   assert second.dtype == jnp.float32 and second[0, 1] == 3000.0
-  total, _ = numerics.gram(jnp.arange(6).reshape(3, 2))
+  total, _ = gram.gram(jnp.arange(6).reshape(3, 2))
   assert total.dtype == jnp.float32
   with jax.enable_x64(True):
-    assert numerics.gram(jnp.ones((2, 2), jnp.float64))[1].dtype == jnp.float64
+    assert gram.gram(jnp.ones((2, 2), jnp.float64))[1].dtype == jnp.float64
 
 
 def test_eigh():

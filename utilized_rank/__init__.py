@@ -45,6 +45,8 @@ from utilized_rank.moments import Moment
 from utilized_rank.moments import Moments
 from utilized_rank.moments import merge_moments
 from utilized_rank.narrow import NarrowHeads
+from utilized_rank.plan import Plan
+from utilized_rank.plan import plan
 from utilized_rank.ranks import budget_ranks
 from utilized_rank.ranks import energy_ranks
 from utilized_rank.ranks import predict_loss

@@ -25,7 +25,7 @@ import numpy as np
 
 from utilized_rank import numerics
 from utilized_rank import subspace
-from utilized_rank.rows import PairSums
+from utilized_rank.readings import PairSums
 from utilized_rank.subspace import Basis
 from utilized_rank.subspace import Factors
 

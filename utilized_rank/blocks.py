@@ -15,11 +15,11 @@ from typing import Any
 import jax
 
 from utilized_rank import compat
-from utilized_rank import rows
+from utilized_rank import readings
 from utilized_rank import tracing
 from utilized_rank.flatten import flatten
 from utilized_rank.layout import Layout
-from utilized_rank.rows import Read
+from utilized_rank.readings import Read
 
 # From a kernel's path to the name of its block.
 Group = Callable[[str], Hashable]
@@ -105,7 +105,7 @@ class Program:
   ) -> tuple[list[Any], list[Read]]:
     """What a block gives, and what the products of some kernels read."""
     named = {path: params[path] for path in self.params}
-    return rows.read(
+    return readings.read(
       block.piece, list(self.consts), named, list(values), set(kernels)
     )
 
@@ -201,7 +201,7 @@ def _abstract_reads(flat: tracing.Traced, layouts) -> list[Read]:
 
   def look(params, args):
     named = dict(zip(flat.params, params, strict=True))
-    outs, reads = rows.read(flat.jaxpr, flat.consts, named, args, layouts)
+    outs, reads = readings.read(flat.jaxpr, flat.consts, named, args, layouts)
     found[:] = [dataclasses.replace(r, x=None) for r in reads]
     return outs
 

@@ -25,6 +25,7 @@ def capture(
   *,
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
+  from_outputs: paths.Rules | None = None,
 ) -> Callable[..., tuple[Any, Moments]]:
   """Makes `fn` return the moments of its kernels' inputs beside its outputs.
 
@@ -47,6 +48,10 @@ def capture(
     on_opaque: 'error', or 'report' to pass over parameters that enter a
       primitive which hides its computation (a Pallas or foreign call, a
       callback); `find_sites(...).holes` names them.
+    from_outputs: ordered `(regex, bool)` rules over leaf paths: kernels that
+      are measured from the output side, by T (m, m) in place of S (d, d),
+      for inputs much wider than outputs. 'output' factors need no more;
+      what needs S (k_S, the other methods) raises an error.
 
   Returns:
     `captured(params, *args, **kwargs) -> (outputs, Moments)`.
@@ -65,7 +70,9 @@ def capture(
   """
 
   def captured(params, *args, **kwargs):
-    outputs, moments, _ = _capture(fn, params, args, kwargs, select, on_opaque)
+    outputs, moments, _ = _capture(
+      fn, params, args, kwargs, select, on_opaque, from_outputs
+    )
     return outputs, moments
 
   return captured
@@ -77,6 +84,7 @@ def find_sites(
   *args: Any,
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
+  from_outputs: paths.Rules | None = None,
   **kwargs: Any,
 ) -> Sites:
   """Finds every kernel of a function, from shapes alone.
@@ -87,6 +95,7 @@ def find_sites(
     *args: the other arguments (arrays or shapes).
     select: as in `capture`.
     on_opaque: as in `capture`.
+    from_outputs: as in `capture`.
     **kwargs: keyword arguments.
 
   Returns:
@@ -108,7 +117,7 @@ def find_sites(
 
   def shapes(params, args, kwargs):
     outputs, moments, sites = _capture(
-      fn, params, args, kwargs, select, on_opaque
+      fn, params, args, kwargs, select, on_opaque, from_outputs
     )
     found.append(sites)
     return outputs, moments
@@ -131,14 +140,17 @@ def eval_shape(fn, *args):
   return jax.eval_shape(flat, [leaves[i] for i in moving])
 
 
-def _capture(fn, params, args, kwargs, rules, on_opaque):
+def _capture(fn, params, args, kwargs, rules, on_opaque, from_outputs):
   if on_opaque not in ('error', 'report'):
     raise ValueError(
       f"on_opaque must be 'error' or 'report', got {on_opaque!r}"
     )
   traced = tracing.trace(fn, params, args, kwargs)
   selected = None if rules is None else paths.select(traced.params, rules)
-  collector = Collector(traced.params, selected, on_opaque == 'report')
+  sides = None
+  if from_outputs is not None:
+    sides = paths.select(traced.params, from_outputs)
+  collector = Collector(traced.params, selected, on_opaque == 'report', sides)
   walk = Walk(collector)
   values = [
     Param(View.of_leaf(path, leaf.shape, leaf.dtype), Dense(leaf))

@@ -43,14 +43,22 @@ def check(
   Raises:
     FloatingPointError: they differ; names the kernel, its rank and both.
   """
-  s = kernel.second
   g = kernel.gradient if weighted else None
-  difference = kernel.w - stored.a @ stored.b
+  product = stored.a @ stored.b
+  if kernel.from_outputs:
+    # S is not known, but a b reads x as W does: D = W (I - Q), W Q = a b.
+    s, (q, *_) = kernel.out_second, np.linalg.lstsq(kernel.w, product)
+    difference = np.eye(len(q)) - q
+  else:
+    s, difference = kernel.second, kernel.w - product
   measured = _form(s @ difference, _times(difference, g))
   tolerance = numerics.EIGENVALUE_FLOOR * energy
   off = abs(max(measured, 0.0) - predicted)
   if not off <= tolerance:  # rounding is looked at where it is needed
-    noise = _noise(stored, s, g, dtype)
+    if kernel.from_outputs:
+      noise = _DEVIATIONS * float(jnp.finfo(dtype).eps * np.sqrt(energy))
+    else:
+      noise = _noise(stored, s, g, dtype)
     tolerance += noise * (2 * np.sqrt(max(predicted, 0.0)) + noise)
   # Written so that NaN fails.
   if not off <= tolerance:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import compat
-from utilized_rank import numerics
+from utilized_rank import gram
 from utilized_rank import products
 from utilized_rank.interpret import PART
 from utilized_rank.layout import Atoms
@@ -64,10 +64,12 @@ class Collector:
     params: dict[str, Any],
     selected: dict[str, bool] | None,
     report_holes: bool,
+    from_outputs: dict[str, bool] | None = None,
   ):
     self.params = params
     self.selected = selected
     self.report_holes = report_holes
+    self.from_outputs = from_outputs or {}
     self.holes: dict[str, str] = {}
     self.conflicts: dict[str, str] = {}
     # path -> reasons, in order of appearance (dicts keep it).
@@ -111,18 +113,25 @@ class Collector:
     tokens = [by for _, by in product.view.taken]
     loops = frozenset(t for t in tokens if isinstance(t, Loop))
     traced = [(a, by) for a, by in product.view.taken if isinstance(by, tuple)]
-    key = (
+    side = 'output' if self.from_outputs.get(view.path) else 'input'
+    key: Hashable = (
       walk.origin(x),
       product.key,
       loops,
       tuple((a, id(token)) for a, (token, _) in traced),
     )
+    if side == 'output':  # of this kernel alone
+      key = (key, view.path)
     groups = tuple((a,) for a in product.present)
     for a, _ in traced:
       groups = ((a,), *groups)
 
     def make():
-      total, second = numerics.sharded_gram(product.features, x)
+      sums_of = gram.sharded_gram if side == 'input' else gram.sharded_total
+      total, second = sums_of(product.features, x, product.blocks)
+      if side == 'output':
+        rows = lambda y, _: product.responses(y)
+        _, second = gram.sharded_gram(rows, out, 1)
       lead = second.shape[:-2]
       count = jnp.full(lead, product.num_rows, jnp.int32)
       sums = Sums(count, total, second)
@@ -178,6 +187,7 @@ class Collector:
         known[signature],
         biases.get(path),
         pairs[0][1].product.kind,
+        'output' if self.from_outputs.get(path) else 'input',
         sum(u.rows for _, u in pairs) // distinct,
         len(pairs),
         tuple(self.drops[path]),

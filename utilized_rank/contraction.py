@@ -132,7 +132,7 @@ def dot(eqn: Any, view: View, which: int) -> Product | str:
     return y
 
   return Product(
-    'dot', view, layout, lambda x: x, labels, x_shape, (), output, factored
+    'dot', view, layout, lambda x, i: x, labels, x_shape, (), output, factored
   )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -21,6 +22,10 @@ from utilized_rank.product import ROW
 from utilized_rank.product import Label
 from utilized_rank.product import Product
 from utilized_rank.product import roles
+
+# Numbers in the patches that exist at once (16 MiB of float32): enough rows
+# to keep the Gram product busy, a small share of any model's activations.
+_MOST_PATCHES = 2**22
 
 
 def convolution(eqn: Any, view: View, which: int) -> Product | str:
@@ -55,10 +60,13 @@ def convolution(eqn: Any, view: View, which: int) -> Product | str:
   x_batch, x_feature, *x_space = numbers.lhs_spec
   window = [view.sizes[i] for i in window_dims]
 
-  def rows(x):
+  def rows(x, i):
     x = x.transpose(x_batch, *x_space, x_feature)
     if group_axis is not None:
       x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    x = _padded(x, p)
+    if blocks > 1:
+      x = _block(x, i, images, strip, window, p, rows_shape)
     return _patches(x, window, p)
 
   labels: list[Label] = [ROW] * (1 + len(x_space))
@@ -163,6 +171,8 @@ def convolution(eqn: Any, view: View, which: int) -> Product | str:
     x_shape[x_feature] // groups,
     *window,
   )
+  images, strip = _block_shape(rows_shape, bool(x_space))
+  blocks = math.prod(rows_shape[: 1 + bool(x_space)]) // (images * strip)
   return Product(
     'conv',
     view,
@@ -173,19 +183,54 @@ def convolution(eqn: Any, view: View, which: int) -> Product | str:
     geometry,
     output,
     factored,
+    blocks,
+  )
+
+
+def _block_shape(shape: Sequence[int], spatial: bool) -> tuple[int, int]:
+  """Images, and rows of output positions, whose patches are taken at once.
+
+  Strips of rows come first: the images may be spread over devices.
+  """
+  size = math.prod(shape)
+  most = lambda n, unit: max(
+    (k for k in range(1, n + 1) if n % k == 0 and k * unit <= _MOST_PATCHES),
+    default=1,
+  )
+  images, rows = shape[0], shape[1] if spatial else 1
+  strip = most(rows, size // rows)
+  if strip * (size // rows) > _MOST_PATCHES:
+    images = most(images, size // rows // images)
+  return images, strip
+
+
+def _padded(x: jax.Array, p: Any) -> jax.Array:
+  padding = [(0, 0, 0)] * x.ndim
+  for i, (lo, hi) in enumerate(p['padding']):
+    padding[1 + i] = (lo, hi, p['lhs_dilation'][i] - 1)
+  return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
+
+
+def _block(x, i, images, strip, window, p, shape):
+  """What the i-th block's patches are cut from, of a padded (n, *space, c)."""
+  if not window:
+    return jax.lax.dynamic_slice_in_dim(x, i * images, images)
+  across = shape[1] // strip
+  stride, step = p['window_strides'][0], p['rhs_dilation'][0]
+  size = (strip - 1) * stride + (window[0] - 1) * step + 1
+  x = jax.lax.dynamic_slice_in_dim(x, i // across * images, images)
+  return jax.lax.dynamic_slice_in_dim(
+    x, i % across * strip * stride, size, axis=1
   )
 
 
 def _patches(x: jax.Array, window: Sequence[int], p: Any) -> jax.Array:
-  """The inputs of each output position: (n, *space, ..., c, *window).
+  """The inputs of each output position: (n, *space, ..., c, *window), of
+  images that are padded already.
 
   One spatial axis at a time, so that a window of k x k costs 2 k slices. Where
   windows tile the axis (a vision transformer's patches) it is a reshape.
   """
-  padding = [(0, 0, 0)] * x.ndim
-  for i, (lo, hi) in enumerate(p['padding']):
-    padding[1 + i] = (lo, hi, p['lhs_dilation'][i] - 1)
-  x = jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
   for i, taps in enumerate(window):
     axis, stride, step = 1 + i, p['window_strides'][i], p['rhs_dilation'][i]
     size = x.shape[axis]

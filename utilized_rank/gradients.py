@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from utilized_rank import compat
-from utilized_rank import numerics
+from utilized_rank import gram
 from utilized_rank import products
 from utilized_rank import tracing
 from utilized_rank.dense import Dense
@@ -185,7 +185,7 @@ def _tap_forward(rows, out, dummy):
 
 
 def _tap_backward(rows, _, cotangent):
-  _, second = numerics.gram(rows(cotangent))
+  _, second = gram.gram(rows(cotangent))
   return cotangent, second.astype(jnp.float32)
 
 

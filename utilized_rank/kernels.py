@@ -17,6 +17,7 @@ from utilized_rank import paths
 from utilized_rank import subspace
 from utilized_rank.layout import Layout
 from utilized_rank.moments import Moments
+from utilized_rank.moments import unknown_inputs
 
 # Rows per input feature below which moments are mostly noise.
 ENOUGH_ROWS = 4
@@ -37,6 +38,7 @@ class Kernel:
     count: rows that the moments are over.
     rows_per_example: rows that an example contributes; 0 without gradients.
     row_fisher: (d,) squared gradients of the rows of W; None without.
+    from_outputs: whether T was measured and S is not known.
   """
 
   path: str
@@ -49,6 +51,7 @@ class Kernel:
   _second: Callable[[], np.ndarray]
   _gradient: Callable[[], np.ndarray] | None
   _in_basis: _Once
+  from_outputs: bool = False
 
   @property
   def name(self) -> str:
@@ -57,7 +60,13 @@ class Kernel:
 
   @property
   def second(self) -> np.ndarray:
-    """S (d, d); centred if the kernels were asked for so."""
+    """S (d, d); centred if the kernels were asked for so.
+
+    Raises:
+      ValueError: the kernel was measured from the output side.
+    """
+    if self.from_outputs:
+      raise unknown_inputs(self.path)
     return self._second()
 
   @property
@@ -69,16 +78,22 @@ class Kernel:
   def in_basis(self) -> subspace.Basis:
     """Eigenbasis of S, made when called for; kernels that share an input
     share it."""
+    if self.from_outputs:
+      raise unknown_inputs(self.path)
     return self._in_basis()
 
   @functools.cached_property
   def out_second(self) -> np.ndarray:
-    """T = W^T S W (m, m)."""
+    """T = W^T S W (m, m), or T as it was measured."""
+    if self.from_outputs:
+      return self._second()
     return self.w.T @ (self.second @ self.w)
 
   @functools.cached_property
   def out_basis(self) -> subspace.Basis:
     """Eigenbasis of T = W^T S W."""
+    if self.from_outputs:
+      return subspace.measured_output_basis(self.w, self.out_second)
     if self.w.shape[1] > self.w.shape[0]:
       return subspace.output_basis(self.w, self.second, self.in_basis)
     return subspace.output_basis(self.w, self.second, None, self.out_second)
@@ -151,12 +166,15 @@ def _pairs(
         raise ValueError(f'the moments of {path!r} hold NaN or infinite values')
     rows = None if gradient is None else np.asarray(moment.rows_per_example)
     members, bases = [], shared.setdefault(at, {})
+    from_outputs = moment.entry.side == 'output'
     for index in np.ndindex(*layout.group_shape):
       # What was never reached has no rows: moments of zero, not NaN.
       n = max(int(count[index]), 1)
       mean = total[index].astype(np.float64) / n
+      # Of outputs, where those were measured.
+      center = mean @ matrices[index] if from_outputs else mean
       make = functools.partial(
-        _second, second[index], n, mean if centered else None
+        _second, second[index], n, center if centered else None
       )
       if index not in bases:
         bases[index] = _Once(make)
@@ -174,6 +192,7 @@ def _pairs(
           if gradient is None
           else functools.partial(_second, gradient[index], n, None),
           bases[index],
+          from_outputs,
         )
       )
     if last[at] == path:
@@ -240,14 +259,16 @@ def _warn_if_few(moments: Moments, wanted: list[str]) -> None:
   few = []
   for path in wanted:
     rows = int(np.min(np.asarray(moments[path].count)))
-    d = moments[path].layout.matrix_shape[0]
+    from_outputs = moments[path].entry.side == 'output'
+    d = moments[path].layout.matrix_shape[from_outputs]
     if rows < ENOUGH_ROWS * d:
-      few.append((rows / d, path, rows, d))
+      side = moments[path].entry.side
+      few.append((rows / d, path, rows, d, side))
   if few:
-    _, path, rows, d = min(few)
+    _, path, rows, d, side = min(few)
     warnings.warn(
-      f'{path!r} was measured on {rows} rows for {d} input features; below '
-      f'{ENOUGH_ROWS} rows each ({len(few)} of {len(wanted)} kernels) moments '
-      'are noisy, and ranks no higher than the rows',
+      f'{path!r} was measured on {rows} rows for {d} {side} features; '
+      f'below {ENOUGH_ROWS} rows each ({len(few)} of {len(wanted)} kernels) '
+      'moments are noisy, and ranks no higher than the rows',
       stacklevel=4,
     )

@@ -50,7 +50,7 @@ Solution = tuple[Factors, np.ndarray]
 def _solution(kernel: Kernel, factors: Factors) -> Solution:
   """With a^T S a on the smaller side."""
   d, m = kernel.w.shape
-  if d > m:  # b is orthogonal and a = W b^T
+  if d > m or kernel.from_outputs:  # b is orthogonal and a = W b^T
     return factors, factors.b @ kernel.out_second @ factors.b.T
   return factors, factors.a.T @ kernel.second @ factors.a
 
@@ -80,7 +80,7 @@ def _fisher_rows(kernel: Kernel, damping: float) -> Solution:
 def _output(kernel: Kernel, damping: float) -> Solution:
   del damping
   d, m = kernel.w.shape
-  if d < m:
+  if d < m and not kernel.from_outputs:
     factors = subspace.input_side_factors(kernel.w, kernel.in_basis, None, 0.0)
   else:
     factors = subspace.output_factors(kernel.w, kernel.out_basis.vectors)

@@ -25,7 +25,8 @@ class Sums:
   Attributes:
     count: n, number of rows.  # shape=(*groups,), dtype=int32
     total: s = sum x.  # shape=(*groups, d), dtype=float32
-    second: C = sum x x^T.  # shape=(*groups, d, d), dtype=float32
+    second: C = sum x x^T, (*groups, d, d); of a kernel that is measured from
+      the output side sum y y^T, (*groups, m, m).  # dtype=float32
   """
 
   count: Any
@@ -44,6 +45,8 @@ class Entry:
     bias: path of the leaf that is added to this product and to nothing else,
       or None; a constant output can be moved there.
     kind: 'dot' or 'conv'.
+    side: 'input', or 'output' where the sums are of outputs y = x W: T is
+      measured, S is not known.
   """
 
   path: str
@@ -51,6 +54,7 @@ class Entry:
   index: int
   bias: str | None
   kind: str
+  side: str = 'input'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +83,30 @@ class Moment:
   @property
   def mean(self) -> Any:
     """mu = s / n, shape (*groups, d)."""
-    return self.sums.total / _divisor(self.sums.count)[..., None]
+    total = self.sums.total
+    return total / _divisor(self.sums.count, total)[..., None]
 
   @property
   def second(self) -> Any:
-    """S = C / n, uncentred, shape (*groups, d, d)."""
-    return self.sums.second / _divisor(self.sums.count)[..., None, None]
+    """S = C / n, uncentred, shape (*groups, d, d).
+
+    Raises:
+      ValueError: the kernel was measured from the output side.
+    """
+    if self.entry.side == 'output':
+      raise unknown_inputs(self.entry.path)
+    return self._second
+
+  @property
+  def output_second(self) -> Any:
+    """T, second moment of the outputs x W, shape (*groups, m, m), of a kernel
+    that was measured from the output side; else None (T = W^T S W)."""
+    return self._second if self.entry.side == 'output' else None
+
+  @property
+  def _second(self) -> Any:
+    second = self.sums.second
+    return second / _divisor(self.sums.count, second)[..., None, None]
 
   @property
   def grad_second(self) -> Any:
@@ -92,7 +114,7 @@ class Moment:
     kernel's output, shape (*groups, m, m); None without a loss."""
     if self.grad is None:
       return None
-    return self.grad / _divisor(self.sums.count)[..., None, None]
+    return self.grad / _divisor(self.sums.count, self.grad)[..., None, None]
 
   @property
   def rows_per_example(self) -> Any:
@@ -100,7 +122,7 @@ class Moment:
     loss."""
     if self.examples is None:
       return None
-    return self.sums.count / _divisor(self.examples)
+    return self.sums.count / _divisor(self.examples, self.sums.total)
 
   @property
   def row_fisher(self) -> Any:
@@ -108,7 +130,7 @@ class Moment:
     it was asked for."""
     if self.row_grad is None:
       return None
-    return self.row_grad / _divisor(self.examples)
+    return self.row_grad / _divisor(self.examples, self.row_grad)
 
   @property
   def covariance(self) -> Any:
@@ -117,11 +139,20 @@ class Moment:
     return self.second - mean[..., :, None] * mean[..., None, :]
 
 
-def _divisor(count: Any) -> Any:
+def unknown_inputs(path: str) -> ValueError:
+  """The error for what needs S where only T was measured."""
+  return ValueError(
+    f'{path!r} was measured from the output side, from_outputs=: its T is '
+    "known and its S is not; factorize with method='output' or 'weight', or "
+    'collect it from the input side'
+  )
+
+
+def _divisor(count: Any, sums: Any) -> Any:
   # Branches that were never taken and experts that no token reached have no
   # rows; their moments are zero, not NaN.
   at_least_one = (jnp if isinstance(count, jax.Array) else np).maximum(count, 1)
-  return at_least_one.astype(np.float32)
+  return at_least_one.astype(sums.dtype)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -215,6 +246,11 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       raise ValueError(
         f'moments of {path!r} are over {ours[path].layout.shape} in the '
         f'first argument and {theirs[path].layout.shape} in the second'
+      )
+    if ours[path].side != theirs[path].side:
+      raise ValueError(
+        f'moments of {path!r} are of its {ours[path].side}s in the first '
+        f'argument and of its {theirs[path].side}s in the second'
       )
   if [e.index for e in a.table] != [theirs[e.path].index for e in a.table]:
     raise ValueError(

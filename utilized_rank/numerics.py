@@ -1,9 +1,4 @@
-"""Gram matrices on the device, eigendecompositions on the host.
-
-Sums over data are taken in float32 (float64 where the data is) at the highest
-matmul precision, whatever the activations' dtype: a bfloat16 sum stops growing
-after a few hundred additions, and a TPU multiplies float32 in bfloat16 passes
-unless told otherwise.
+"""Eigendecompositions on the host.
 
 Decompositions of the finished sums are done once per kernel, in float64 with
 LAPACK on the host whatever the backend: the small eigenvalues decide the ranks
@@ -18,66 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 import numpy as np
-
-from utilized_rank import compat
 
 # Eigenvalues below this share of the largest are rounding of a float32 sum.
 EIGENVALUE_FLOOR = float(np.finfo(np.float32).eps)
-
-
-def gram(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Sums over the rows of `x`: s = sum x and C = sum x x^T.
-
-  Args:
-    x: (*groups, n, d), any real dtype.
-
-  Returns:
-    s of shape (*groups, d) and C of shape (*groups, d, d), float32, or
-    float64 for float64 rows.
-
-  >>> s, c = gram(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
-  >>> s.tolist(), c.tolist()
-  ([4.0, 6.0], [[10.0, 14.0], [14.0, 20.0]])
-  """
-  dtype = accumulator_dtype(x.dtype)
-  if not jnp.issubdtype(x.dtype, jnp.floating):
-    x = x.astype(dtype)
-  second = jnp.einsum(
-    '...nd,...ne->...de',
-    x,
-    x,
-    precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=dtype,
-  )
-  return jnp.sum(x, axis=-2, dtype=dtype), second
-
-
-def sharded_gram(
-  features: Callable[[jax.Array], jax.Array], x: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """`gram(features(x))`, the sums replicated where types carry shardings.
-
-  With `AxisType.Explicit` meshes JAX refuses to sum over a sharded axis unless
-  it is told how the result is sharded. No derivative goes through the sums.
-  """
-  x = jax.lax.stop_gradient(x)
-  if not compat.has_explicit_axes(x):
-    return gram(features(x))
-  sums = lambda x: gram(features(x))
-  return jax.sharding.auto_axes(sums, out_sharding=PartitionSpec())(x)
-
-
-def accumulator_dtype(dtype: Any) -> Any:
-  """float64 for float64, float32 for everything else."""
-  return (
-    jnp.promote_types(jnp.float32, dtype)
-    if jnp.issubdtype(dtype, jnp.floating)
-    else jnp.float32
-  )
 
 
 def eigh(matrix: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -31,24 +31,27 @@ class Product:
     kind: 'dot' or 'conv'.
     view: the kernel as the product sees it, axes cut by role.
     layout: the role of each of the leaf's atoms.
-    rows: reads the other operand as an array whose axes have `labels`.
+    rows: `rows(x, i)` reads the i-th block of the other operand as an array
+      whose axes have `labels`.
     labels: for each axis, the kernel atoms it runs along, or ROW.
-    rows_shape: shape of what `rows` returns.
+    rows_shape: shape of the rows of all blocks.
     geometry: what else the rows depend on (a convolution's window).
     output: the product's output as a view over the kernel's atoms.
     factored: runs the product with factors instead; `once(make)` makes x A,
       or gives it back where it was made before.
+    blocks: how many blocks the rows are read in.
   """
 
   kind: str
   view: View
   layout: Layout
-  rows: Callable[[Any], Any]
+  rows: Callable[[Any, Any], Any]
   labels: Sequence[Label]
   rows_shape: tuple[int, ...]
   geometry: Hashable
   output: View
   factored: Callable[[Any, Factors, Callable[[Callable[[], Any]], Any]], Any]
+  blocks: int = 1
 
   @property
   def present(self) -> Atoms:
@@ -71,13 +74,13 @@ class Product:
     )
     return (self.geometry, _runs(split, order), self.layout.sizes(self.present))
 
-  def features(self, x: Any) -> Any:
-    """X, shape (*groups, n, d).
+  def features(self, x: Any, block: Any = 0) -> Any:
+    """The rows of X in one of its blocks, shape (*groups, n, d).
 
     Features are in the kernel's own order, whatever order the equation lists
     them in: `einsum('bshd,hde->bse')` contracts (d, h).
     """
-    return self._matrices(self.rows(x), self.labels, self.layout.inputs)
+    return self._matrices(self.rows(x, block), self.labels, self.layout.inputs)
 
   def responses(self, y: Any) -> Any:
     """An array like the product's output as (*groups, n, m)."""

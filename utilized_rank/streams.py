@@ -16,7 +16,7 @@ import numpy as np
 
 from utilized_rank import blocks
 from utilized_rank import numerics
-from utilized_rank import rows
+from utilized_rank import readings
 from utilized_rank.blocks import Block
 from utilized_rank.blocks import Group
 from utilized_rank.blocks import Program
@@ -24,7 +24,7 @@ from utilized_rank.blocks import State
 from utilized_rank.gradients import LossFn
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import low_rank
-from utilized_rank.rows import PairSums
+from utilized_rank.readings import PairSums
 
 Leaves = dict[str, Any]
 
@@ -93,7 +93,7 @@ class Streams:
         given, reads = program.read(block, params, values, block.paths)
         _, hats = program.read(block, small, values_hat, block.paths)
         return given, [
-          rows.pair_sums(reads[i].rows(), hats[i].rows()) for i in first
+          readings.pair_sums(reads[i].rows(), hats[i].rows()) for i in first
         ]
 
       return step

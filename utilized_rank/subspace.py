@@ -100,6 +100,18 @@ def output_basis(
   return Basis(np.maximum(values, 0), vectors)
 
 
+def measured_output_basis(w: np.ndarray, t: np.ndarray) -> Basis:
+  """As `output_basis`, from a T (m, m) that was measured itself."""
+  # Outputs lie in the row space of W; there, W decides where no data does.
+  rows, _ = np.linalg.qr(w.T)
+  inner, turned = rows.T @ t @ rows, w @ rows
+  floor = _FLOOR * (np.trace(t) or 1.0) / (np.sum(w * w) or 1.0)
+  _, vectors = np.linalg.eigh((inner + inner.T) / 2 + floor * turned.T @ turned)
+  vectors = rows @ vectors[:, ::-1]
+  values = np.sum(vectors * (t @ vectors), axis=0)
+  return Basis(np.maximum(values, 0), vectors)
+
+
 def project(w: np.ndarray, v: np.ndarray, u: np.ndarray) -> np.ndarray:
   """The paper's W' = P_S W P_T; v (d, k_S) and u (m, k_T) span the two."""
   return v @ (v.T @ w @ u) @ u.T

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import compat
-from utilized_rank import numerics
+from utilized_rank import gram
 from utilized_rank import products
 from utilized_rank.dense import Dense
 from utilized_rank.interpret import Walk
@@ -54,7 +54,10 @@ class Read:
 
   def rows(self) -> jax.Array:
     """X, shape (*present groups, n, d)."""
-    return self.product.features(self.x)
+    parts = [
+      self.product.features(self.x, i) for i in range(self.product.blocks)
+    ]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-2)
 
   def members(self, layout: Layout) -> tuple[int, ...]:
     """Which of the leaf's matrices are read, in the order of the rows.
@@ -191,8 +194,8 @@ def pair_sums(x: jax.Array, x_hat: jax.Array) -> PairSums:
   """
   flat = lambda v: v.reshape(-1, *v.shape[-2:])
   x, x_hat = flat(x), flat(x_hat)
-  dtype = numerics.accumulator_dtype(x.dtype)
-  total_hat, second_hat = numerics.gram(x_hat)
+  dtype = gram.accumulator_dtype(x.dtype)
+  total_hat, second_hat = gram.gram(x_hat)
   cross = jnp.einsum(
     'gnd,gne->gde',
     x_hat.astype(dtype),

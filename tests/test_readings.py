@@ -10,7 +10,7 @@ import pytest
 
 import utilized_rank as ur
 from utilized_rank import blocks
-from utilized_rank import rows
+from utilized_rank import readings
 
 FORMS = forms.FORMS
 
@@ -38,7 +38,7 @@ def gram_sums(fn, params, x, group=whole):
     # Primitive by primitive: nothing is compiled as a whole.
     given, reads = run(blocks.needs_of(block, state))
     for r in reads:
-      sums = rows.pair_sums(r.rows(), 2 * r.rows())
+      sums = readings.pair_sums(r.rows(), 2 * r.rows())
       np.testing.assert_allclose(2 * sums.cross, sums.second_hat, rtol=1e-6)
       members = r.members(layouts[r.path])
       found[r.path][list(members)] += np.asarray(sums.second_hat) / 4

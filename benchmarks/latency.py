@@ -1,0 +1,94 @@
+"""Latency and throughput of factorized against dense ViT-B/16.
+
+  python -m benchmarks.latency --out benchmarks/results/latency.json
+
+Uniform ranks, multiples of 8, of all kernels at 50 % and 25 % of their
+parameters; factors are random, their shapes are what counts. Bar: at batch 64
+at least 85 % of the ideal speed-up, the ratio of the FLOPs of all products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import timing
+import utilized_rank as ur
+from utilized_rank import flops
+from utilized_rank.lowrank import LowRank
+from utilized_rank.models.vit import VARIANTS
+from utilized_rank.models.vit import ViT
+from utilized_rank.paths import flatten
+from utilized_rank.paths import unflatten
+
+
+def factorized(params, sites, fraction):
+  """Random pairs of the rank that keeps a fraction of each kernel."""
+  named, treedef = flatten(params)
+  key = jax.random.key(1)
+  for path, site in sites.items():
+    d, m = site.matrix_shape
+    rank = int(fraction * d * m / (d + m)) // 8 * 8
+    if not rank:
+      continue
+    layout = site.layout
+    keys = jax.random.split(key)
+    named[path] = LowRank(
+      jax.random.normal(keys[0], (*layout.input_shape, rank)) / d**0.5,
+      jax.random.normal(keys[1], (rank, *layout.output_shape)) / rank**0.5,
+      None,
+      layout,
+    )
+  return unflatten(treedef, named)
+
+
+def main():
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--out')
+  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--batches', type=int, nargs='*', default=[1, 8, 64])
+  parser.add_argument('--variant', default='B/16')
+  parser.add_argument('--pixels', type=int, default=224)
+  args = parser.parse_args()
+  model = ViT(num_classes=1000, **VARIANTS[args.variant])
+  image = jnp.zeros((1, args.pixels, args.pixels, 3))
+  dense = jax.jit(model.init)(jax.random.key(0), image)
+  sites = ur.find_sites(model.apply, dense, image)
+  trees = {'dense': dense}
+  for fraction in (0.5, 0.25):
+    trees[f'{fraction:.0%}'] = factorized(dense, sites, fraction)
+  fn = ur.low_rank(model.apply)
+  rows = []
+  for batch in args.batches:
+    images = jax.random.normal(jax.random.key(2), (batch, *image.shape[1:]))
+    run = jax.jit(fn)
+    cost = {k: flops.forward_flops(fn, v, images) for k, v in trees.items()}
+    repeats = max(2, args.repeats if batch > 8 else 4 * args.repeats)
+    took = timing.interleaved(
+      {k: functools.partial(run, v, images) for k, v in trees.items()}, repeats
+    )
+    for name in list(trees)[1:]:
+      ideal = cost['dense'] / cost[name]
+      row = {
+        'batch': batch,
+        'kept': name,
+        'milliseconds': 1e3 * took[name]['wall'],
+        'milliseconds_dense': 1e3 * took['dense']['wall'],
+        'images_per_second': batch / took[name]['wall'],
+        'ideal_speed_up': ideal,
+      }
+      for kind in ('wall', 'cpu'):
+        speed_up = took['dense'][kind] / took[name][kind]
+        row[f'speed_up_{kind}'] = speed_up
+        row[f'share_of_ideal_{kind}'] = speed_up / ideal
+      print(row, flush=True)
+      rows.append(row)
+  result = {**timing.conditions('latency'), 'variant': args.variant}
+  timing.write({**result, 'rows': rows}, args.out)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,212 @@
+"""The same job the way it is written in PyTorch: hooks, X^T X, eigh per layer.
+
+  pip install 'torch==2.13.0'
+  python -m benchmarks.torch_reference --out benchmarks/results/torch.json
+
+ViT-B/16 with the same weights and images on the same cores; both sides collect
+the second moment of every linear layer's input and then take its eigenvectors.
+Bar: ours at least 2 x faster, end to end (with our compilation in it). Runs
+alternate; the least time of each side counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks import timing
+import utilized_rank as ur
+from utilized_rank import numerics
+from utilized_rank.models.vit import VARIANTS
+from utilized_rank.models.vit import ViT
+
+
+class Block(nn.Module):
+  """A pre-norm block with separate q, k and v, as the checkpoints have it."""
+
+  def __init__(self, width, heads, mlp_dim):
+    super().__init__()
+    self.heads = heads
+    self.norm_1, self.norm_2 = (nn.LayerNorm(width, eps=1e-6) for _ in '12')
+    self.query, self.key, self.value, self.out = (
+      nn.Linear(width, width) for _ in 'qkvo'
+    )
+    self.up, self.down = nn.Linear(width, mlp_dim), nn.Linear(mlp_dim, width)
+
+  def forward(self, x):
+    y = self.norm_1(x)
+    split = lambda z: z.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    y = F.scaled_dot_product_attention(
+      split(self.query(y)), split(self.key(y)), split(self.value(y))
+    )
+    x = x + self.out(y.transpose(1, 2).flatten(2))
+    y = F.gelu(self.up(self.norm_2(x)), approximate='tanh')
+    return x + self.down(y)
+
+
+class TorchViT(nn.Module):
+  def __init__(self, classes, patch_size, width, depth, heads, mlp_dim, tokens):
+    super().__init__()
+    self.patch_size = patch_size
+    self.embedding = nn.Linear(3 * patch_size**2, width)
+    self.cls = nn.Parameter(torch.zeros(1, 1, width))
+    self.positions = nn.Parameter(torch.zeros(1, tokens, width))
+    self.blocks = nn.ModuleList(
+      Block(width, heads, mlp_dim) for _ in range(depth)
+    )
+    self.norm = nn.LayerNorm(width, eps=1e-6)
+    self.head = nn.Linear(width, classes)
+
+  def forward(self, images):
+    p = self.patch_size
+    x = images.unflatten(1, (-1, p)).unflatten(3, (-1, p))
+    x = x.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
+    x = self.embedding(x)
+    x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1)
+    x = x + self.positions
+    for block in self.blocks:
+      x = block(x)
+    return self.head(self.norm(x)[:, 0])
+
+
+def with_weights(model, params):
+  """Copies a flax ViT's parameters; returns layer -> kernel path."""
+  names = {'embedding': 'embedding', 'head': 'head'}
+  attention = 'MultiHeadDotProductAttention_1'
+  encoder = params['Transformer']
+  copy = lambda p, a: p.data.copy_(
+    torch.from_numpy(np.array(a, np.float32).reshape(p.shape))
+  )
+
+  def linear(layer, leaf):
+    kernel = np.asarray(leaf['kernel'])
+    copy(layer.weight, kernel.reshape(layer.in_features, -1).T)
+    copy(layer.bias, leaf['bias'])
+
+  def norm(layer, leaf):
+    copy(layer.weight, leaf['scale'])
+    copy(layer.bias, leaf['bias'])
+
+  linear(model.embedding, params['embedding'])
+  linear(model.head, params['head'])
+  copy(model.cls, params['cls'])
+  copy(model.positions, encoder['posembed_input']['pos_embedding'])
+  norm(model.norm, encoder['encoder_norm'])
+  for i, block in enumerate(model.blocks):
+    tree = encoder[f'encoderblock_{i}']
+    norm(block.norm_1, tree['LayerNorm_0'])
+    norm(block.norm_2, tree['LayerNorm_2'])
+    where = {
+      **{n: (attention, n) for n in ('query', 'key', 'value', 'out')},
+      'up': ('MlpBlock_3', 'Dense_0'),
+      'down': ('MlpBlock_3', 'Dense_1'),
+    }
+    for name, (module, leaf) in where.items():
+      linear(getattr(block, name), tree[module][leaf])
+      names[f'blocks.{i}.{name}'] = (
+        f'Transformer/encoderblock_{i}/{module}/{leaf}'
+      )
+  return {layer: f'{path}/kernel' for layer, path in names.items()}
+
+
+@torch.no_grad()
+def torch_job(model, batches):
+  """X^T X of every linear layer by a forward hook, then eigh."""
+  sums, counts, hooks = {}, {}, []
+
+  def hook(name):
+    def add(module, inputs, output):
+      del module, output
+      x = inputs[0].reshape(-1, inputs[0].shape[-1])
+      gram = x.T @ x
+      sums[name] = sums[name] + gram if name in sums else gram
+      counts[name] = counts.get(name, 0) + len(x)
+
+    return add
+
+  for name, module in model.named_modules():
+    if isinstance(module, nn.Linear):
+      hooks.append(module.register_forward_hook(hook(name)))
+  for batch in batches:
+    model(batch)
+  for h in hooks:
+    h.remove()
+  moments = {name: sums[name] / counts[name] for name in sums}
+  collected = time.perf_counter()
+  bases = {name: torch.linalg.eigh(s) for name, s in moments.items()}
+  return moments, bases, collected
+
+
+def our_job(fn, params, batches):
+  moments = ur.collect(fn, params, batches, progress=False)
+  collected = time.perf_counter()
+  bases = [numerics.eigh(np.asarray(s.second)) for s in moments.sums]
+  return moments, bases, collected
+
+
+def main():
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--out')
+  parser.add_argument('--batch', type=int, default=8)
+  parser.add_argument('--batches', type=int, default=8)
+  parser.add_argument('--repeats', type=int, default=2)
+  parser.add_argument('--variant', default='B/16')
+  parser.add_argument('--pixels', type=int, default=224)
+  args = parser.parse_args()
+  torch.set_num_threads(os.cpu_count() or 1)
+  sizes = VARIANTS[args.variant]
+  model = ViT(num_classes=1000, **sizes)
+  shape = (args.batches, args.batch, args.pixels, args.pixels, 3)
+  images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  params = jax.jit(model.init)(jax.random.key(0), jnp.asarray(images[0, :1]))
+  fn = lambda params, x: model.apply({'params': params}, x)
+  params = params['params']
+  tokens = 1 + (args.pixels // sizes['patch_size']) ** 2
+  reference = TorchViT(1000, **sizes, tokens=tokens).eval()
+  paths = with_weights(reference, params)
+  theirs = [torch.from_numpy(x) for x in images]
+  ours = list(images)
+  took: dict[str, list[tuple[float, float]]] = {'ours': [], 'torch': []}
+  jobs = {
+    'torch': lambda: torch_job(reference, theirs),
+    'ours': lambda: our_job(fn, params, ours),
+  }
+  for _ in range(args.repeats):
+    found = {}
+    for name, job in jobs.items():
+      jax.clear_caches()
+      start = time.perf_counter()
+      found[name] = job()
+      end = time.perf_counter()
+      took[name].append((end - start, found[name][2] - start))
+      print(name, took[name][-1], flush=True)
+  # Both did the same job: the same moments.
+  worst = 0.0
+  for layer, path in paths.items():
+    want = found['torch'][0][layer].numpy()
+    got = np.asarray(found['ours'][0][path].second)
+    worst = max(worst, float(np.abs(got - want).max() / np.abs(want).max()))
+  assert worst < 1e-3, worst
+  best = {name: min(pairs) for name, pairs in took.items()}
+  result = {
+    **timing.conditions('torch_reference'),
+    'torch': torch.__version__,
+    'variant': args.variant,
+    'images': args.batch * args.batches,
+    'seconds_total_and_collect': took,
+    'speed_up': best['torch'][0] / best['ours'][0],
+    'largest_difference': worst,
+  }
+  timing.write(result, args.out)
+
+
+if __name__ == '__main__':
+  main()

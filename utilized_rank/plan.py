@@ -1,0 +1,356 @@
+"""What a collection will cost, before it runs: from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from utilized_rank import accumulation
+from utilized_rank import flops
+from utilized_rank import gram
+from utilized_rank import paths
+from utilized_rank import tracing
+from utilized_rank.capture import capture
+from utilized_rank.capture import find_sites
+from utilized_rank.gradients import LossFn
+from utilized_rank.gradients import gradient_sums
+from utilized_rank.moments import Moments
+from utilized_rank.sites import Site
+from utilized_rank.sites import Sites
+
+
+@dataclasses.dataclass(frozen=True)
+class SitePlan:
+  """What one kernel's moments cost.
+
+  Attributes:
+    site: the kernel.
+    sums_bytes: of its input's sums; 0 where an earlier kernel has paid.
+    grad_bytes: of its gradient's sums.
+    flops: of its Gram matrix for one batch, upper triangle; 0 where shared.
+    least_flops: the same with half of the products, n d (d + 1).
+    number: in which pass it is collected, from 0.
+  """
+
+  site: Site
+  sums_bytes: int
+  grad_bytes: int
+  flops: int
+  least_flops: int
+  number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Cost of a collection on one device; `print` it for a table.
+
+  Attributes:
+    kernels: by path.
+    forward_flops: of the function's products for one batch.
+    arguments_bytes: parameters and one batch.
+    forward_bytes: peak of the plain function, its arguments with it, as XLA
+      compiled it.
+    pass_bytes: predicted peak of every pass over the batches.
+    memory_limit: what the passes were made to fit, or None.
+  """
+
+  kernels: dict[str, SitePlan]
+  forward_flops: int
+  arguments_bytes: int
+  forward_bytes: int
+  pass_bytes: tuple[int, ...]
+  memory_limit: int | None
+
+  @property
+  def sums_bytes(self) -> int:
+    return sum(k.sums_bytes + k.grad_bytes for k in self.kernels.values())
+
+  @property
+  def gram_flops(self) -> int:
+    return sum(k.flops for k in self.kernels.values())
+
+  @property
+  def floor(self) -> float:
+    """(forward FLOPs + symmetric Gram FLOPs) / forward FLOPs."""
+    least = sum(k.least_flops for k in self.kernels.values())
+    return 1 + least / max(self.forward_flops, 1)
+
+  @property
+  def peak_bytes(self) -> int:
+    return max(self.pass_bytes)
+
+  @property
+  def passes(self) -> tuple[tuple[str, ...], ...]:
+    """Paths of the kernels that each pass over the batches collects."""
+    return tuple(
+      tuple(p for p, k in self.kernels.items() if k.number == i)
+      for i in range(len(self.pass_bytes))
+    )
+
+  def __str__(self) -> str:
+    rows = [('kernel', 'groups', 'matrix', 'input', 'sums', 'FLOPs', 'pass')]
+    for path, k in self.kernels.items():
+      shape = k.site.layout.group_shape
+      rows.append(
+        (
+          path,
+          '×'.join(map(str, shape)),
+          '×'.join(map(str, k.site.matrix_shape)),
+          f'#{k.site.index}',
+          _bytes(k.sums_bytes + k.grad_bytes) if k.sums_bytes else 'shared',
+          f'{k.flops:.2e}' if k.flops else '',
+          str(k.number + 1),
+        )
+      )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+      '  '.join(
+        [row[0].ljust(widths[0])]
+        + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]
+      ).rstrip()
+      for row in rows
+    ]
+    limit = (
+      'no limit'
+      if self.memory_limit is None
+      else f'limit {_bytes(self.memory_limit)}'
+    )
+    lines += [
+      f'sums {_bytes(self.sums_bytes)}; plain function '
+      f'{_bytes(self.forward_bytes)}; predicted peak '
+      f'{_bytes(self.peak_bytes)} in {len(self.pass_bytes)} '
+      f'pass{"es" if len(self.pass_bytes) > 1 else ""} ({limit})',
+      f'forward {self.forward_flops:.2e} FLOPs per batch, Gram matrices '
+      f'{self.gram_flops:.2e}: {1 + self.gram_flops / self.forward_flops:.2f}'
+      f' x the forward pass (no less than {self.floor:.2f} x)',
+    ]
+    return '\n'.join(lines)
+
+
+def _bytes(n: float) -> str:
+  for unit in ('B', 'KiB', 'MiB'):
+    if n < 1024:
+      return f'{n:.0f} {unit}'
+    n /= 1024
+  return f'{n:.2f} GiB'
+
+
+def plan(
+  fn: Callable[[Any, Any], Any],
+  params: Any,
+  batch: Any,
+  *,
+  loss: LossFn | None = None,
+  select: paths.Rules | None = None,
+  on_opaque: str = 'error',
+  from_outputs: paths.Rules | None = None,
+  memory_limit: int | None = None,
+  accumulate: str = 'float32',
+) -> Plan:
+  """Says what `collect` will cost, without running anything.
+
+  Memory is what XLA reports for the compiled step (arguments, outputs and
+  temporaries), so a plan takes the time of two or three compilations.
+
+  Args:
+    fn: `fn(params, batch) -> outputs`.
+    params: its parameters, or their `ShapeDtypeStruct`s.
+    batch: one batch, or its shapes; with several devices, one device's share.
+    loss: as in `collect`.
+    select: as in `collect`.
+    on_opaque: as in `collect`.
+    from_outputs: as in `collect`.
+    memory_limit: bytes on one device; the kernels are split into as many
+      passes over the batches as fit it.
+    accumulate: as in `collect`; 'compensated' sums take twice the memory.
+
+  Returns:
+    A `Plan`.
+
+  Raises:
+    ValueError: the function alone, or with one kernel's sums, exceeds the
+      limit; it has no kernel.
+
+  >>> fn = lambda params, x: x @ params['w']
+  >>> costs = plan(fn, {'w': jnp.zeros((4, 3))}, jnp.zeros((5, 4)))
+  >>> costs.sums_bytes, costs.forward_flops, costs.passes
+  (84, 120, (('w',),))
+  """
+  accumulation.check(accumulate)
+  sites = find_sites(
+    fn,
+    params,
+    batch,
+    select=select,
+    on_opaque=on_opaque,
+    from_outputs=from_outputs,
+  )
+  if not sites:
+    raise ValueError(f'the function has no kernel\n{sites}')
+  peak = functools.partial(
+    _step_bytes, fn, params, batch, loss, sites, on_opaque, accumulate
+  )
+  costs = _site_costs(sites, loss is not None)
+  inputs: dict[int, list[str]] = {}
+  for path, site in sites.items():
+    inputs.setdefault(site.index, []).append(path)
+  weight = {
+    i: sum(costs[p][0] + costs[p][1] for p in members)
+    for i, members in inputs.items()
+  }
+  arguments = _size((params, batch))
+  whole = peak(list(sites))
+  number = dict.fromkeys(sites, 0)
+  pass_bytes = [whole]
+  if memory_limit is not None and whole > memory_limit:
+    smallest = min(weight, key=weight.__getitem__)
+    alone = peak(inputs[smallest])
+    others = sum(weight.values()) - weight[smallest]
+    # Bytes of the step for each byte of sums: the sums themselves, and what
+    # of a batch's own exists at once.
+    rate = max((whole - alone) / max(others, 1), 1.0)
+    base = alone - rate * weight[smallest]
+    room = (memory_limit - base) / rate
+    largest = max(weight, key=weight.__getitem__)
+    if weight[largest] > room:
+      raise ValueError(
+        f'{inputs[largest]} need {_bytes(base + rate * weight[largest])}: '
+        f'{_bytes(base)} for the function on one batch and '
+        f'{_bytes(rate * weight[largest])} for sums of {weight[largest]} '
+        f'bytes; memory_limit is {_bytes(memory_limit)}. Take smaller batches '
+        'or leave kernels out with select'
+      )
+    loads = _packed(weight, room, inputs, number)
+    pass_bytes = [int(base + rate * load) for load in loads]
+  plain = _plain_bytes(fn, params, batch)
+  return Plan(
+    {
+      path: SitePlan(site, *costs[path], number[path])
+      for path, site in sites.items()
+    },
+    flops.forward_flops(fn, params, batch),
+    arguments,
+    plain,
+    tuple(pass_bytes),
+    memory_limit,
+  )
+
+
+def _site_costs(
+  sites: Sites, with_loss: bool
+) -> dict[str, tuple[int, int, int, int]]:
+  """Bytes of sums, of gradient sums, FLOPs and least FLOPs of each kernel."""
+  costs: dict[str, tuple[int, int, int, int]] = {}
+  paid: set[int] = set()
+  for path, site in sites.items():
+    d, m = site.matrix_shape
+    groups = site.layout.num_groups
+    wide = m if site.side == 'output' else d
+    first = site.index not in paid
+    paid.add(site.index)
+    costs[path] = (
+      first * groups * 4 * (wide * wide + d + 1),
+      with_loss * groups * 4 * m * m,
+      first * groups * gram.gram_flops(site.rows, wide),
+      first * groups * site.rows * wide * (wide + 1),
+    )
+  return costs
+
+
+def _packed(weight, room, inputs, number) -> list[int]:
+  """First fit, in the order of computation: fills `number`; bytes by pass."""
+  loads: list[int] = []
+  for index, members in inputs.items():
+    fits = [i for i, load in enumerate(loads) if load + weight[index] <= room]
+    at = fits[0] if fits else len(loads)
+    if not fits:
+      loads.append(0)
+    loads[at] += weight[index]
+    number.update(dict.fromkeys(members, at))
+  return loads
+
+
+def rules_for(members: Sequence[str]) -> paths.Rules:
+  """Selection rules for these paths and no others."""
+  return [(re.escape(p), True) for p in members]
+
+
+def _step_bytes(
+  fn, params, batch, loss, sites, on_opaque, accumulate, members
+) -> int:
+  """Peak of the program that adds a batch to the sums of some kernels."""
+  outputs = [p for p in members if sites[p].side == 'output']
+  captured = capture(
+    fn,
+    select=rules_for(members),
+    on_opaque=on_opaque,
+    from_outputs=rules_for(outputs) if outputs else None,
+  )
+  gradients = None
+  if loss is not None:
+    layouts = {p: sites[p].layout for p in members}
+    gradients = gradient_sums(fn, loss, layouts)
+
+  def sums(params, batch):
+    moments = captured(params, batch)[1]
+    if gradients is None:
+      return moments
+    grads, examples = gradients(params, batch)
+    ordered = tuple(grads[p] for p in moments)
+    return Moments(moments.table, moments.sums, ordered, examples)
+
+  on_arrays, arrays = _on_arrays(sums, params, batch)
+  state = jax.eval_shape(on_arrays, *arrays)
+  low = state if accumulate == 'compensated' else None
+
+  def step(state, low, *arrays):
+    return accumulation.add(state, low, on_arrays(*arrays))
+
+  compiled = jax.jit(step, donate_argnums=(0, 1), keep_unused=True).lower(
+    state, low, *arrays
+  )
+  return _total(compiled.compile().memory_analysis())
+
+
+def _plain_bytes(fn, params, batch) -> int:
+  on_arrays, arrays = _on_arrays(fn, params, batch)
+  compiled = jax.jit(on_arrays, keep_unused=True).lower(*arrays).compile()
+  return _total(compiled.memory_analysis())
+
+
+def _total(memory: Any) -> int:
+  return (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
+
+
+def _on_arrays(fn: Any, *args: Any):
+  """`fn` of the arguments' arrays alone, and the arrays' shapes."""
+  leaves, treedef = jax.tree.flatten(args)
+  moving = [i for i, v in enumerate(leaves) if tracing.is_array(v)]
+
+  def on_arrays(*arrays):
+    values = list(leaves)
+    for i, array in zip(moving, arrays, strict=True):
+      values[i] = array
+    return fn(*jax.tree.unflatten(treedef, values))
+
+  shape = lambda v: jax.ShapeDtypeStruct(jnp.shape(v), v.dtype)
+  return on_arrays, [shape(leaves[i]) for i in moving]
+
+
+def _size(tree: Any) -> int:
+  return sum(
+    v.size * v.dtype.itemsize
+    for v in jax.tree.leaves(tree)
+    if tracing.is_array(v)
+  )
