@@ -224,7 +224,7 @@ def plan(
         f'{_bytes(base)} for the function on one batch and '
         f'{_bytes(rate * weight[largest])} for sums of {weight[largest]} '
         f'bytes; memory_limit is {_bytes(memory_limit)}. Take smaller batches '
-        'or leave kernels out with select'
+        'measure wide inputs from_outputs, or leave kernels out with select'
       )
     loads = _packed(weight, room, inputs, number)
     pass_bytes = [int(base + rate * load) for load in loads]
