@@ -6,7 +6,12 @@ from collections.abc import Callable, Iterable, Sized
 import itertools
 from typing import Any
 
+import jax
+import numpy as np
+
 from utilized_rank import paths
+from utilized_rank.anchor import anchor
+from utilized_rank.capture import find_sites
 from utilized_rank.collect import check_batch
 from utilized_rank.collect import collect
 from utilized_rank.divergence import Divergence
@@ -14,8 +19,12 @@ from utilized_rank.divergence import squared_error
 from utilized_rank.factorize import factorize
 from utilized_rank.gauge import IDENTITY
 from utilized_rank.gradients import LossFn
+from utilized_rank.interpret import UnsupportedError
+from utilized_rank.kernels import ENOUGH_ROWS
+from utilized_rank.lowrank import low_rank
 from utilized_rank.report import Report
 from utilized_rank.report import measure
+from utilized_rank.streams import Streams
 from utilized_rank.tune import tune_ranks
 
 
@@ -31,7 +40,8 @@ def compress(
   select: paths.Rules | None = None,
   multiple_of: int = 1,
   gauge: str | None = IDENTITY,
-  trial_examples: int = 512,
+  anchored: bool = True,
+  trial_examples: int = 1024,
   energy: float = 0.99,
   progress: bool = True,
 ) -> tuple[Any, Report]:
@@ -39,7 +49,8 @@ def compress(
 
   Factors of least error at the kernels' outputs and, with a loss, of least
   predicted loss are tried with the ranks that several predictions ask for;
-  the best are corrected by what is seen at the outputs (`tune_ranks`).
+  the best are corrected by what is seen at the outputs (`tune_ranks`), and
+  their factors fitted one behind the other (`anchor`) where that helps.
 
   Args:
     fn: `fn(params, batch) -> outputs`.
@@ -57,7 +68,11 @@ def compress(
     multiple_of: ranks are multiples of this.
     gauge: as for `factorize`; None where the order of outputs that 'identity'
       restores costs more time than its r^2 multiplications.
-    trial_examples: as many of the first examples are kept to try ranks on.
+    anchored: fit the factors anew behind compressed kernels, if the examples
+      kept give four rows for every input feature; kept where outputs then
+      are closer by more than the standard error of the difference.
+    trial_examples: as many of the first examples are kept in memory, to try
+      ranks on and to anchor with.
     energy: share of the spectra that the report's ranks are at.
     progress: show progress bars.
 
@@ -114,4 +129,66 @@ def compress(
     gauge=gauge,
     progress=progress,
   )
-  return small, measure(params, moments, energy=energy)
+  report = measure(params, moments, energy=energy)
+  if anchored and _can_anchor(fn, params, kept, ranks):
+    other = anchor(
+      fn,
+      params,
+      kept,
+      ranks,
+      moments=moments,
+      method=families.method,
+      damping=families.damping,
+      gauge=gauge,
+      progress=progress,
+    )
+    before, after = (
+      _divergence(fn, params, tree, kept, divergence) for tree in (small, other)
+    )
+    gain = before - after
+    if gain.mean() > gain.std() / len(gain) ** 0.5:
+      small = other
+  return small, report
+
+
+def _can_anchor(
+  fn: Callable[[Any, Any], Any], params: Any, batches: list[Any], ranks: Any
+) -> bool:
+  """Whether the kernels can be fitted one behind the other on these data."""
+  if not ranks:
+    return False
+  first = batches[0]
+  sites = find_sites(fn, params, first)
+  share = sum(map(_examples, batches)) / _examples(first)
+  for path in ranks:
+    site = sites[path]
+    if (
+      site.also or site.rows * share < ENOUGH_ROWS * site.layout.matrix_shape[0]
+    ):
+      return False
+  try:
+    Streams(fn, params, [first], {p: sites[p].layout for p in ranks}, None)
+  except UnsupportedError:  # inside a while loop, a branch, a shard_map
+    return False
+  return True
+
+
+def _divergence(
+  fn: Callable[[Any, Any], Any],
+  params: Any,
+  tree: Any,
+  batches: list[Any],
+  divergence: Divergence,
+) -> np.ndarray:
+  """Of every example."""
+  small = low_rank(fn)
+  each = jax.jit(
+    lambda params, tree, batch: divergence(
+      fn(params, batch), small(tree, batch), batch
+    )
+  )
+  return np.concatenate([np.asarray(each(params, tree, b)) for b in batches])
+
+
+def _examples(batch: Any) -> int:
+  return len(jax.tree.leaves(batch)[0])
