@@ -30,19 +30,19 @@ BAR = 1.2
 FORMATS = ('npz', 'safetensors', 'msgpack', 'pth')
 
 LOAD = """
-import json, resource, sys, time
+import json, sys, time
 from utilized_rank.models.importing import load_checkpoint
 
-def now():
+def memory(field):  # not ru_maxrss, which a child has from its parent
   for line in open('/proc/self/status'):
-    if line.startswith('VmRSS'):
+    if line.startswith(field):
       return int(line.split()[1]) * 1024
 
 load_checkpoint(sys.argv[1], heads=2)  # imports, and the tracer's first use
-before, start = now(), time.perf_counter()
+before, start = memory('VmRSS'), time.perf_counter()
 model, variables, _ = load_checkpoint(sys.argv[2])
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = memory('VmHWM')
 print(json.dumps({'before': before, 'peak': peak, 'seconds': seconds}))
 """
 

@@ -56,7 +56,8 @@ class Layout:
     family: `family(layout, mapped, source, options)`, from the shapes by our
       paths and by their names to `(model, input)`, the latter abstract.
     ignored: regular expressions of whole names that are no part of the model.
-    settings: options of the model that hold for the whole layout.
+    settings: options of the model that hold for the whole layout, and
+      `resize`, the method of `positions.resize_positions`.
     assumed: options that no shape tells, as the layout's best known model has
       them; they are reported, and options given by the caller go first.
     heads: attention heads by width where the code base has a convention.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 import functools
 from typing import Any, BinaryIO, NamedTuple
 
@@ -13,14 +13,16 @@ import numpy as np
 from utilized_rank.models.importing.tensor import Tensor
 
 _NDARRAY = 1  # flax.serialization's code for an array
+_HEAD = 512  # more than keys, lengths and shapes take
 
 
 class _Leaf(NamedTuple):
-  """Where in the file a leaf is."""
+  """Where in the file a leaf is; `shape` is None if it is no array."""
 
   name: str
   start: int
   size: int
+  shape: tuple[int, ...] | None
 
 
 def read(path: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -33,62 +35,72 @@ def read(path: str) -> tuple[dict[str, Tensor], list[str]]:
   tensors: dict[str, Tensor] = {}
   others: list[str] = []
   with open(path, 'rb') as file:
-    for leaf in _leaves(path):
-      shape = _shape(file, leaf)
-      if shape is None:
-        others.append(leaf.name)
-      else:
-        tensors[leaf.name] = Tensor(
-          shape, functools.partial(_values, path, leaf)
-        )
+    try:
+      leaves = list(_walk(file, 0, ''))
+    except (msgpack.UnpackException, IndexError) as error:
+      raise ValueError(f'{path} is no complete msgpack file.') from error
+  for leaf in leaves:
+    if leaf.shape is None:
+      others.append(leaf.name)
+    else:
+      values = functools.partial(_values, path, leaf)
+      tensors[leaf.name] = Tensor(leaf.shape, values)
   return tensors, others
 
 
-def _leaves(path: str) -> Iterator[_Leaf]:
-  with open(path, 'rb') as file, open(path, 'rb') as ahead:
-    unpacker = msgpack.Unpacker(file, max_buffer_size=0, raw=False)
+def _walk(file: BinaryIO, start: int, name: str) -> Generator[_Leaf, None, int]:
+  """Yields the leaves below `start` and returns where they end."""
+  head = _peek(file, start)
+  if 0x80 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF):
+    unpacker = _unpacker(head)
+    count, at = unpacker.read_map_header(), start + unpacker.tell()
+    for _ in range(count):
+      unpacker = _unpacker(_peek(file, at))
+      key, at = unpacker.unpack(), at + unpacker.tell()
+      if key == '__msgpack_chunked_array__':
+        raise ValueError(
+          f'{file.name}: {name} is over a GiB, which Flax cuts into pieces; '
+          'save it as safetensors instead.'
+        )
+      at = yield from _walk(file, at, f'{name}/{key}' if name else str(key))
+    return at
+  if extension := _extension(head):
+    code, before, size = extension
+    shape = None
+    if code == _NDARRAY:
+      # (shape, name of the dtype, bytes)
+      unpacker = _unpacker(head[before:])
+      unpacker.read_array_header()
+      shape = tuple(unpacker.unpack())
+    yield _Leaf(name, start, before + size, shape)
+    return start + before + size
+  file.seek(start)
+  unpacker = msgpack.Unpacker(file, max_buffer_size=0)
+  unpacker.skip()
+  yield _Leaf(name, start, unpacker.tell(), None)
+  return start + unpacker.tell()
 
-    def walk(name: str) -> Iterator[_Leaf]:
-      start = unpacker.tell()
-      ahead.seek(start)
-      if _is_map(ahead.read(1)):
-        for _ in range(unpacker.read_map_header()):
-          key = unpacker.unpack()
-          if key == '__msgpack_chunked_array__':
-            raise ValueError(
-              f'{path}: {name} is over a GiB, which Flax cuts into pieces; '
-              'save it as safetensors instead.'
-            )
-          yield from walk(f'{name}/{key}' if name else str(key))
-      else:
-        unpacker.skip()
-        yield _Leaf(name, start, unpacker.tell() - start)
 
-    try:
-      yield from walk('')
-    except (msgpack.UnpackException, msgpack.exceptions.ExtraData) as error:
-      raise ValueError(f'{path} is no complete msgpack file.') from error
+def _peek(file: BinaryIO, start: int) -> bytes:
+  file.seek(start)
+  return file.read(_HEAD)
 
 
-def _is_map(first: bytes) -> bool:
-  return bool(first) and (0x80 <= first[0] <= 0x8F or first[0] in (0xDE, 0xDF))
+def _unpacker(head: bytes) -> msgpack.Unpacker:
+  unpacker = msgpack.Unpacker()
+  unpacker.feed(head)
+  return unpacker
 
 
-def _shape(file: BinaryIO, leaf: _Leaf) -> tuple[int, ...] | None:
-  """The shape of an array, from the beginning of its bytes; else None."""
-  file.seek(leaf.start)
-  head = file.read(512)
-  first = head[0] if head else 0
-  # Extension types: of 1 to 16 bytes, or with 1, 2 or 4 bytes of length.
-  before = (
-    1 if 0xD4 <= first <= 0xD8 else {0xC7: 2, 0xC8: 3, 0xC9: 5}.get(first)
-  )
-  if before is None or head[before] != _NDARRAY:
-    return None
-  unpacker = msgpack.Unpacker(raw=False)
-  unpacker.feed(head[before + 1 :])
-  unpacker.read_array_header()
-  return tuple(unpacker.unpack())
+def _extension(head: bytes) -> tuple[int, int, int] | None:
+  """Code, bytes of the header and bytes after it of an extension type."""
+  if 0xD4 <= head[0] <= 0xD8:
+    return head[1], 2, 1 << (head[0] - 0xD4)
+  if 0xC7 <= head[0] <= 0xC9:
+    length = 1 << (head[0] - 0xC7)
+    size = int.from_bytes(head[1 : 1 + length], 'big')
+    return head[1 + length], 2 + length, size
+  return None
 
 
 def _values(path: str, leaf: _Leaf) -> np.ndarray:
