@@ -7,8 +7,8 @@ checked against its published numbers, measured at three energies, and searched:
 per kernel the lowest energy whose projection costs no more than 0.1 % of the
 accuracy on data that calibrated nothing. On few examples that means not one
 more mistake. In networks of more than 24 kernels those of a block are searched
-together. Writes `utilization.json` and `utilization.png`; a network that the
-file has already, measured with the same options, is not measured again.
+together. Writes `utilization.json` and `utilization.png`; a network whose
+measurement `--workdir` holds, with the same options, is not measured again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import argparse
 import json
 import pathlib
 import re
-import tempfile
 import time
 
 import jax
@@ -40,25 +39,31 @@ def main() -> None:
   parser.add_argument('--networks', nargs='+', default=list(networks.LOADERS))
   parser.add_argument('--judged', type=int, default=256, help='examples')
   parser.add_argument('--steps', type=int, default=8, help='of the search')
+  parser.add_argument(
+    '--workdir', type=pathlib.Path, default=pathlib.Path('runs/utilization')
+  )
   parser.add_argument('--out', type=pathlib.Path, default=record.RESULTS)
   args = parser.parse_args()
-  path = args.out / 'utilization.json'
   options = {'judged': args.judged, 'steps': args.steps}
-  found = {}
-  if path.exists():
-    old = json.loads(path.read_text())
-    found = old['networks'] if old['options'] == options else {}
+  args.workdir.mkdir(parents=True, exist_ok=True)
+  found, reports = {}, []
   for name in args.networks:
-    if name in found:
-      continue
-    print(name, flush=True)
-    network = networks.LOADERS[name](args.data_root)
-    found[name] = measure(network, args.judged, args.steps)
-    result = {'options': options, 'networks': found}
-    record.write(
-      path, 'python -m benchmarks.utilization --data_root=DIR', result
-    )
-  comparison = comparison_of(found)
+    spectra = args.workdir / f'{name}_spectra.json'
+    path = args.workdir / f'{name}.json'
+    old = json.loads(path.read_text()) if path.exists() else {}
+    if old.get('options') != options:
+      print(name, flush=True)
+      network = networks.LOADERS[name](args.data_root)
+      old = {'options': options, **measure(network, **options, spectra=spectra)}
+      path.write_text(json.dumps(old))
+    found[name] = old
+    reports.append(ur.Report.load(spectra))
+  comparison = ur.compare(reports, list(found), energies=ENERGIES)
+  record.write(
+    args.out / 'utilization.json',
+    'python -m benchmarks.utilization --data_root=DIR',
+    {'networks': found, 'by_depth': comparison.json()},
+  )
   comparison.plot().savefig(args.out / 'utilization.png')
   print(f'\n{comparison}\n')
   for name, each in found.items():
@@ -68,8 +73,10 @@ def main() -> None:
     )
 
 
-def measure(network: common.Network, judged: int, steps: int) -> dict:
-  """Spectra at three energies, and the search; `spectra` is `Report.save`'s."""
+def measure(
+  network: common.Network, judged: int, steps: int, spectra: pathlib.Path
+) -> dict:
+  """Utilization at three energies, and the search's; saves the report."""
   calibration, held_out = network.folds[0]
   size, since = network.batch_size, time.monotonic()
   batches = [
@@ -98,10 +105,7 @@ def measure(network: common.Network, judged: int, steps: int) -> dict:
     group=block_of if by_block else None,
     progress=False,
   )
-  with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder) / 'report.json'
-    report.save(path)
-    spectra = json.loads(path.read_text())
+  report.save(spectra)
   return {
     'protocol': network.protocol,
     'examples_judged': int(real.sum()),
@@ -114,7 +118,6 @@ def measure(network: common.Network, judged: int, steps: int) -> dict:
       'mean_layer_utilization': searched_utilization(report, searched),
     },
     'seconds': round(time.monotonic() - since, 1),
-    'spectra': spectra,
   }
 
 
@@ -142,16 +145,6 @@ def searched_utilization(
       share = min(k_in, k_out) / layer.full_rank
     shares.append(share)
   return float(np.mean(shares))
-
-
-def comparison_of(found: dict) -> ur.Comparison:
-  reports = []
-  with tempfile.TemporaryDirectory() as folder:
-    for name, each in found.items():
-      path = pathlib.Path(folder) / f'{name}.json'
-      path.write_text(json.dumps(each['spectra']))
-      reports.append(ur.Report.load(path))
-  return ur.compare(reports, list(found), energies=ENERGIES)
 
 
 if __name__ == '__main__':
