@@ -8,15 +8,15 @@ unless told otherwise.
 A Gram matrix is symmetric, so half of its products are enough. The columns are
 cut into blocks and only the upper triangle of blocks is multiplied, then
 mirrored. On two CPU cores in float32, CPU time over that of the full product
-(`python -m benchmarks.gram`):
+(a prototype on a loaded machine; `python -m benchmarks.gram` measures again):
 
-  d = 768,  n = 1576:  2 blocks 0.83, 4 blocks 0.73, 6 blocks 0.79
+  d = 768,  n = 1576:  2 blocks 0.83, 4 blocks 0.74, 6 blocks 0.79
   d = 3072, n = 1576:  3 blocks 0.88, 4 blocks 0.69, 6 blocks 0.83
-  d = 3072, n = 200:   4 blocks 1.9 (mirroring and copies cost more than they
-                       save); d <= 256: 0.9 to 1.2
+  d = 3072, n = 200:   4 blocks 2.0 (mirroring and copies cost more than they
+                       save); d = 256: 4 blocks 1.2
 
-XLA's own `symmetric_product` is the full product on the CPU (0.95 to 1.05) and
-takes no precision elsewhere.
+XLA's own `symmetric_product` costs the full product and more on the CPU (1.0 to
+1.2, 3 for few rows) and takes no precision elsewhere.
 """
 
 from __future__ import annotations
