@@ -27,29 +27,41 @@ from benchmarks import networks
 from benchmarks import quality_plots
 from benchmarks.networks import common
 import utilized_rank as ur
+from utilized_rank.leaves import stored_pairs
+from utilized_rank.methods import FAMILIES
 
 FRACTIONS = (0.75, 0.5, 0.35, 0.25, 0.15)
-METHODS = ('weight', 'scaled', 'utilized', 'output', 'loss')
-METRICS = ('loss', 'relative', 'output')
 # Ranks of the single truncations, as shares of the full rank.
 SINGLE = (1 / 8, 1 / 4, 1 / 2)
 
 
 class Recipe(NamedTuple):
-  """A method, 'uniform' or the metric of a budget, and mean compensation."""
+  """How a network is cut.
+
+  `allocation` is 'uniform', the metric of a budget, or 'compress': then
+  `method` says which of its steps are taken.
+  """
 
   method: str
   allocation: str
   mean: bool = True
 
 
-# What `ur.compress(..., loss=)` does.
-DEFAULT = Recipe('loss', 'loss')
+# What `ur.compress(..., loss=)` does, and without some of its steps.
+DEFAULT = Recipe('all steps', 'compress')
+COMPRESS = {
+  DEFAULT: {},
+  Recipe('no gauge', 'compress'): {'gauge': None},
+}
 RECIPES = (
-  DEFAULT,
-  *(Recipe(m, 'uniform', False) for m in METHODS[:3]),
-  *(Recipe(m, 'uniform') for m in METHODS),
-  *(Recipe(m, a) for a in METRICS for m in METHODS if Recipe(m, a) != DEFAULT),
+  *COMPRESS,
+  *(Recipe(m, 'uniform', False) for m in ('weight', 'scaled', 'fisher_rows')),
+  Recipe('utilized', 'uniform', False),
+  *(
+    Recipe(m, a)
+    for a in ('uniform', 'loss', 'geometric', 'relative')
+    for m in ('output', 'loss')
+  ),
 )
 
 
@@ -96,53 +108,90 @@ def _padded(tree, moments):
     d, m = layout.matrix_shape
     c = None
     if isinstance(leaf, ur.LowRank):
+      ((a, b),) = stored_pairs(leaf)
       more = layout.full_rank - leaf.rank
-      a = np.pad(leaf.a, [(0, 0)] * (leaf.a.ndim - 1) + [(0, more)])
-      b = np.pad(leaf.b, [(0, more)] + [(0, 0)] * (leaf.b.ndim - 1))
+      a, b = np.pad(a, [(0, 0), (0, more)]), np.pad(b, [(0, more), (0, 0)])
       c = leaf.c
     else:
       w = np.asarray(layout.to_matrices(np.asarray(leaf)))
-      one = np.eye(min(d, m), dtype=w.dtype)
+      one = np.eye(min(d, m))
       a, b = (w, one) if d >= m else (one, w)
-      a, b = (
-        a.reshape(*layout.input_shape, -1),
-        b.reshape(-1, *layout.output_shape),
-      )
     if c is None and moments[path].entry.bias is None:
-      c = np.zeros(layout.output_shape, a.dtype)
-    named[path] = ur.LowRank(a, b, c, layout)
+      c = np.zeros(layout.output_shape, leaf.dtype)
+    named[path] = ur.LowRank(
+      a.reshape(*layout.input_shape, -1).astype(leaf.dtype),
+      b.reshape(-1, *layout.output_shape).astype(leaf.dtype),
+      c,
+      layout,
+    )
   return ur.paths.unflatten(treedef, named)
 
 
-def _calibrate(network: common.Network, batch: common.Batch) -> ur.Moments:
+def _batches(network: common.Network, batch: common.Batch) -> list:
   size = network.batch_size
-  batches = [
+  return [
     {'x': batch['x'][i : i + size]} for i in range(0, len(batch['x']), size)
   ]
+
+
+def calibrate(network: common.Network, batch: common.Batch) -> ur.Moments:
+  """Moments of the network's kernels, with what every method needs."""
   return ur.collect(
     network.fn,
     network.params,
-    batches,
+    _batches(network, batch),
     loss=ur.sampled_cross_entropy(),
+    fisher_rows=True,
     select=network.select,
     progress=False,
   )
 
 
-def _ranks(recipe: Recipe, params, moments, fraction: float) -> dict[str, int]:
-  if recipe.allocation == 'uniform':
-    return ur.uniform_ranks(params, moments, params_fraction=fraction)
-  # The paper's pairs of different ranks are not nested: it takes the ranks
-  # that are best for 'output'.
-  method = 'output' if recipe.method == 'utilized' else recipe.method
-  return ur.budget_ranks(
-    params,
-    moments,
-    params_fraction=fraction,
-    method=method,
-    metric=recipe.allocation,
-    compensate_mean=recipe.mean,
-  )
+class Fold:
+  """What calibrates and what judges, and the families made of the former."""
+
+  def __init__(self, network: common.Network, calibration, judged):
+    self.network = network
+    self.batches = _batches(network, calibration)
+    self.moments = calibrate(network, calibration)
+    self.judge = Judge(network, self.moments, judged)
+    self._families: dict[tuple[str, bool], ur.Families] = {}
+
+  def cut(self, recipe: Recipe, fraction: float):
+    """The network's tree after a recipe."""
+    network, moments = self.network, self.moments
+    if recipe in COMPRESS:
+      return ur.compress(
+        network.fn,
+        network.params,
+        self.batches,
+        params_fraction=fraction,
+        loss=ur.sampled_cross_entropy(),
+        select=network.select,
+        progress=False,
+        **COMPRESS[recipe],
+      )[0]
+    options = dict(
+      method=recipe.method, compensate_mean=recipe.mean, progress=False
+    )
+    if recipe.method in FAMILIES:
+      key = recipe.method, recipe.mean
+      if key not in self._families:
+        self._families[key] = ur.decompose(network.params, moments, **options)
+      options['families'] = self._families[key]
+    if recipe.allocation == 'uniform':
+      ranks = ur.uniform_ranks(
+        network.params, moments, params_fraction=fraction
+      )
+    else:
+      ranks = ur.budget_ranks(
+        network.params,
+        moments,
+        params_fraction=fraction,
+        metric=recipe.allocation,
+        **options,
+      )
+    return ur.factorize(network.params, moments, ranks, **options)
 
 
 def _kept(tree, moments) -> float:
@@ -151,29 +200,18 @@ def _kept(tree, moments) -> float:
   return left / sum(int(np.prod(moments[p].layout.shape)) for p in moments)
 
 
-def measure_recipes(network, moments, judges, fractions) -> list[dict]:
+def measure_recipes(folds: list[Fold], fractions) -> list[dict]:
   """One row per recipe and fraction, the folds pooled."""
-  rows = []
-  dense = _pool([judge(network.params) for judge in judges])
-  rows.append(_row(Recipe('dense', 'none', False), 1, 1.0, dense, dense))
+  dense = _pool([fold.judge(fold.network.params) for fold in folds])
+  rows = [_row(Recipe('dense', 'none', False), 1, 1.0, dense, dense)]
   for fraction in fractions:
     default = None
     for recipe in RECIPES:
-      parts, kept = [], []
-      for of_fold, judge in zip(moments, judges, strict=True):
-        ranks = _ranks(recipe, network.params, of_fold, fraction)
-        small = ur.factorize(
-          network.params,
-          of_fold,
-          ranks,
-          method=recipe.method,
-          compensate_mean=recipe.mean,
-        )
-        if recipe == DEFAULT and fraction == fractions[-1]:
-          judge.check_padding(small)
-        parts.append(judge(small))
-        kept.append(_kept(small, of_fold))
-      found = _pool(parts)
+      trees = [fold.cut(recipe, fraction) for fold in folds]
+      if recipe == DEFAULT and fraction == fractions[-1]:
+        folds[0].judge.check_padding(trees[0])
+      found = _pool([f.judge(t) for f, t in zip(folds, trees, strict=True)])
+      kept = [_kept(t, f.moments) for f, t in zip(folds, trees, strict=True)]
       default = found if default is None else default
       rows.append(_row(recipe, fraction, float(np.mean(kept)), found, default))
     _print_rows(rows[-len(RECIPES) :])
@@ -206,12 +244,12 @@ def _print_rows(rows: list[dict]) -> None:
     'over the default, paired'
   )
   print(
-    f'{"method":10}{"allocation":11}{"mean":6}{"kept":>6}{"acc %":>8}'
+    f'{"method":12}{"allocation":11}{"mean":6}{"kept":>6}{"acc %":>8}'
     f'{"CE":>8}{"KL":>8}  over'
   )
   for r in rows:
     print(
-      f'{r["method"]:10}{r["allocation"]:11}'
+      f'{r["method"]:12}{r["allocation"]:11}'
       f'{"yes" if r["compensate_mean"] else "-":6}{r["kept"]:6.3f}'
       f'{100 * r["accuracy"]:8.2f}{r["cross_entropy"]:8.3f}{r["kl"]:8.3f}'
       f'  {r["over_default"]:+.3f} +- {r["over_default_error"]:.3f}',
@@ -231,7 +269,10 @@ def measure_singles(network, moments, judge) -> list[dict]:
     shares = SINGLE if len(moments) <= 40 else [SINGLE[i % len(SINGLE)]]
     for rank in sorted({max(1, round(full * s)) for s in shares}):
       ranks = {path: rank}
-      found = judge(ur.factorize(network.params, moments, ranks, method='loss'))
+      small = ur.factorize(
+        network.params, moments, ranks, method='loss', progress=False
+      )
+      found = judge(small)
       predicted = ur.predict_loss(network.params, moments, ranks) / labels
       rows.append(
         {
@@ -259,13 +300,9 @@ def run(name: str, data_root: str, fractions, command: str) -> dict:
   print(f'\n== {name}')
   start = time.perf_counter()
   network = networks.LOADERS[name](data_root)
-  moments = [_calibrate(network, batch) for batch, _ in network.folds]
-  judges = [
-    Judge(network, m, batch)
-    for m, (_, batch) in zip(moments, network.folds, strict=True)
-  ]
-  rows = measure_recipes(network, moments, judges, fractions)
-  singles = measure_singles(network, moments[0], judges[0])
+  folds = [Fold(network, *fold) for fold in network.folds]
+  rows = measure_recipes(folds, fractions)
+  singles = measure_singles(network, folds[0].moments, folds[0].judge)
   columns = {k: [s[k] for s in singles] for k in singles[0]}
   correlation = {
     k: rank_correlation(columns['predicted'], columns[k])
@@ -287,7 +324,7 @@ def run(name: str, data_root: str, fractions, command: str) -> dict:
     },
     'seeds': {'sampled_cross_entropy': 0, 'calibration_rows': 0},
     'seconds': round(time.perf_counter() - start, 1),
-    'kernels': len(moments[0]),
+    'kernels': len(folds[0].moments),
     'labels_judged': sum(
       int((b['y'].astype(int) >= 0).sum()) for _, b in network.folds
     ),
