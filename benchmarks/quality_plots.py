@@ -17,6 +17,7 @@ from matplotlib import ticker  # noqa: E402
 COLORS = {
   'weight': '#999999',
   'scaled': '#E69F00',
+  'fisher_rows': '#D55E00',
   'utilized': '#CC79A7',
   'output': '#0072B2',
   'loss': '#009E73',
@@ -24,6 +25,7 @@ COLORS = {
 NAMES = {
   'weight': 'plain SVD',
   'scaled': 'scaled SVD (ASVD)',
+  'fisher_rows': 'Fisher-weighted SVD (FWSVD)',
   'utilized': "the paper's projection",
   'output': 'least output error',
   'loss': 'least loss',
@@ -31,11 +33,15 @@ NAMES = {
 # Differences of float32 losses are noise below this.
 FLOOR = 1e-7
 PANELS = (
-  ('uniform, plain', 'uniform', False),
-  ('uniform, mean given back', 'uniform', True),
-  ('budget in nats of loss', 'loss', True),
-  ('budget by relative energy', 'relative', True),
-  ('budget by output energy', 'output', True),
+  ('uniform ranks', 'uniform'),
+  ('budget in nats of loss', 'loss'),
+  ('budget by nats and share', 'geometric'),
+  ('budget by relative energy', 'relative'),
+)
+# What `ur.compress` does, for comparison in every panel.
+COMPRESS = (
+  ('all steps', 'compress', '-'),
+  ('no gauge', 'compress without the gauge', '--'),
 )
 
 
@@ -45,41 +51,44 @@ def plot(result: dict, path: str) -> None:
   dense = rows[0]
   figure, axes = plt.subplots(
     2,
-    6,
-    figsize=(17, 6),
-    width_ratios=[1] * 5 + [1.15],
+    len(PANELS) + 1,
+    figsize=(15, 6.4),
+    width_ratios=[1] * len(PANELS) + [1.15],
     layout='constrained',
   )
   for row, key in enumerate(('accuracy', 'cross_entropy')):
-    shown = axes[row, :5]
+    shown = axes[row, :-1]
     for axis in shown[1:]:
       axis.sharex(shown[0])
       axis.sharey(shown[0])
       axis.tick_params(labelleft=False)
-    for axis, (title, allocation, mean) in zip(shown, PANELS):
+    for axis, (title, allocation) in zip(shown, PANELS):
       axis.axhline(_value(dense, key), color='black', lw=0.8, ls=':')
       for method, color in COLORS.items():
         _line(
           axis,
           rows,
           key,
-          (method, allocation, mean),
+          (method, allocation),
           color=color,
           lw=1.6,
           marker='o',
           ms=3.5,
           label=NAMES[method],
         )
-      _line(
-        axis,
-        rows,
-        key,
-        ('loss', 'loss', True),
-        color='black',
-        lw=0.9,
-        ls='--',
-        label='the default, for comparison',
-      )
+      for method, label, style in COMPRESS:
+        _line(
+          axis,
+          rows,
+          key,
+          (method, 'compress'),
+          color='black',
+          lw=1.4,
+          ls=style,
+          marker='s',
+          ms=3,
+          label=label,
+        )
       if not row:
         axis.set_title(title, fontsize=10)
       else:
@@ -96,11 +105,11 @@ def plot(result: dict, path: str) -> None:
   axes[1, 0].yaxis.set_minor_formatter(ticker.NullFormatter())
   axes[1, 0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
   axes[1, 0].yaxis.set_minor_locator(ticker.NullLocator())
-  _singles(axes[0, 5], result, 'kl', 'KL from dense')
-  _singles(axes[1, 5], result, 'increase', 'increase in cross-entropy')
-  handles, labels = axes[0, 1].get_legend_handles_labels()
+  _singles(axes[0, -1], result, 'kl', 'KL from dense')
+  _singles(axes[1, -1], result, 'increase', 'increase in cross-entropy')
+  handles, labels = axes[0, 0].get_legend_handles_labels()
   figure.legend(
-    handles, labels, loc='outside lower center', ncols=6, frameon=False
+    handles, labels, loc='outside lower center', ncols=4, frameon=False
   )
   figure.suptitle(
     f'{result["network"]}: without fine-tuning, {result["kernels"]} kernels, '
@@ -116,7 +125,7 @@ def _value(row: dict, key: str) -> float:
 
 
 def _line(axis, rows, key, recipe, **style) -> None:
-  keys = ('method', 'allocation', 'compensate_mean')
+  keys = ('method', 'allocation')
   found = [r for r in rows if tuple(r[k] for k in keys) == recipe]
   axis.plot(
     [100 * r['kept'] for r in found], [_value(r, key) for r in found], **style
