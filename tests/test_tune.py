@@ -225,21 +225,43 @@ def test_tuning_needs_data(problem):
 
 def test_compress_reads_an_iterator_once_and_keeps_the_budget(problem):
   fn, params, _, batches = problem
-  results = [
-    ur.compress(
-      fn,
-      params,
-      source,
-      params_fraction=0.4,
-      loss=ur.sampled_cross_entropy(),
-      select=KERNELS,
-      trial_examples=32,
-      progress=False,
-    )[0]
-    for source in (batches, iter(batches))
-  ]
+  results, reports = zip(
+    *(
+      ur.compress(
+        fn,
+        params,
+        source,
+        params_fraction=0.4,
+        loss=ur.sampled_cross_entropy(),
+        select=KERNELS,
+        trial_examples=32,
+        progress=False,
+      )
+      for source in (batches, iter(batches))
+    )
+  )
   named, _ = ur.paths.flatten(results[0], lambda v: isinstance(v, ur.LowRank))
   paths = [p for p in named if p.endswith('kernel')]
   whole = sum(int(np.prod(named[p].shape)) for p in paths)
   assert sum(ur.count_params(named[p]) for p in paths) <= 0.4 * whole
   jax.tree.map(np.testing.assert_array_equal, *results)
+  recipe = reports[0].recipe
+  assert recipe.gauge == 'identity'
+  shapes = lambda tree: jax.tree.map(lambda v: (v.shape, v.dtype), tree)
+  abstract = recipe.abstract(jax.eval_shape(lambda: params))
+  assert shapes(abstract) == shapes(results[0])
+
+
+def test_factors_fitted_behind_compressed_kernels_must_pay(problem):
+  """compress takes anchored factors only where outputs come closer."""
+  fn, params, _, batches = problem
+  options = dict(
+    params_fraction=0.3,
+    loss=ur.sampled_cross_entropy(),
+    select=KERNELS,
+    progress=False,
+  )
+  plain, _ = ur.compress(fn, params, batches, anchored=False, **options)
+  best, _ = ur.compress(fn, params, batches, **options)
+  before, after = (measured(fn, params, t, batches) for t in (plain, best))
+  assert after <= before * (1 + 1e-3)

@@ -22,6 +22,7 @@ from utilized_rank.gradients import LossFn
 from utilized_rank.interpret import UnsupportedError
 from utilized_rank.kernels import ENOUGH_ROWS
 from utilized_rank.lowrank import low_rank
+from utilized_rank.recipe import Recipe
 from utilized_rank.report import Report
 from utilized_rank.report import measure
 from utilized_rank.streams import Streams
@@ -77,7 +78,8 @@ def compress(
     progress: show progress bars.
 
   Returns:
-    The tree for `low_rank(fn)`, and the `Report` of the dense one.
+    The tree for `low_rank(fn)`, and the `Report` of the dense one, whose
+    `recipe` can be written down: it rebuilds the tree's shapes.
 
   Raises:
     As `collect`, `tune_ranks` and `factorize`.
@@ -148,6 +150,9 @@ def compress(
     gain = before - after
     if gain.mean() > gain.std() / len(gain) ** 0.5:
       small = other
+  report.recipe = Recipe.of(
+    small, moments, ranks, method=families.method, damping=families.damping
+  )
   return small, report
 
 

@@ -85,7 +85,7 @@ class Recipe:
   >>> import tempfile, utilized_rank as ur
   >>> fn = lambda p, x: x @ p['w']
   >>> params = {'w': jnp.eye(4)}
-  >>> moments = ur.capture(fn)(params, jnp.eye(4))[1]
+  >>> moments = ur.capture(fn)(params, jnp.tile(jnp.eye(4), (4, 1)))[1]
   >>> small = ur.factorize(params, moments, {'w': 2}, gauge='identity')
   >>> recipe = Recipe.of(small, moments, {'w': 2})
   >>> with tempfile.TemporaryDirectory() as folder:
@@ -126,13 +126,10 @@ class Recipe:
     Args:
       small: the tree, or its shapes.
       moments: as for `factorize`; only their fingerprint is kept.
-      ranks: as for `factorize`, and likewise
-      method:
-      compensate_mean:
-      damping:
-
-    Raises:
-      ValueError: the tree's factored leaves are not those of `ranks`.
+      ranks: as for `factorize`.
+      method: as for `factorize`.
+      compensate_mean: as for `factorize`.
+      damping: as for `factorize`.
     """
     import utilized_rank  # its version, once it is whole
 

@@ -21,6 +21,7 @@ from utilized_rank.kernels import member_name
 from utilized_rank.moments import Moments
 from utilized_rank.progress import track
 from utilized_rank.ranks import check_energy
+from utilized_rank.recipe import Recipe
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -97,7 +98,11 @@ class Report(Mapping[str, LayerReport]):
   Attributes:
     energy: share of the spectra that ranks are given at.
     centered: whether spectra are about the mean.
+    recipe: how `compress` made the tree that it returned with this report;
+      None from `measure`.
   """
+
+  recipe: Recipe | None = None
 
   def __init__(
     self, layers: Sequence[LayerReport], energy: float, centered: bool

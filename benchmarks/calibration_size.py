@@ -1,0 +1,132 @@
+"""How few rows calibrate: the default of `compress` against plain SVD.
+
+  python -m benchmarks.calibration_size --data_root=DIR
+
+From 128 rows to 16 rows for every input feature of the widest kernel, at a
+quarter of the kernels' parameters, without the gauge, so that all have the same
+pairs. Bar: the default is never below plain SVD, which needs no data at all.
+Writes `calibration_size.json` and `.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+import matplotlib
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+from benchmarks import networks  # noqa: E402
+from benchmarks import quality  # noqa: E402
+from benchmarks import record  # noqa: E402
+import utilized_rank as ur  # noqa: E402
+
+FRACTION = 0.25
+LABELS = {
+  'weight': 'plain SVD',
+  'output': 'least output error, uniform ranks',
+  'loss': 'least loss, uniform ranks',
+  'compress': 'compress without the gauge',
+}
+COLORS = dict(zip(LABELS, ('#999999', '#0072B2', '#009E73', 'black')))
+
+
+def measure(network) -> list[dict]:
+  calibration, judged = network.folds[0]
+  moments = quality.calibrate(network, calibration)
+  judge = quality.Judge(network, moments, judged)
+  options = dict(select=network.select, progress=False)
+  loss = ur.sampled_cross_entropy()
+  rows = int(min(np.min(np.asarray(m.count)) for m in moments.values()))
+  per_example = rows / len(calibration['x'])
+  widest = max(m.layout.matrix_shape[0] for m in moments.values())
+  counts = np.geomspace(128, min(16 * widest, rows), 6)
+  found = []
+  for count in counts:
+    examples = max(1, round(count / per_example))
+    size = min(network.batch_size, examples)
+    x = calibration['x'][: examples // size * size]
+    batches = [{'x': b} for b in np.split(x, len(x) // size)]
+    few = ur.collect(network.fn, network.params, batches, loss=loss, **options)
+    ranks = ur.uniform_ranks(network.params, few, params_fraction=FRACTION)
+    trees = {
+      method: ur.factorize(
+        network.params,
+        few,
+        ranks,
+        method=method,
+        compensate_mean=method != 'weight',
+        progress=False,
+      )
+      for method in ('weight', 'output', 'loss')
+    }
+    trees['compress'], _ = ur.compress(
+      network.fn,
+      network.params,
+      batches,
+      params_fraction=FRACTION,
+      loss=loss,
+      gauge=None,
+      **options,
+    )
+    row = {'rows': round(len(x) * per_example), 'widest': widest}
+    for name, tree in trees.items():
+      scores = judge(tree)
+      row[name] = {k: round(float(v.mean()), 5) for k, v in scores.items()}
+    found.append(row)
+    print(
+      f'{row["rows"]:7,} rows  '
+      + '  '.join(f'{n} {row[n]["kl"]:.4f}' for n in LABELS),
+      flush=True,
+    )
+  return found
+
+
+def plot(results: dict[str, list[dict]], path: pathlib.Path) -> None:
+  figure, axes = plt.subplots(
+    1, len(results), figsize=(5.5 * len(results), 4), layout='constrained'
+  )
+  for axis, (name, rows) in zip(np.atleast_1d(axes), results.items()):
+    for method, label in LABELS.items():
+      axis.loglog(
+        [r['rows'] for r in rows],
+        [r[method]['kl'] for r in rows],
+        marker='o',
+        ms=4,
+        color=COLORS[method],
+        label=label,
+      )
+    axis.set_title(f'{name}, {FRACTION:.0%} of the parameters', fontsize=10)
+    axis.set_xlabel('rows to calibrate on')
+    axis.grid(alpha=0.25)
+  axes[0].set_ylabel('KL from dense, nats')
+  axes[0].legend(fontsize=8, frameon=False)
+  figure.savefig(path, dpi=80)
+  plt.close(figure)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--data_root', required=True)
+  parser.add_argument(
+    '--networks', nargs='+', default=['mlp_fmnist_relu', 'kwt1']
+  )
+  parser.add_argument('--out', type=pathlib.Path, default=record.RESULTS)
+  args = parser.parse_args()
+  results = {}
+  for name in args.networks:
+    print(f'\n== {name}')
+    results[name] = measure(networks.LOADERS[name](args.data_root))
+  record.write(
+    args.out / 'calibration_size.json',
+    'python -m benchmarks.calibration_size --data_root=DIR',
+    {'params_fraction': FRACTION, 'networks': results},
+  )
+  plot(results, args.out / 'calibration_size.png')
+
+
+if __name__ == '__main__':
+  main()
