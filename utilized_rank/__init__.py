@@ -61,4 +61,4 @@ from utilized_rank.sites import Sites
 from utilized_rank.tune import TunedRanks
 from utilized_rank.tune import tune_ranks
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
