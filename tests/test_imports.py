@@ -13,17 +13,17 @@ ROOT = pathlib.Path(utilized_rank.__file__).parent
 
 # Lower rows may be imported by higher ones, not the other way round.
 LAYERS = [
-  'compat progress files layout paths depth look svg',
+  'compat progress files layout paths depth look svg processes',
   'tracing numerics tables factors',
   'product',
   'contraction convolution',
   'values sharded interpret control products',
   'moments subspace',
   'sites lowrank layers dense',
-  'collector',
+  'collector spread',
   'capture kernels allocation',
   'checkpoint methods plots gradients',
-  'ranks',
+  'ranks snapshots',
   'collect factorize search',
   'page report',
   'compress',

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sized
 import itertools
 import os
-import shutil
 from typing import Any
 import warnings
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import numpy as np
 
-from utilized_rank import checkpoint
 from utilized_rank import paths
+from utilized_rank import processes
 from utilized_rank import tracing
 from utilized_rank.capture import capture
 from utilized_rank.capture import find_sites
@@ -25,6 +22,11 @@ from utilized_rank.gradients import LossFn
 from utilized_rank.gradients import gradient_sums
 from utilized_rank.moments import Moments
 from utilized_rank.progress import track
+from utilized_rank.snapshots import Snapshots
+from utilized_rank.snapshots import go_to
+from utilized_rank.snapshots import place_of
+from utilized_rank.spread import Devices
+from utilized_rank.spread import Pmapped
 
 # Rows that the devices may count before the host takes the sums over: int32
 # ends at twice this.
@@ -40,6 +42,7 @@ def collect(
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
   mesh: Mesh | None = None,
+  pmap_axis: str | None = None,
   checkpoint_dir: str | os.PathLike[str] | None = None,
   checkpoint_every: int = 100,
   progress: bool = True,
@@ -61,7 +64,9 @@ def collect(
     select: ordered `(regex, bool)` rules over leaf paths; default all kernels.
     on_opaque: 'error', or 'report' to pass over parameters that enter a
       primitive which hides its computation, with a warning that names them.
-    mesh: devices to use, all axes flattened; default every local device.
+    mesh: devices to use, all axes flattened; default every device.
+    pmap_axis: for code that is built on `jax.pmap`: the name of its axis.
+      Parameters and batches then lead with an axis of this process's devices.
     checkpoint_dir: where to keep the running sums. If it holds some, the
       batches that they cover are skipped, and the result equals that of an
       uninterrupted run; removed when done.
@@ -84,14 +89,34 @@ def collect(
   >>> int(moments['w'].count), moments['w'].mean.tolist()
   (8, [0.5, 0.5])
   """
-  devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
   total = len(batches) if isinstance(batches, Sized) else None
-  batches = iter(batches)
-  first = next(batches, None)
-  if first is None:
-    raise ValueError('collect needs at least one batch, got none')
+  everywhere = jax.process_count() > 1 and (mesh is None or _crosses(mesh))
+  stream = iter(batches)
+  first = next(stream, None)
+  _agree_on_first(first is not None, everywhere)
   check_batch(first, 0)
-  sites = find_sites(fn, params, first, select=select, on_opaque=on_opaque)
+  leaves, treedef = jax.tree.flatten(params)
+  arrays = {i: v for i, v in enumerate(leaves) if tracing.is_array(v)}
+
+  def tree_of(values):
+    # Flags and functions among the leaves stay what they are.
+    moving = dict(zip(arrays, values, strict=True))
+    return jax.tree.unflatten(
+      treedef, [moving.get(i, v) for i, v in enumerate(leaves)]
+    )
+
+  devices = _local(jax.devices() if mesh is None else mesh.devices.flat)
+  spread: Devices
+  if pmap_axis is not None:
+    spread = Pmapped(list(arrays.values()), devices, pmap_axis)
+  else:
+    spread = Devices(list(arrays.values()), devices)
+  sites = spread.sites(
+    lambda params, batch: find_sites(
+      fn, tree_of(params), batch, select=select, on_opaque=on_opaque
+    ),
+    first,
+  )
   if sites.holes:
     warnings.warn(
       f'the moments leave out {sorted(sites.holes)}, which enter primitives '
@@ -103,26 +128,70 @@ def collect(
       'the function has no kernel: no parameter leaf meets a matrix product '
       f'or a convolution\n{sites}'
     )
-  run = _Run(fn, params, sites, select, on_opaque, devices, loss)
-  done = 0
-  if checkpoint_dir is not None and os.path.isdir(checkpoint_dir):
-    done = run.restore(checkpoint_dir, sites)
-  stream = itertools.chain([first], batches)
-  for _ in itertools.islice(stream, done):
-    pass
-  bar: Iterable[Any] = stream
+  measure = _measure(fn, sites, select, on_opaque, loss)
+  run = _Run(
+    lambda params, batch: measure(tree_of(params), batch), spread, everywhere
+  )
+  snapshots = None if checkpoint_dir is None else Snapshots(checkpoint_dir)
+  done, place = 0, None
+  if snapshots is not None:
+    done, place = run.restore(snapshots, sites, loss is not None)
+  if place is not None:
+    go_to(stream, place)
+  else:
+    batches = itertools.chain([first], stream)
+    for _ in itertools.islice(batches, done):
+      pass
+  bar: Iterable[Any] = stream if place is not None else batches
   if progress:
-    bar = track(stream, total=total, desc='collect', unit='batch', initial=done)
+    bar = track(bar, total=total, desc='collect', unit='batch', initial=done)
   for i, batch in enumerate(bar, done):
     if i:
       check_batch(batch, i)
     run.add(batch, i)
-    if checkpoint_dir is not None and (i + 1) % checkpoint_every == 0:
-      run.save(checkpoint_dir, i + 1)
+    if snapshots is not None and (i + 1) % checkpoint_every == 0:
+      run.save(snapshots, i + 1, place_of(stream))
   moments = run.result()
-  if checkpoint_dir is not None and os.path.isdir(checkpoint_dir):
-    shutil.rmtree(checkpoint_dir)
+  if snapshots is not None:
+    snapshots.remove()
   return moments
+
+
+def _local(devices: Iterable[Any]) -> list[Any]:
+  return [d for d in devices if d.process_index == jax.process_index()]
+
+
+def _crosses(mesh: Mesh) -> bool:
+  """Whether a mesh has devices of several processes."""
+  return len({d.process_index for d in mesh.devices.flat}) > 1
+
+
+def _agree_on_first(has_one: bool, everywhere: bool) -> None:
+  told = [[has_one]]
+  if everywhere:
+    # All know, so that none waits for one that has stopped.
+    told = processes.exchange([has_one]).tolist()
+  without = [i for i, (has,) in enumerate(told) if not has]
+  if without:
+    who = f' in processes {without}' if everywhere else ''
+    raise ValueError(f'collect needs at least one batch, got none{who}')
+
+
+def _measure(fn, sites, select, on_opaque, loss):
+  """`measure(params, batch) -> Moments`, with a loss its gradient's too."""
+  captured = capture(fn, select=select, on_opaque=on_opaque)
+  if loss is None:
+    return lambda params, batch: captured(params, batch)[1]
+  layouts = {path: site.layout for path, site in sites.items()}
+  gradients = gradient_sums(fn, loss, layouts)
+
+  def measure(params, batch):
+    moments = captured(params, batch)[1]
+    grads, examples = gradients(params, batch)
+    grads = tuple(grads[path] for path in moments)
+    return Moments(moments.table, moments.sums, grads, examples)
+
+  return measure
 
 
 def check_batch(batch: Any, number: int) -> int:
@@ -152,107 +221,52 @@ def check_batch(batch: Any, number: int) -> int:
 class _Run:
   """Running sums on the devices, and what overflowed them on the host."""
 
-  def __init__(self, fn, params, sites, select, on_opaque, devices, loss=None):
-    self._devices = devices
-    self._captured = capture(fn, select=select, on_opaque=on_opaque)
-    self._gradients = None
-    if loss is not None:
-      layouts = {path: site.layout for path, site in sites.items()}
-      self._gradients = gradient_sums(fn, loss, layouts)
-    self._mesh = Mesh(np.array(devices), ('examples',))
-    replicated = NamedSharding(self._mesh, PartitionSpec())
-    # Flags and functions among the leaves stay what they are.
-    leaves, self._treedef = jax.tree.flatten(params)
-    self._static = {
-      i: v for i, v in enumerate(leaves) if not tracing.is_array(v)
-    }
-    self._params = jax.device_put(
-      [v for v in leaves if tracing.is_array(v)], replicated
-    )
-    self._split = NamedSharding(self._mesh, PartitionSpec('examples'))
-    self._state: Moments | None = None
-    self._host: Moments | None = None
+  def __init__(self, measure, spread, everywhere=False):
+    self.spread = spread
+    self._measure = measure
+    self._everywhere = everywhere
+    self.state: Moments | None = None
+    self.host: Moments | None = None
     self._pending: tuple[int, Any, Any] | None = None
-    self._step = jax.jit(self._add_shards, donate_argnums=0)
-    self._step_rest = jax.jit(self._add_rest, donate_argnums=0)
+    self._steps: dict[bool, Any] = {}
 
-  def _moments_of(self, arrays, batch):
-    arrays = iter(arrays)
-    params = jax.tree.unflatten(
-      self._treedef,
-      [
-        self._static[i] if i in self._static else next(arrays)
-        for i in range(self._treedef.num_leaves)
-      ],
-    )
-    moments = self._captured(params, batch)[1]
-    if self._gradients is None:
-      return moments
-    grads, examples = self._gradients(params, batch)
-    grads = tuple(grads[path] for path in moments)
-    return Moments(moments.table, moments.sums, grads, examples)
+  def step(self, whole: bool = False) -> Any:
+    """The program that adds a batch to the running sums."""
+    if whole not in self._steps:
+      self._steps[whole] = self.spread.run(self._add, whole)
+    return self._steps[whole]
 
-  def _add_shards(self, state, params, batch):
-    def local(params, batch):
-      moments = self._moments_of(params, batch)
-      return jax.tree.map(lambda a: a[None], moments)
+  def _add(self, state, params, batch):
+    return _accumulate(state, self._measure(params, batch))
 
-    spec = PartitionSpec('examples')
-    new = jax.shard_map(
-      local,
-      mesh=self._mesh,
-      in_specs=(PartitionSpec(), spec),
-      out_specs=spec,
-      check_vma=False,
-    )(params, batch)
-    return _accumulate(state, new)
-
-  def _add_rest(self, state, params, batch):
-    """Adds a batch that all devices see to the first device's sums."""
-    moments = self._moments_of(params, batch)
-    pad = lambda a: (
-      jnp.zeros((len(self._devices), *a.shape), a.dtype).at[0].set(a)
-    )
-    return _accumulate(state, jax.tree.map(pad, moments))
+  def zeros(self, batch: Any) -> Moments:
+    return self.spread.zeros(self.spread.shapes(self._measure, batch))
 
   def add(self, batch: Any, number: int) -> None:
-    size = jax.tree.leaves(batch)[0].shape[0]
-    even = size - size % len(self._devices)
-    parts = []
-    if even:
-      parts.append((self._step, jax.tree.map(lambda a: a[:even], batch)))
-    if even < size:
-      parts.append((self._step_rest, jax.tree.map(lambda a: a[even:], batch)))
-    for step, part in parts:
-      if step is self._step:
-        part = jax.device_put(part, self._split)
-      if self._state is None:
-        self._state = self._zeros(part)
-      self._state, finite, most = step(self._state, self._params, part)
+    for part, whole in self.spread.split(batch):
+      if self.state is None:
+        self.state = self.zeros(part)
+      step = self.step(whole)
+      self.state, finite, most = step(self.state, self.spread.params, part)
       # Looked at one batch later, so that the devices are never idle.
-      self._look()
+      self.look()
       self._pending = number, finite, most
 
-  def _zeros(self, batch: Any) -> Moments:
-    shapes = jax.eval_shape(
-      lambda p, b: self._moments_of(p, b), self._params, batch
-    )
-    n = len(self._devices)
-    return jax.tree.map(
-      lambda s: jax.device_put(jnp.zeros((n, *s.shape), s.dtype), self._split),
-      shapes,
-    )
+  def look(self) -> None:
+    """Sees to what the last batch left.
 
-  def _look(self) -> None:
+    Raises:
+      FloatingPointError: NaN or infinity.
+    """
     if self._pending is None:
       return
     number, finite, most = self._pending
     self._pending = None
-    finite = np.asarray(finite)
+    finite = np.asarray(finite).all(0)
     if not finite.all():
       bad = int(np.argmin(finite))
-      assert self._state is not None
-      table, inputs = self._state.table, len(self._state.sums)
+      assert self.state is not None
+      table, inputs = self.state.table, len(self.state.sums)
       what, users = 'input', [e.path for e in table if e.index == bad]
       if bad >= inputs:
         what = "loss's gradient at the output"
@@ -260,61 +274,52 @@ class _Run:
       raise FloatingPointError(
         f'the {what} of {users} is NaN or infinite in batch {number}'
       )
-    if int(most) > _MOST_ROWS:
+    if np.asarray(most).max() > _MOST_ROWS:
       self._flush()
 
   def _flush(self) -> None:
     """Moves the sums to the host, in float64 and int64."""
-    assert self._state is not None
-    wide = lambda a: np.asarray(a).sum(
-      0, dtype=np.int64 if np.issubdtype(a.dtype, np.integer) else np.float64
+    assert self.state is not None
+    new = self.spread.wide(self.state)
+    self.host = (
+      new if self.host is None else jax.tree.map(np.add, self.host, new)
     )
-    new = jax.tree.map(wide, self._state)
-    self._host = (
-      new if self._host is None else jax.tree.map(np.add, self._host, new)
-    )
-    self._state = jax.tree.map(jnp.zeros_like, self._state)
+    self.state = jax.tree.map(jnp.zeros_like, self.state)
 
   def result(self) -> Moments:
-    self._look()
-    if self._host is not None:
-      self._flush()
-      return self._host
-    reduced = jax.jit(
-      lambda state: jax.tree.map(lambda a: a.sum(0, dtype=a.dtype), state)
-    )(self._state)
-    return jax.tree.map(np.asarray, reduced)
+    self.look()
+    return self.spread.total(self.state, self.host, self._everywhere)
 
   # --- interruption ---
 
-  def save(self, folder, done: int) -> None:
-    self._look()
-    tree = {'state': jax.tree.map(np.asarray, self._state)}
-    if self._host is not None:
-      tree['host'] = self._host
-    checkpoint.save(folder, tree, metadata={'batches': done}, overwrite=True)
+  def save(self, snapshots: Snapshots, done: int, place: Any) -> None:
+    self.look()
+    assert self.state is not None
+    snapshots.save(self.state, self.host, done, place)
 
-  def restore(self, folder, sites) -> int:
-    tree = checkpoint.load(folder)
-    state = tree.get('state') if isinstance(tree, dict) else None
-    if not isinstance(state, Moments):
-      raise ValueError(f'{folder!r} holds no running sums of a collection')
+  def restore(
+    self, snapshots: Snapshots, sites: Any, with_loss: bool
+  ) -> tuple[int, Any]:
+    """Takes up a snapshot: how many batches it has, and where they end."""
+    found = snapshots.latest()
+    if found is None:
+      return 0, None
+    state, self.host, done, place = found
     have = {e.path: e.layout for e in state.table}
     want = {s.path: s.layout for s in sites.values()}
-    same_loss = (state.grads is None) == (self._gradients is None)
+    parts = len(state.sums[0].count)
     if (
       have != want
-      or not same_loss
-      or state.sums[0].count.shape[0] != len(self._devices)
+      or (state.grads is not None) != with_loss
+      or parts != self.spread.parts
     ):
       raise ValueError(
-        f'{folder!r} holds the sums of another collection ({len(have)} '
-        f'kernels, {state.sums[0].count.shape[0]} devices); this one has '
-        f'{len(want)} kernels on {len(self._devices)} devices'
+        f'{snapshots.folder!r} holds the sums of another collection '
+        f'({len(have)} kernels, {parts} devices); this one has {len(want)} '
+        f'kernels on {self.spread.parts} devices'
       )
-    self._state = jax.device_put(state, self._split)
-    self._host = tree.get('host')
-    return checkpoint.load_metadata(folder)['batches']
+    self.state = self.spread.put(state)
+    return done, place
 
 
 def _accumulate(state: Moments, new: Moments):

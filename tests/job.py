@@ -1,0 +1,104 @@
+"""One process of a job of several: `python job.py INDEX COUNT PORT CASE OUT`.
+
+The tests start it and read what it leaves in OUT.
+"""
+
+import importlib
+import os
+import pickle
+import sys
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_NUM_CPU_DEVICES'] = '2'
+
+import jax
+import numpy as np
+
+import utilized_rank as ur
+
+SHAPES = {'first': (6, 8), 'second': (8, 4)}
+# Batches of each process: unequal in number and in size.
+SIZES = [[16, 16, 16, 7], [16, 1]]
+
+
+def params():
+  rng = np.random.default_rng(0)
+  return {
+    name: rng.normal(size=shape).astype(np.float32)
+    for name, shape in SHAPES.items()
+  }
+
+
+def model(params, x):
+  return jax.numpy.tanh(x @ params['first']) @ params['second']
+
+
+def loss(outputs, batch):
+  del batch
+  return (outputs**2).sum(-1)
+
+
+def batches(index):
+  rng = np.random.default_rng(1 + index)
+  return [rng.normal(size=(n, 6)).astype(np.float32) for n in SIZES[index]]
+
+
+def collect(batches, **kwargs):
+  return ur.collect(model, params(), batches, progress=False, **kwargs)
+
+
+def numbers(moments):
+  """Plain arrays, by path."""
+  return {
+    path: (m.count, m.mean, m.second, m.grad_second)
+    for path, m in moments.items()
+  }
+
+
+def refusal(call):
+  try:
+    call()
+  except ValueError as error:
+    return str(error)
+  return None
+
+
+def local(index):
+  """Every process its own batches, no communication but at the end."""
+  library = importlib.import_module('utilized_rank.collect')
+  out = {'moments': numbers(collect(batches(index), loss=loss))}
+  copies = jax.tree.map(lambda a: np.stack([a] * 2), params())
+  out['pmap'] = numbers(
+    ur.collect(
+      model,
+      copies,
+      [b[: len(b) // 2 * 2].reshape(2, -1, 6) for b in batches(index)[:1]],
+      pmap_axis='i',
+      progress=False,
+    )
+  )
+  if index:
+    # The sums of this process alone go through the host.
+    library._MOST_ROWS = 5
+  out['overflow'] = numbers(collect(batches(index), loss=loss))
+  out['empty'] = refusal(lambda: collect(batches(index) if index else []))
+  rules = [('first' if index else '.*', True)]
+  out['different'] = refusal(lambda: collect(batches(index), select=rules))
+  mine = jax.sharding.Mesh(np.array(jax.local_devices()), ('x',))
+  if index:
+    out['alone'] = numbers(collect(batches(index), mesh=mine))
+  return out
+
+
+def main():
+  index, count, port = map(int, sys.argv[1:4])
+  jax.distributed.initialize(
+    f'localhost:{port}', num_processes=count, process_id=index
+  )
+  out = globals()[sys.argv[4]](index)
+  with open(f'{sys.argv[5]}/{index}.pkl', 'wb') as file:
+    pickle.dump(out, file)
+
+
+if __name__ == '__main__':
+  main()
