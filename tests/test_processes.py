@@ -7,11 +7,8 @@ import subprocess
 import sys
 
 import job
-import jax
 import numpy as np
-import pytest
 
-import utilized_rank as ur
 from utilized_rank import processes
 
 HERE = pathlib.Path(__file__).parent
@@ -54,9 +51,7 @@ def results(case, folder):
     if any('in use' in text.lower() for text in printed):
       continue  # another program took the port in between
     assert [p.returncode for p in jobs] == [0, 0], '\n'.join(printed)
-    return [
-      pickle.loads((folder / f'{i}.pkl').read_bytes()) for i in range(2)
-    ]
+    return [pickle.loads((folder / f'{i}.pkl').read_bytes()) for i in range(2)]
   raise AssertionError('no free port in three attempts')
 
 
