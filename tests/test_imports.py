@@ -15,7 +15,8 @@ ROOT = pathlib.Path(utilized_rank.__file__).parent
 LAYERS = [
   'compat progress files layout paths depth look svg processes',
   'tracing numerics tables factors',
-  'product',
+  'product axes',
+  'rows',
   'contraction convolution',
   'values sharded interpret control products',
   'moments subspace',

@@ -16,6 +16,9 @@ from utilized_rank.interpret import Walk
 from utilized_rank.layout import View
 from utilized_rank.moments import Entry
 from utilized_rank.moments import Moments
+from utilized_rank.rows import EVERY
+from utilized_rank.rows import Counting
+from utilized_rank.rows import Rows
 from utilized_rank.sites import Sites
 from utilized_rank.values import Param
 
@@ -131,14 +134,31 @@ def _eval_shape(fn, *args):
   return jax.eval_shape(flat, [leaves[i] for i in moving])
 
 
-def _capture(fn, params, args, kwargs, rules, on_opaque):
+def count(
+  fn: Callable[..., Any],
+  counting: Counting,
+  params: Any,
+  batch: Any,
+  select: paths.Rules | None = None,
+  on_opaque: str = 'error',
+) -> Moments:
+  """The moments of `fn(params, batch)` over the rows that count.
+
+  With parts, they are an axis of every sum, in front of the features.
+  """
+  args = params, (batch,), {}, select, on_opaque
+  return _capture(fn, *args, counting)[1]
+
+
+def _capture(fn, params, args, kwargs, rules, on_opaque, counting=EVERY):
   if on_opaque not in ('error', 'report'):
     raise ValueError(
       f"on_opaque must be 'error' or 'report', got {on_opaque!r}"
     )
   traced = tracing.trace(fn, params, args, kwargs)
   selected = None if rules is None else paths.select(traced.params, rules)
-  collector = Collector(traced.params, selected, on_opaque == 'report')
+  rows = Rows(counting, traced)
+  collector = Collector(traced.params, selected, on_opaque == 'report', rows)
   walk = Walk(collector)
   values = [
     Param(View.of_leaf(path, leaf.shape, leaf.dtype), Dense(leaf))

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import compat
-from utilized_rank import numerics
 from utilized_rank import products
 from utilized_rank.interpret import PART
 from utilized_rank.layout import Atoms
@@ -23,6 +22,7 @@ from utilized_rank.layout import common_atoms
 from utilized_rank.layout import pieces_of
 from utilized_rank.moments import Sums
 from utilized_rank.product import Product
+from utilized_rank.rows import Rows
 from utilized_rank.sites import Site
 from utilized_rank.sites import Sites
 from utilized_rank.sites import layout_conflict
@@ -64,7 +64,9 @@ class Collector:
     params: dict[str, Any],
     selected: dict[str, bool] | None,
     report_holes: bool,
+    rows: Rows,
   ):
+    self.rows = rows
     self.params = params
     self.selected = selected
     self.report_holes = report_holes
@@ -122,10 +124,8 @@ class Collector:
       groups = ((a,), *groups)
 
     def make():
-      total, second = numerics.sharded_gram(product.features, x)
-      lead = second.shape[:-2]
-      count = jnp.full(lead, product.num_rows, jnp.int32)
-      sums = Sums(count, total, second)
+      count = self.rows.count(product, eqn, which)
+      sums = Sums(count, *self.rows.inputs(product, eqn, which, x))
       for a, (_, at) in traced:
         size = product.layout.atoms[a]
         sums = jax.tree.map(functools.partial(_put, at=at, size=size), sums)
@@ -208,7 +208,7 @@ class Collector:
       )
       if signature not in known:
         known[signature] = len(sums)
-        sums.append(_assemble(parts, layout))
+        sums.append(_assemble(parts, layout, self.rows.tail))
       distinct = len({tuple(p.fixed.items()) for p in parts})
       sites[path] = Site(
         path,
@@ -335,8 +335,11 @@ class _Part:
     return array.transpose(*order, *range(len(self.lead), array.ndim))
 
 
-def _assemble(parts: Sequence[_Part], layout: Layout) -> Sums:
-  """Adds the parts of one kernel's sums into (*groups, ...) arrays."""
+def _assemble(parts: Sequence[_Part], layout: Layout, inner: int) -> Sums:
+  """Adds the parts of one kernel's sums into (*groups, ...) arrays.
+
+  `inner` axes are between the groups and the features.
+  """
   value = lambda part, field: getattr(part.emission.value, field)
   return Sums(
     *(
@@ -344,7 +347,7 @@ def _assemble(parts: Sequence[_Part], layout: Layout) -> Sums:
         [(p.fixed, p.arrange(value(p, field), tail, layout)) for p in parts],
         layout,
       )
-      for tail, field in enumerate(('count', 'total', 'second'))
+      for tail, field in enumerate(('count', 'total', 'second'), inner)
     )
   )
 

@@ -1,0 +1,303 @@
+"""Which rows of a product's input count, and to which part of the sums.
+
+A mask says which examples, or which of their tokens, are real. The rows of the
+others are set to zero, which adds nothing to a sum, and are not counted. The
+rows of one share of the examples can be summed apart from those of another,
+so that devices that hold different examples have nothing to tell each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from utilized_rank import compat
+from utilized_rank import numerics
+from utilized_rank.axes import EXAMPLE
+from utilized_rank.axes import TOKEN
+from utilized_rank.axes import Flow
+from utilized_rank.axes import Where
+from utilized_rank.axes import batch_array
+from utilized_rank.axes import plain
+from utilized_rank.product import ROW
+from utilized_rank.product import Product
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting:
+  """What is counted.
+
+  Attributes:
+    mask: whether each example, (B,), or each of its tokens, (B, T), counts.
+    over: a mesh and the names of its axes over which the examples are spread;
+      each share of them has sums of its own, along an axis behind the groups.
+  """
+
+  mask: Any = None
+  over: tuple[Any, tuple[str, ...]] | None = None
+
+  @property
+  def parts(self) -> int:
+    if self.over is None:
+      return 0
+    mesh, names = self.over
+    return math.prod(mesh.shape[n] for n in names)
+
+
+EVERY = Counting()
+
+
+class Rows:
+  """The rows of every product of one traced function."""
+
+  def __init__(self, counting: Counting = EVERY, traced: Any = None):
+    self._counting = counting
+    self._mask = counting.mask
+    self.parts = counting.parts
+    self._found: dict[Any, Where] = {}
+    self._tokens: int | None = None
+    if counting is EVERY:
+      return
+    self._examples = traced.args[0].shape[0]
+    if self._mask is not None and self._mask.ndim == 2:
+      self._tokens = self._mask.shape[1]
+    flow = Flow(self._examples)
+    values = [plain(v.shape) for v in traced.params.values()]
+    values += [batch_array(a.shape, self._tokens) for a in traced.args]
+    if self._examples > 1:
+      flow.run(traced.jaxpr, values)
+    self._found = flow.found
+
+  @property
+  def tail(self) -> int:
+    """Axes of the sums between the groups and the features."""
+    return 1 if self.parts else 0
+
+  def count(self, product: Product, eqn: Any, which: int) -> jax.Array:
+    """n, (*groups, [parts])."""
+    lead = product.layout.sizes(product.present)
+    where = self._of(eqn.invars[1 - which])
+    rows = jnp.full(max(self.parts, 1), 0, jnp.int32)
+    if self._mask is None or not where.has(EXAMPLE):
+      even = self._is_split(where)
+      share = product.num_rows // self.parts if even else product.num_rows
+      rows = rows + share if even else rows.at[0].set(share)
+    else:
+      mask, unit = self._units(where, product)
+      mask = mask.astype(jnp.int32)
+      if self._is_split(where):
+        rows = mask.reshape(self.parts, -1).sum(1, dtype=jnp.int32)
+      else:
+        rows = rows.at[0].set(mask.sum(dtype=jnp.int32))
+      rows = rows * unit
+    return jnp.broadcast_to(rows if self.parts else rows[0], lead + rows.shape)
+
+  def inputs(self, product: Product, eqn: Any, which: int, x: Any):
+    """(sum x, sum x x^T), (*groups, [parts], ...), over the rows that count.
+
+    Raises:
+      ValueError: with a mask, if it is not known which rows are whose.
+    """
+    where = self._of(eqn.invars[1 - which])
+    if self._mask is not None:
+      self._check(product, where, eqn, which)
+    keep = self.keep(where)
+    return self.gram(product.features, x, where, keep, len(product.present))
+
+  def responses(self, product: Product, eqn: Any):
+    """For the product's output: where it is, and which of it counts."""
+    where = self._of(eqn.outvars[0])
+    return where, self.keep(where)
+
+  def gram(
+    self,
+    matrix: Callable[[Any], Any],
+    x: Any,
+    where: Where | None,
+    keep: Any,
+    groups: int,
+  ) -> tuple[jax.Array, jax.Array]:
+    """`numerics.gram` of `matrix(x)`, of the rows that count, in parts."""
+
+    def counted(x, keep):
+      return x if keep is None else jnp.where(keep, x, jnp.zeros((), x.dtype))
+
+    if not self.parts:
+      return numerics.sharded_gram(lambda x: matrix(counted(x, keep)), x)
+    assert self._counting.over is not None and where is not None
+    mesh, names = self._counting.over
+
+    def sums(x, keep):
+      x = counted(x, keep)
+      if not self._is_split(where):
+        # Its examples are not known: one sum of all, at the first part.
+        total, second = numerics.gram(matrix(x))
+        return _first(total, 1, self.parts), _first(second, 2, self.parts)
+      x = _parts_first(x, where, self.parts)
+      free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+      spread = NamedSharding(_auto(mesh), PartitionSpec(names, *free))
+      x = jax.lax.with_sharding_constraint(x, spread)
+      total, second = jax.vmap(lambda x: numerics.gram(matrix(x)))(x)
+      return jnp.moveaxis(total, 0, -2), jnp.moveaxis(second, 0, -3)
+
+    x = jax.lax.stop_gradient(x)
+    if not compat.has_explicit_axes(x):
+      return sums(x, keep)
+    lead = [None] * groups
+    specs = (
+      PartitionSpec(*lead, names, None),
+      PartitionSpec(*lead, names, None, None),
+    )
+    return jax.sharding.auto_axes(sums, out_sharding=specs)(x, keep)
+
+  # --- where the examples and tokens are ---
+
+  def _of(self, atom: Any) -> Where:
+    if isinstance(atom, compat.Literal) or atom not in self._found:
+      # Not analysed: no mask and one sum, or one example.
+      return plain(atom.aval.shape)
+    return self._found[atom]
+
+  def _is_split(self, where: Where) -> bool:
+    """Whether the shares of the examples can be told apart."""
+    if not self.parts or where.mixed or not where.has(EXAMPLE):
+      return False
+    return _top(where)[1] % self.parts == 0
+
+  def _check(self, product: Product, where: Where, eqn: Any, which: int):
+    path = product.view.path
+    mixed = where.mixed or self._of(eqn.outvars[0]).mixed
+    if product.kind == 'dot':
+      apart = zip(where.axes, product.labels, strict=True)
+      named = {p.name for a, label in apart if label is not ROW for p in a}
+      if EXAMPLE in named:
+        mixed = mixed or 'the product itself'
+    if mixed:
+      raise ValueError(
+        f'a mask needs examples that do not mix, and the input of {path!r} '
+        f'mixes them: {mixed}. Collect without a mask on batches without '
+        f"padding, or leave it out with select=[('{path}', False), ...]"
+      )
+    if self._tokens is None or not where.has(EXAMPLE):
+      return
+    if product.kind == 'dot' and TOKEN not in named:
+      if where.is_along(TOKEN, self._tokens):
+        return
+      if product.num_rows == self._examples and not isinstance(
+        where.token, str
+      ):
+        return
+    raise ValueError(
+      f'the mask is of {self._tokens} tokens, and the rows of {path!r} could '
+      f'not be followed to them ({where.token or product.kind}, input of '
+      f'shape {eqn.invars[1 - which].aval.shape}). Pass a mask of examples, '
+      f"or leave it out with select=[('{path}', False), ...]"
+    )
+
+  def _units(self, where: Where, product: Product) -> tuple[Any, int]:
+    """The mask of the units that rows stand for, and rows per unit."""
+    mask = self._of_rows(where)
+    return mask, product.num_rows // math.prod(mask.shape)
+
+  def _of_rows(self, where: Where) -> Any:
+    """The mask, as far as the value's axes go: (B, T) or (B,)."""
+    if self._tokens is None or where.is_along(TOKEN, self._tokens):
+      return self._mask
+    if isinstance(where.token, int):
+      return self._mask[:, where.token]
+    return self._mask.any(1)
+
+  def keep(self, where: Where) -> Any:
+    """Which elements of a value count, broadcastable to it; None: all."""
+    if self._mask is None or where.mixed or not where.has(EXAMPLE):
+      return None
+    mask = self._of_rows(where)
+    names = (EXAMPLE, TOKEN)[: mask.ndim]
+    pieces = where.pieces
+    named = [i for i, p in enumerate(pieces) if p.name in names]
+    order = sorted(
+      named, key=lambda i: (names.index(pieces[i].name), -pieces[i].step)
+    )
+    mask = mask.reshape([pieces[i].size for i in order])
+    mask = mask.transpose([order.index(i) for i in named])
+    # Within an axis that has a part of the mask, its other pieces repeat it.
+    ones, sizes, shape = [], [], []
+    for axis in where.axes:
+      has = any(p.name in names for p in axis)
+      ones += [p.size if p.name in names else 1 for p in axis]
+      sizes += [p.size if has else 1 for p in axis]
+      shape.append(math.prod(p.size for p in axis) if has else 1)
+    return jnp.broadcast_to(mask.reshape(ones), sizes).reshape(shape)
+
+  def losses(self, losses: jax.Array) -> jax.Array:
+    """An example's loss where the example counts, zero elsewhere."""
+    if self._mask is None:
+      return losses
+    mask = self._mask.reshape(len(losses), -1).any(1)
+    return jnp.where(mask, losses, jnp.zeros((), losses.dtype))
+
+  def zeros(self, groups: Sequence[int], features: Sequence[int]) -> jax.Array:
+    """Float32 sums of nothing, (*groups, [parts], *features)."""
+    if not self.parts:
+      return jnp.zeros((*groups, *features), jnp.float32)
+    assert self._counting.over is not None
+    mesh, names = self._counting.over
+    spec = PartitionSpec(*[None] * len(groups), names, *[None] * len(features))
+    zeros = jnp.zeros((*groups, self.parts, *features), jnp.float32)
+    return jax.lax.with_sharding_constraint(zeros, NamedSharding(mesh, spec))
+
+  def examples(self, size: int) -> jax.Array:
+    """How many examples of a batch count, () or (parts,)."""
+    mask = self._mask
+    if mask is None:
+      mask = jnp.ones(size, bool)
+    mask = mask.reshape(len(mask), -1).any(1).astype(jnp.int32)
+    if not self.parts:
+      return mask.sum(dtype=jnp.int32)
+    if len(mask) % self.parts:
+      return _first(mask.sum(dtype=jnp.int32), 0, self.parts)
+    return mask.reshape(self.parts, -1).sum(1, dtype=jnp.int32)
+
+
+def _top(where: Where) -> tuple[int, int, int, int]:
+  """(axis, size, before, behind) of the examples' outermost piece."""
+  axis, at, piece = max(
+    (
+      (k, j, p)
+      for k, axis in enumerate(where.axes)
+      for j, p in enumerate(axis)
+      if p.name == EXAMPLE
+    ),
+    key=lambda found: found[2].step,
+  )
+  sizes = [p.size for p in where.axes[axis]]
+  return axis, piece.size, math.prod(sizes[:at]), math.prod(sizes[at + 1 :])
+
+
+def _parts_first(x: jax.Array, where: Where, parts: int) -> jax.Array:
+  """(parts, ...): the examples' axis cut into shares."""
+  axis, size, before, behind = _top(where)
+  lead, rest = x.shape[:axis], x.shape[axis + 1 :]
+  x = x.reshape(*lead, before, parts, size // parts * behind, *rest)
+  x = jnp.moveaxis(x, axis + 1, 0)
+  return x.reshape(parts, *lead, -1, *rest)
+
+
+def _first(array: jax.Array, features: int, parts: int) -> jax.Array:
+  """(*groups, parts, ...) with the array at the first part, zeros behind."""
+  at = array.ndim - features
+  widths: Sequence[tuple[int, int]] = [(0, 0)] * array.ndim
+  array = jnp.expand_dims(array, at)
+  return jnp.pad(array, [*widths[:at], (0, parts - 1), *widths[at:]])
+
+
+def _auto(mesh: Any) -> Any:
+  kind = jax.sharding.AxisType.Auto
+  return mesh.update(axis_types=(kind,) * len(mesh.axis_names))
