@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 import itertools
 import os
 from typing import Any
@@ -16,17 +16,19 @@ import numpy as np
 from utilized_rank import paths
 from utilized_rank import processes
 from utilized_rank import tracing
-from utilized_rank.capture import capture
+from utilized_rank.capture import count
 from utilized_rank.capture import find_sites
 from utilized_rank.gradients import LossFn
 from utilized_rank.gradients import gradient_sums
 from utilized_rank.moments import Moments
 from utilized_rank.progress import track
+from utilized_rank.rows import Counting
 from utilized_rank.snapshots import Snapshots
 from utilized_rank.snapshots import go_to
 from utilized_rank.snapshots import place_of
 from utilized_rank.spread import Devices
 from utilized_rank.spread import Pmapped
+from utilized_rank.spread import Sharded
 
 # Rows that the devices may count before the host takes the sums over: int32
 # ends at twice this.
@@ -42,6 +44,7 @@ def collect(
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
   mesh: Mesh | None = None,
+  batch_axes: Sequence[str] | None = None,
   pmap_axis: str | None = None,
   checkpoint_dir: str | os.PathLike[str] | None = None,
   checkpoint_every: int = 100,
@@ -64,7 +67,11 @@ def collect(
     select: ordered `(regex, bool)` rules over leaf paths; default all kernels.
     on_opaque: 'error', or 'report' to pass over parameters that enter a
       primitive which hides its computation, with a warning that names them.
-    mesh: devices to use, all axes flattened; default every device.
+    mesh: devices to use, all axes flattened; default every device. Parameters
+      that are spread over this mesh stay as they are (fully sharded, tensor
+      parallel), and `fn` runs on whole arrays, as under `jax.jit`.
+    batch_axes: for such parameters, the mesh axes over which batches are
+      spread; default the mesh's first.
     pmap_axis: for code that is built on `jax.pmap`: the name of its axis.
       Parameters and batches then lead with an axis of this process's devices.
     checkpoint_dir: where to keep the running sums. If it holds some, the
@@ -105,12 +112,7 @@ def collect(
       treedef, [moving.get(i, v) for i, v in enumerate(leaves)]
     )
 
-  devices = _local(jax.devices() if mesh is None else mesh.devices.flat)
-  spread: Devices
-  if pmap_axis is not None:
-    spread = Pmapped(list(arrays.values()), devices, pmap_axis)
-  else:
-    spread = Devices(list(arrays.values()), devices)
+  spread = _spread(list(arrays.values()), mesh, batch_axes, pmap_axis)
   sites = spread.sites(
     lambda params, batch: find_sites(
       fn, tree_of(params), batch, select=select, on_opaque=on_opaque
@@ -128,7 +130,7 @@ def collect(
       'the function has no kernel: no parameter leaf meets a matrix product '
       f'or a convolution\n{sites}'
     )
-  measure = _measure(fn, sites, select, on_opaque, loss)
+  measure = _measure(fn, sites, select, on_opaque, loss, spread.over)
   run = _Run(
     lambda params, batch: measure(tree_of(params), batch), spread, everywhere
   )
@@ -148,7 +150,7 @@ def collect(
   for i, batch in enumerate(bar, done):
     if i:
       check_batch(batch, i)
-    run.add(batch, i)
+    run.add((batch, None), i)
     if snapshots is not None and (i + 1) % checkpoint_every == 0:
       run.save(snapshots, i + 1, place_of(stream))
   moments = run.result()
@@ -157,8 +159,24 @@ def collect(
   return moments
 
 
-def _local(devices: Iterable[Any]) -> list[Any]:
-  return [d for d in devices if d.process_index == jax.process_index()]
+def _spread(params, mesh, batch_axes, pmap_axis) -> Devices:
+  """Where a collection's steps run."""
+  everyone = jax.devices() if mesh is None else list(mesh.devices.flat)
+  mine = [d for d in everyone if d.process_index == jax.process_index()]
+  if pmap_axis is not None:
+    return Pmapped(params, mine, pmap_axis)
+  if mesh is not None:
+    is_spread = any(
+      isinstance(v, jax.Array)
+      and v.sharding.device_set == set(everyone)
+      and not v.is_fully_replicated
+      for v in params
+    )
+    if is_spread or batch_axes is not None:
+      return Sharded(params, mesh, batch_axes or mesh.axis_names[:1])
+  elif batch_axes is not None:
+    raise ValueError('batch_axes are axes of a mesh; pass mesh= as well')
+  return Devices(params, mine)
 
 
 def _crosses(mesh: Mesh) -> bool:
@@ -177,16 +195,17 @@ def _agree_on_first(has_one: bool, everywhere: bool) -> None:
     raise ValueError(f'collect needs at least one batch, got none{who}')
 
 
-def _measure(fn, sites, select, on_opaque, loss):
-  """`measure(params, batch) -> Moments`, with a loss its gradient's too."""
-  captured = capture(fn, select=select, on_opaque=on_opaque)
-  if loss is None:
-    return lambda params, batch: captured(params, batch)[1]
+def _measure(fn, sites, select, on_opaque, loss, over):
+  """`measure(params, (batch, mask)) -> Moments`, with a loss its gradient's."""
   layouts = {path: site.layout for path, site in sites.items()}
-  gradients = gradient_sums(fn, loss, layouts)
 
   def measure(params, batch):
-    moments = captured(params, batch)[1]
+    batch, mask = batch
+    counting = Counting(mask, over)
+    moments = count(fn, counting, params, batch, select, on_opaque)
+    if loss is None:
+      return moments
+    gradients = gradient_sums(fn, loss, layouts, counting)
     grads, examples = gradients(params, batch)
     grads = tuple(grads[path] for path in moments)
     return Moments(moments.table, moments.sums, grads, examples)
@@ -233,11 +252,8 @@ class _Run:
   def step(self, whole: bool = False) -> Any:
     """The program that adds a batch to the running sums."""
     if whole not in self._steps:
-      self._steps[whole] = self.spread.run(self._add, whole)
+      self._steps[whole] = self.spread.run(self._measure, _accumulate, whole)
     return self._steps[whole]
-
-  def _add(self, state, params, batch):
-    return _accumulate(state, self._measure(params, batch))
 
   def zeros(self, batch: Any) -> Moments:
     return self.spread.zeros(self.spread.shapes(self._measure, batch))

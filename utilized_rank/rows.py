@@ -51,19 +51,19 @@ class Counting:
     return math.prod(mesh.shape[n] for n in names)
 
 
-EVERY = Counting()
+EVERY = Counting()  # all rows, in one sum
 
 
 class Rows:
   """The rows of every product of one traced function."""
 
-  def __init__(self, counting: Counting = EVERY, traced: Any = None):
+  def __init__(self, counting: Counting, traced: Any):
     self._counting = counting
     self._mask = counting.mask
     self.parts = counting.parts
     self._found: dict[Any, Where] = {}
     self._tokens: int | None = None
-    if counting is EVERY:
+    if counting.mask is None and not counting.parts:
       return
     self._examples = traced.args[0].shape[0]
     if self._mask is not None and self._mask.ndim == 2:

@@ -9,6 +9,7 @@ added over that axis before the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import math
 from typing import Any
 import zlib
 
@@ -20,10 +21,14 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from utilized_rank import processes
+from utilized_rank.moments import Moments
+from utilized_rank.moments import Sums
 from utilized_rank.sites import Sites
 
 _AXIS = 'examples'
-Step = Callable[[Any, Any, Any], tuple[Any, Any, Any]]
+# `measure(params, batch) -> Moments`; a step is `(state, params, batch) ->
+# (state, whether each sum is finite, the most rows)`.
+Measure = Callable[[Any, Any], Any]
 
 
 class Devices:
@@ -39,6 +44,11 @@ class Devices:
     self.placement = NamedSharding(self.mesh, PartitionSpec(_AXIS))
     everywhere = NamedSharding(self.mesh, PartitionSpec())
     self.params = [jax.device_put(local_copy(v), everywhere) for v in params]
+
+  @property
+  def over(self) -> tuple[Mesh, tuple[str, ...]] | None:
+    """Mesh axes over which a step itself sees whole arrays, or None."""
+    return None
 
   def split(self, batch: Any) -> list[tuple[Any, bool]]:
     """Parts of a batch on the devices, and whether each sees all of a part.
@@ -57,12 +67,12 @@ class Devices:
       out.append((put(PartitionSpec(), slice(even, None)), True))
     return out
 
-  def run(self, step: Step, whole: bool) -> Step:
+  def run(self, measure: Measure, accumulate: Any, whole: bool) -> Any:
     """The step on all devices; what all of them see, the first one counts."""
 
     def local(state, params, batch):
       state = jax.tree.map(lambda a: a[0], state)
-      new, finite, most = step(state, params, batch)
+      new, finite, most = accumulate(state, measure(params, batch))
       if whole:
         first = jax.lax.axis_index(_AXIS) == 0
         new = jax.tree.map(lambda a, b: jnp.where(first, a, b), new, state)
@@ -163,10 +173,13 @@ class Pmapped(Devices):
         f'{self.parts} devices, got leading axes {sorted(sizes)}'
       )
 
-  def run(self, step: Step, whole: bool) -> Step:
+  def run(self, measure: Measure, accumulate: Any, whole: bool) -> Any:
     assert not whole
     return jax.pmap(
-      step, axis_name=self.axis, devices=self.devices, donate_argnums=0
+      lambda state, *args: accumulate(state, measure(*args)),
+      axis_name=self.axis,
+      devices=self.devices,
+      donate_argnums=0,
     )
 
   def shapes(self, fn: Callable[..., Any], batch: Any) -> Any:
@@ -176,6 +189,126 @@ class Pmapped(Devices):
     return jax.tree.map(
       lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shapes
     )
+
+
+class Sharded(Devices):
+  """Parameters as they are spread over the caller's mesh.
+
+  The function sees whole arrays, and JAX decides what its devices exchange.
+  The batch is spread over some of the mesh's axes; each share of it has sums
+  of its own, which stay where it is.
+  """
+
+  def __init__(self, params: Sequence[Any], mesh: Mesh, names: Sequence[str]):
+    unknown = [n for n in names if n not in mesh.axis_names]
+    if unknown or not names:
+      raise ValueError(
+        f'batch_axes {tuple(names)} must be axes of the mesh, which has '
+        f'{mesh.axis_names}'
+      )
+    self.mesh = mesh
+    self.names = tuple(names)
+    self.parts = math.prod(mesh.shape[n] for n in names)
+    self.placement = NamedSharding(mesh, PartitionSpec(self.names))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    on_mesh = lambda v: (
+      isinstance(v, jax.Array)
+      and v.sharding.device_set == set(mesh.devices.flat)
+    )
+    self.params = [
+      v if on_mesh(v) else jax.device_put(v, everywhere) for v in params
+    ]
+
+  @property
+  def over(self) -> tuple[Mesh, tuple[str, ...]]:
+    return self.mesh, self.names
+
+  def split(self, batch: Any) -> list[tuple[Any, bool]]:
+    size = jax.tree.leaves(batch)[0].shape[0]
+    return [(jax.tree.map(lambda a: self._put(a, size), batch), False)]
+
+  def _put(self, array: Any, size: int) -> jax.Array:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+      return array
+    several = len({d.process_index for d in self.mesh.devices.flat})
+    if several > 1:
+      return jax.make_array_from_process_local_data(
+        self.placement, np.asarray(array)
+      )
+    even = size % self.parts == 0
+    spec = PartitionSpec(self.names) if even else PartitionSpec()
+    return jax.device_put(array, NamedSharding(self.mesh, spec))
+
+  def run(self, measure: Measure, accumulate: Any, whole: bool) -> Any:
+    assert not whole
+
+    def step(state, params, batch):
+      new = self._parts_first(measure(params, batch))
+      state, finite, most = jax.vmap(accumulate)(state, new)
+      # A few numbers; the function's own steps are joint ones anyway.
+      return state, finite.all(0)[None], most.max()[None]
+
+    everywhere = NamedSharding(self.mesh, PartitionSpec())
+    jitted = jax.jit(
+      step,
+      donate_argnums=0,
+      out_shardings=(self.placement, everywhere, everywhere),
+    )
+    return _InMesh(jitted, self.mesh)
+
+  def _parts_first(self, moments: Moments) -> Moments:
+    """The parts' axis, which is in front of the features, in front of all."""
+    front = lambda a, features: jnp.moveaxis(a, a.ndim - 1 - features, 0)
+    sums = tuple(
+      Sums(front(s.count, 0), front(s.total, 1), front(s.second, 2))
+      for s in moments.sums
+    )
+    grads = moments.grads and tuple(front(g, 2) for g in moments.grads)
+    return Moments(moments.table, sums, grads, moments.examples)
+
+  def shapes(self, fn: Callable[..., Any], batch: Any) -> Any:
+    batch = self.split(batch)[0][0]
+    with jax.set_mesh(self.mesh):
+      shapes = jax.eval_shape(fn, self.params, batch)
+    if not isinstance(shapes, Moments):
+      return shapes
+    shapes = jax.eval_shape(self._parts_first, _bare(shapes))
+    return jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shapes
+    )
+
+  def wide(self, state: Any) -> Any:
+    total = processes.decoded(self.reducer(state)(state), state)
+    return jax.tree.map(lambda a: _wide_sum(a[None]), total)
+
+  def total(self, state: Any, host: Any, everywhere: bool) -> Any:
+    del everywhere  # the mesh's own processes have all of it
+    if host is not None:
+      return jax.tree.map(np.add, self.wide(state), host)
+    return processes.decoded(self.reducer(state)(state), state)
+
+  def reducer(self, state: Any) -> Any:
+    specs = jax.tree.map(lambda _: PartitionSpec(self.names), state)
+    return processes.reducer(self.mesh, specs, self.names)
+
+
+class _InMesh:
+  """A jitted function whose bare partition specs are of one mesh."""
+
+  def __init__(self, jitted: Any, mesh: Mesh):
+    self._jitted, self._mesh = jitted, mesh
+
+  def __call__(self, *args: Any) -> Any:
+    with jax.set_mesh(self._mesh):
+      return self._jitted(*args)
+
+  def lower(self, *args: Any) -> Any:
+    with jax.set_mesh(self._mesh):
+      return self._jitted.lower(*args)
+
+
+def _bare(shapes: Any) -> Any:
+  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), shapes)
 
 
 def local_copy(array: Any) -> Any:
