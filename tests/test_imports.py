@@ -13,7 +13,7 @@ ROOT = pathlib.Path(utilized_rank.__file__).parent
 
 # Lower rows may be imported by higher ones, not the other way round.
 LAYERS = [
-  'compat progress files layout paths depth look svg processes',
+  'compat progress files layout masks paths depth look processes svg',
   'tracing numerics tables factors',
   'product axes',
   'rows',

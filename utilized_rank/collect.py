@@ -20,6 +20,8 @@ from utilized_rank.capture import count
 from utilized_rank.capture import find_sites
 from utilized_rank.gradients import LossFn
 from utilized_rank.gradients import gradient_sums
+from utilized_rank.masks import Mask
+from utilized_rank.masks import Masked
 from utilized_rank.moments import Moments
 from utilized_rank.progress import track
 from utilized_rank.rows import Counting
@@ -41,6 +43,7 @@ def collect(
   batches: Iterable[Any],
   *,
   loss: LossFn | None = None,
+  mask: Mask | str | None = None,
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
   mesh: Mesh | None = None,
@@ -64,6 +67,12 @@ def collect(
     loss: `loss(outputs, batch) -> (B,)`, nats per example; adds the moments
       of its gradient at every kernel's output, which `method='loss'` needs.
       `sampled_cross_entropy()` needs no labels.
+    mask: which examples, (B,), or tokens, (B, T), are real and not padding:
+      a function of the batch, or the batch's key for it. What is padding is
+      left out of every sum and count, of the gradients' too, exactly. Tokens
+      are followed from axis 1 of the batch's arrays to the products' rows; a
+      row per example counts if its token, or any token, is real. With a mask
+      an uneven batch is filled up, so that one compiled step serves all.
     select: ordered `(regex, bool)` rules over leaf paths; default all kernels.
     on_opaque: 'error', or 'report' to pass over parameters that enter a
       primitive which hides its computation, with a warning that names them.
@@ -86,7 +95,8 @@ def collect(
   Raises:
     ValueError: no batches; a batch that is empty or whose arrays disagree in
       their leading axis; parameters that do not fit the function; a checkpoint
-      of another collection.
+      of another collection; a mask where a kernel's input mixes examples, or
+      where its rows could not be followed to tokens.
     FloatingPointError: an activation is NaN or infinite; names the kernel and
       the batch.
 
@@ -95,6 +105,15 @@ def collect(
   >>> moments = collect(fn, {'w': jnp.eye(2)}, batches, progress=False)
   >>> int(moments['w'].count), moments['w'].mean.tolist()
   (8, [0.5, 0.5])
+
+  Padding does not count:
+
+  >>> batches = [{'x': np.ones((4, 2)), 'real': np.array([1, 1, 1, 0])}]
+  >>> fn = lambda params, batch: batch['x'] @ params['w']
+  >>> params = {'w': jnp.eye(2)}
+  >>> moments = collect(fn, params, batches, mask='real', progress=False)
+  >>> int(moments['w'].count)
+  3
   """
   total = len(batches) if isinstance(batches, Sized) else None
   everywhere = jax.process_count() > 1 and (mesh is None or _crosses(mesh))
@@ -134,6 +153,7 @@ def collect(
   run = _Run(
     lambda params, batch: measure(tree_of(params), batch), spread, everywhere
   )
+  masked = Masked(mask, spread.shares, 0 if pmap_axis is None else 1)
   snapshots = None if checkpoint_dir is None else Snapshots(checkpoint_dir)
   done, place = 0, None
   if snapshots is not None:
@@ -150,7 +170,7 @@ def collect(
   for i, batch in enumerate(bar, done):
     if i:
       check_batch(batch, i)
-    run.add((batch, None), i)
+    run.add(masked(batch, i), i)
     if snapshots is not None and (i + 1) % checkpoint_every == 0:
       run.save(snapshots, i + 1, place_of(stream))
   moments = run.result()

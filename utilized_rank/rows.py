@@ -251,7 +251,10 @@ class Rows:
     mesh, names = self._counting.over
     spec = PartitionSpec(*[None] * len(groups), names, *[None] * len(features))
     zeros = jnp.zeros((*groups, self.parts, *features), jnp.float32)
-    return jax.lax.with_sharding_constraint(zeros, NamedSharding(mesh, spec))
+    place = jax.lax.with_sharding_constraint
+    if is_explicit(mesh):
+      place = jax.sharding.reshard
+    return place(zeros, NamedSharding(mesh, spec))
 
   def examples(self, size: int) -> jax.Array:
     """How many examples of a batch count, () or (parts,)."""
@@ -296,6 +299,11 @@ def _first(array: jax.Array, features: int, parts: int) -> jax.Array:
   widths: Sequence[tuple[int, int]] = [(0, 0)] * array.ndim
   array = jnp.expand_dims(array, at)
   return jnp.pad(array, [*widths[:at], (0, parts - 1), *widths[at:]])
+
+
+def is_explicit(mesh: Any) -> bool:
+  """Whether types say how arrays are spread over some of the mesh's axes."""
+  return jax.sharding.AxisType.Explicit in mesh.axis_types
 
 
 def _auto(mesh: Any) -> Any:

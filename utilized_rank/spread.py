@@ -23,6 +23,7 @@ import numpy as np
 from utilized_rank import processes
 from utilized_rank.moments import Moments
 from utilized_rank.moments import Sums
+from utilized_rank.rows import is_explicit
 from utilized_rank.sites import Sites
 
 _AXIS = 'examples'
@@ -44,6 +45,11 @@ class Devices:
     self.placement = NamedSharding(self.mesh, PartitionSpec(_AXIS))
     everywhere = NamedSharding(self.mesh, PartitionSpec())
     self.params = [jax.device_put(local_copy(v), everywhere) for v in params]
+
+  @property
+  def shares(self) -> int:
+    """What the number of examples must divide by to be spread evenly."""
+    return self.parts
 
   @property
   def over(self) -> tuple[Mesh, tuple[str, ...]] | None:
@@ -161,6 +167,10 @@ class Pmapped(Devices):
         )
     self.params = [jax.device_put(v, self.placement) for v in params]
 
+  @property
+  def shares(self) -> int:
+    return 1
+
   def split(self, batch: Any) -> list[tuple[Any, bool]]:
     self._check(batch)
     return [(jax.device_put(batch, self.placement), False)]
@@ -242,11 +252,19 @@ class Sharded(Devices):
   def run(self, measure: Measure, accumulate: Any, whole: bool) -> Any:
     assert not whole
 
-    def step(state, params, batch):
-      new = self._parts_first(measure(params, batch))
+    def add(state, new):
+      new = self._parts_first(new)
       state, finite, most = jax.vmap(accumulate)(state, new)
       # A few numbers; the function's own steps are joint ones anyway.
       return state, finite.all(0)[None], most.max()[None]
+
+    def step(state, params, batch):
+      join = add
+      if is_explicit(self.mesh):
+        kept = jax.tree.map(lambda _: PartitionSpec(self.names), state)
+        outs = kept, PartitionSpec(), PartitionSpec()
+        join = jax.sharding.auto_axes(add, out_sharding=outs)
+      return join(state, measure(params, batch))
 
     everywhere = NamedSharding(self.mesh, PartitionSpec())
     jitted = jax.jit(
