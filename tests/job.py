@@ -7,6 +7,7 @@ import importlib
 import os
 import pickle
 import sys
+import time
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '2'
@@ -90,13 +91,82 @@ def local(index):
   return out
 
 
+def joint(index):
+  """Parameters that are spread over the devices of both processes."""
+  from jax.sharding import NamedSharding
+  from jax.sharding import PartitionSpec as P
+
+  mesh = jax.make_mesh(
+    (4,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  specs = {'first': P(None, 'data'), 'second': P('data')}
+  spread = {
+    name: jax.make_array_from_callback(
+      v.shape, NamedSharding(mesh, specs[name]), lambda at, v=v: v[at]
+    )
+    for name, v in params().items()
+  }
+  run = lambda x, **more: ur.collect(
+    model, spread, x, mesh=mesh, loss=loss, progress=False, **more
+  )
+  x = [b[:16] for b in EVEN[index]]
+  uneven = EVEN[index][: 1 + index]
+  return {
+    'moments': numbers(run(x)),
+    'uneven': refusal(lambda: run(uneven)),
+    'folder': refusal(lambda: run(x, checkpoint_dir='sums')),
+    'elsewhere': refusal(
+      lambda: ur.collect(model, spread, x, loss=loss, progress=False)
+    ),
+  }
+
+
+EVEN = np.random.default_rng(9).normal(size=(2, 2, 16, 6)).astype(np.float32)
+
+
+class Stream:
+  """Batches one by one, slowly, from a place that can be told and set."""
+
+  def __init__(self, seconds=0.0):
+    self.at, self.seconds = 0, seconds
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    if self.at == LENGTH:
+      raise StopIteration
+    self.at += 1
+    time.sleep(self.seconds)
+    rng = np.random.default_rng(self.at)
+    return rng.normal(size=(6, 6)).astype(np.float32)
+
+  def get_state(self):
+    return {'at': self.at}
+
+  def set_state(self, state):
+    self.at = state['at']
+
+
+LENGTH = 40
+
+
 def main():
   index, count, port = map(int, sys.argv[1:4])
-  jax.distributed.initialize(
-    f'localhost:{port}', num_processes=count, process_id=index
-  )
-  out = globals()[sys.argv[4]](index)
-  with open(f'{sys.argv[5]}/{index}.pkl', 'wb') as file:
+  case, folder = sys.argv[4:]
+  if port:
+    jax.distributed.initialize(
+      f'localhost:{port}', num_processes=count, process_id=index
+    )
+  if case == 'interrupted':
+    print('ready', flush=True)
+    moments = collect(
+      Stream(0.05), checkpoint_dir=f'{folder}/sums', checkpoint_every=2
+    )
+    out = numbers(moments)
+  else:
+    out = globals()[case](index)
+  with open(f'{folder}/{index}.pkl', 'wb') as file:
     pickle.dump(out, file)
 
 

@@ -374,3 +374,79 @@ def test_opaque_computations_are_errors_or_named_holes(params, rows):
   with pytest.warns(UserWarning, match=r"leave out \['first'\]"):
     moments = collect(fn, two, [rows], on_opaque='report')
   assert list(moments) == ['second']
+
+
+class Counter:
+  """Batches of an iterator whose place can be told and set."""
+
+  def __init__(self, batches, protocol, stop=None):
+    self.batches, self.stop, self.at, self.read = batches, stop, 0, 0
+    get, put = protocol
+    setattr(self, get, lambda: {'at': self.at})
+    setattr(self, put, self.go_to)
+
+  def go_to(self, state):
+    self.at = state['at']
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    if self.at == self.stop:
+      raise Interrupted
+    if self.at == len(self.batches):
+      raise StopIteration
+    self.at += 1
+    self.read += 1
+    return self.batches[self.at - 1]
+
+
+@pytest.mark.parametrize(
+  'protocol',
+  [('get_state', 'set_state'), ('state_dict', 'load_state_dict')],
+)
+def test_iterators_go_on_where_they_were(params, rows, tmp_path, protocol):
+  batches = split(rows, [14] * 6 + [13])
+  again = functools.partial(
+    collect, model, params, checkpoint_dir=tmp_path / 's', checkpoint_every=2
+  )
+  with pytest.raises(Interrupted):
+    again(Counter(batches, protocol, stop=5))
+  with pytest.raises(ValueError, match='has neither set_state nor'):
+    again(batches)
+  second = Counter(batches, protocol)
+  moments = again(second)
+  assert second.read == 1 + 3  # one to trace with, and what was left
+  want = collect(model, params, batches)
+  for path in want:
+    np.testing.assert_array_equal(moments[path].second, want[path].second)
+
+
+def test_states_of_iterators_that_cannot_be_saved_are_named(
+  params, rows, tmp_path
+):
+  class Odd(Counter):
+    def go_to(self, state):
+      raise AssertionError
+
+  odd = Odd([rows], ('get_state', 'set_state'))
+  odd.get_state = lambda: {1, 2}
+  with pytest.raises(TypeError, match="data iterator's state is a set"):
+    collect(
+      model,
+      params,
+      odd,
+      checkpoint_dir=tmp_path / 's',
+      checkpoint_every=1,
+    )
+  odd = Odd([rows] * 2, ('get_state', 'set_state'), stop=1)
+  odd.get_state = lambda: b'\x00\xff'
+  with pytest.raises(Interrupted):
+    collect(
+      model, params, odd, checkpoint_dir=tmp_path / 's', checkpoint_every=1
+    )
+  seen = []
+  whole = Counter([rows] * 2, ('get_state', 'set_state'))
+  whole.set_state = lambda state: seen.append(state)
+  collect(model, params, whole, checkpoint_dir=tmp_path / 's')
+  assert seen == [b'\x00\xff']

@@ -38,5 +38,6 @@ from utilized_rank.report import measure
 from utilized_rank.search import SearchedRanks
 from utilized_rank.search import search_ranks
 from utilized_rank.sites import Sites
+from utilized_rank.snapshots import Preempted
 
 __version__ = '0.1.0'

@@ -214,7 +214,7 @@ class Flow:
     consts, carry = ins[:n_consts], ins[n_consts : n_consts + n_carry]
     xs = ins[n_consts + n_carry :]
     lead = next((w.axes[0] for w in xs if TOKEN in _names(w.axes[0])), None)
-    slices = [_without_axis(w, 'scan over the examples') for w in xs]
+    slices = [_without_axis(w, 'a scan over the examples') for w in xs]
     if lead is not None:
       lost = lambda w: dataclasses.replace(w, token='a scan over the tokens')
       carry, slices = [*map(lost, carry)], [*map(lost, slices)]

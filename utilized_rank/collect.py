@@ -25,6 +25,7 @@ from utilized_rank.masks import Masked
 from utilized_rank.moments import Moments
 from utilized_rank.progress import track
 from utilized_rank.rows import Counting
+from utilized_rank.snapshots import Preempted
 from utilized_rank.snapshots import Snapshots
 from utilized_rank.snapshots import go_to
 from utilized_rank.snapshots import place_of
@@ -55,9 +56,10 @@ def collect(
 ) -> Moments:
   """Collects the moments of every kernel's input over a stream of batches.
 
-  Data-parallel over the devices: each keeps running sums of its share of every
-  batch, and they are added once, at the end. Examples that do not divide
-  evenly among the devices go to the first one.
+  Data-parallel over the devices of all processes: each keeps running sums of
+  its share of every batch, and they are added once, at the end. Examples that
+  do not divide evenly among the devices go to the first one. Every process
+  feeds batches of its own, as many as it has, and returns the moments of all.
 
   Args:
     fn: `fn(params, batch) -> outputs`; a forward function that treats examples
@@ -83,9 +85,11 @@ def collect(
       spread; default the mesh's first.
     pmap_axis: for code that is built on `jax.pmap`: the name of its axis.
       Parameters and batches then lead with an axis of this process's devices.
-    checkpoint_dir: where to keep the running sums. If it holds some, the
-      batches that they cover are skipped, and the result equals that of an
-      uninterrupted run; removed when done.
+    checkpoint_dir: where to keep the running sums, and the state of the
+      iterator if it has one (`get_state` and `set_state`, as grain's, or
+      `state_dict` and `load_state_dict`). If it holds some, the iterator is
+      set to it, or else the batches that the sums cover are skipped, and the
+      result equals that of an uninterrupted run; removed when done.
     checkpoint_every: batches between two checkpoints.
     progress: show a progress bar.
 
@@ -99,6 +103,8 @@ def collect(
       where its rows could not be followed to tokens.
     FloatingPointError: an activation is NaN or infinite; names the kernel and
       the batch.
+    Preempted: with `checkpoint_dir`, when the scheduler takes the machines
+      away (SIGTERM, if `jax.distributed` is initialized); all is saved.
 
   >>> fn = lambda params, x: x @ params['w']
   >>> batches = [jnp.ones((4, 2)), jnp.zeros((4, 2))]
@@ -132,6 +138,12 @@ def collect(
     )
 
   spread = _spread(list(arrays.values()), mesh, batch_axes, pmap_axis)
+  joint = everywhere and spread.over is not None
+  if joint and checkpoint_dir is not None:
+    raise ValueError(
+      'checkpoint_dir cannot be used with parameters that are spread over '
+      'processes: collect without it, or with parameters on every process'
+    )
   sites = spread.sites(
     lambda params, batch: find_sites(
       fn, tree_of(params), batch, select=select, on_opaque=on_opaque
@@ -165,14 +177,27 @@ def collect(
     for _ in itertools.islice(batches, done):
       pass
   bar: Iterable[Any] = stream if place is not None else batches
+  if joint:
+    bar = processes.in_step(bar, lambda batch: check_batch(batch, done))
   if progress:
     bar = track(bar, total=total, desc='collect', unit='batch', initial=done)
-  for i, batch in enumerate(bar, done):
-    if i:
-      check_batch(batch, i)
-    run.add(masked(batch, i), i)
-    if snapshots is not None and (i + 1) % checkpoint_every == 0:
-      run.save(snapshots, i + 1, place_of(stream))
+  for batch in bar:
+    check_batch(batch, done)
+    run.add(masked(batch, done), done)
+    done += 1
+    if snapshots is None:
+      continue
+    is_leaving = processes.is_leaving(done)
+    if is_leaving or done % checkpoint_every == 0:
+      run.save(snapshots, done, place_of(stream))
+    if is_leaving:
+      raise Preempted(
+        f'the job is being preempted: the sums of {done} batches are in '
+        f'{snapshots.folder!r}; collect again with this checkpoint_dir to go on'
+      )
+  if snapshots is not None and everywhere:
+    # Others may take long to come here, or be killed.
+    run.save(snapshots, done, place_of(stream))
   moments = run.result()
   if snapshots is not None:
     snapshots.remove()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
+import itertools
 from typing import Any
 
 import jax
@@ -27,6 +28,40 @@ def exchange(numbers: Sequence[int]) -> np.ndarray:
   told = _multihost().process_allgather(np.asarray(words, np.int32))
   told = np.asarray(told, np.int64)
   return told[..., 0] | told[..., 1] << 24 | told[..., 2] << 48
+
+
+def is_leaving(step: int) -> bool:
+  """Whether the job is being preempted, and all processes are at this step.
+
+  JAX takes the scheduler's SIGTERM where `jax.distributed.initialize` was
+  called, of one process too.
+  """
+  if not jax.distributed.is_initialized():
+    return False
+  return _multihost().reached_preemption_sync_point(step)
+
+
+def in_step(
+  batches: Iterable[Any], size_of: Callable[[Any], int]
+) -> Iterator[Any]:
+  """Batches for steps that all processes make together.
+
+  Raises:
+    ValueError: on every process, if one has no batch or another size of it
+      than the others; otherwise they would wait for each other for ever.
+  """
+  iterator = iter(batches)
+  for number in itertools.count():
+    batch = next(iterator, None)
+    sizes = exchange([0 if batch is None else size_of(batch)])[:, 0].tolist()
+    if len(set(sizes)) > 1:
+      raise ValueError(
+        f'the processes have {sizes} examples in batch {number}; parameters '
+        'that are spread over processes need equal batches on all of them'
+      )
+    if batch is None:
+      return
+    yield batch
 
 
 def reducer(mesh: Mesh, specs: Any, over: Sequence[str]) -> Any:

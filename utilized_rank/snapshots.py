@@ -23,6 +23,10 @@ from utilized_rank.moments import Moments
 _GONE = 'finished-'
 
 
+class Preempted(RuntimeError):
+  """The machine is about to be taken away; what was done is saved."""
+
+
 class Snapshots:
   """The snapshots of this process's part of one collection.
 

@@ -240,8 +240,7 @@ class Sharded(Devices):
   def _put(self, array: Any, size: int) -> jax.Array:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
       return array
-    several = len({d.process_index for d in self.mesh.devices.flat})
-    if several > 1:
+    if len({d.process_index for d in self.mesh.devices.flat}) > 1:
       return jax.make_array_from_process_local_data(
         self.placement, np.asarray(array)
       )
