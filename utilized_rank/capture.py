@@ -146,8 +146,8 @@ def count(
 
   With parts, they are an axis of every sum, in front of the features.
   """
-  args = params, (batch,), {}, select, on_opaque
-  return _capture(fn, *args, counting)[1]
+  found = _capture(fn, params, (batch,), {}, select, on_opaque, counting)
+  return found[1]
 
 
 def _capture(fn, params, args, kwargs, rules, on_opaque, counting=EVERY):
