@@ -8,6 +8,7 @@ import pytest
 import utilized_rank as ur
 from utilized_rank import axes
 from utilized_rank import tracing
+from utilized_rank.flow import Flow
 
 B, T, D = 3, 4, 6
 
@@ -17,7 +18,7 @@ def apart(fn, shape, tokens=None):
   x = np.zeros(shape, np.float32)
   params = np.zeros((D, D), np.float32)
   traced = tracing.trace(fn, params, (x,), {})
-  flow = axes.Flow(shape[0])
+  flow = Flow(shape[0])
   (out,) = flow.run(
     traced.jaxpr, [axes.plain((D, D)), axes.batch_array(shape, tokens)]
   )

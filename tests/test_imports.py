@@ -16,6 +16,8 @@ LAYERS = [
   'compat progress files layout masks paths depth look processes svg',
   'tracing numerics tables factors',
   'product axes',
+  'axis_rules',
+  'flow',
   'rows',
   'contraction convolution',
   'values sharded interpret control products',

@@ -22,10 +22,10 @@ from utilized_rank import compat
 from utilized_rank import numerics
 from utilized_rank.axes import EXAMPLE
 from utilized_rank.axes import TOKEN
-from utilized_rank.axes import Flow
 from utilized_rank.axes import Where
 from utilized_rank.axes import batch_array
 from utilized_rank.axes import plain
+from utilized_rank.flow import Flow
 from utilized_rank.product import ROW
 from utilized_rank.product import Product
 
