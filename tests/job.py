@@ -83,6 +83,11 @@ def local(index):
     # The sums of this process alone go through the host.
     running._MOST_ROWS = 5
   out['overflow'] = numbers(collect(batches(index), loss=loss))
+  costs = ur.plan(model, params(), batches(index)[0][:8], loss=loss)
+  limits = [costs.peak_bytes - 10, costs.peak_bytes]
+  passes = lambda limit: collect(batches(index), loss=loss, memory_limit=limit)
+  out['passes'] = numbers(passes(limits[0]))
+  out['other limits'] = refusal(lambda: passes(limits[index]))
   out['empty'] = refusal(lambda: collect(batches(index) if index else []))
   rules = [('first' if index else '.*', True)]
   out['different'] = refusal(lambda: collect(batches(index), select=rules))

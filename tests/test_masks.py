@@ -111,6 +111,23 @@ def test_padded_tokens_do_not_count(params, devices):
   assert got['head'].count == n and got['pool'].count == len(parts)
 
 
+def test_padded_tokens_do_not_count_in_outputs(params):
+  """T of what is real is W^T S W, for kernels of tokens and of examples."""
+  parts = sequences()
+  real = collect(transformer, params, parts)
+  batches = [padded(parts[:4], 4), padded(parts[4:], 3)]
+  got = collect(
+    transformer, params, batches, mask='real', from_outputs=[('.*', True)]
+  )
+  for path, moment in real.items():
+    w = moment.layout.to_matrices(params[path])
+    want = np.swapaxes(w, -1, -2) @ moment.second @ w
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(got[path].output_second, want, atol=3e-6 * scale)
+    np.testing.assert_array_equal(got[path].count, moment.count)
+    np.testing.assert_allclose(got[path].mean, moment.mean, atol=1e-5)
+
+
 def mlp(params, x):
   h = jnp.tanh(x @ params['first'])
   return h @ params['second']

@@ -84,6 +84,8 @@ def test_processes_give_the_moments_of_one(tmp_path):
     assert out['overflow']['first'][0].dtype == np.int64
     firsts = [job.batches(i)[0] for i in range(2)]
     assert_equal(out['pmap'], job.numbers(job.collect(firsts)))
+    assert_equal(out['passes'], want)
+    assert 'splits the kernels differently' in out['other limits']
     assert 'none in processes [0]' in out['empty']
     assert 'processes collect different kernels' in out['different']
   alone = job.numbers(job.collect(job.batches(1)))

@@ -9,6 +9,7 @@ import itertools
 import os
 from typing import Any
 import warnings
+import zlib
 
 import jax
 from jax.sharding import Mesh
@@ -185,6 +186,8 @@ def collect(
   )
   if memory_limit is not None:
     costs = _plan(what, params, first, mask, mesh, memory_limit, accumulate)
+    if everywhere:
+      _agree_on_passes(costs)
     if len(costs.passes) > 1:
       passes.check_repeatable(batches, len(costs.passes))
       if checkpoint_dir is not None:
@@ -346,6 +349,15 @@ def _agree_on_first(has_one: bool, everywhere: bool) -> None:
   if without:
     who = f' in processes {without}' if everywhere else ''
     raise ValueError(f'collect needs at least one batch, got none{who}')
+
+
+def _agree_on_passes(costs: Plan) -> None:
+  mine = zlib.crc32(repr(costs.passes).encode())
+  if len(set(processes.exchange([mine])[:, 0].tolist())) > 1:
+    raise ValueError(
+      'memory_limit splits the kernels differently on the processes; give all '
+      'of them one limit, and first batches of one size'
+    )
 
 
 def check_batch(batch: Any, number: int) -> int:
