@@ -1,7 +1,6 @@
 """Streaming collection: exact sums, any split, many devices, interruption."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,9 @@ import pytest
 import references
 
 import utilized_rank as ur
-
-# The package's name for it is the function.
-collect_lib = importlib.import_module('utilized_rank.collect')
+from utilized_rank import running
+from utilized_rank.spread import Devices
+from utilized_rank.spread import Pmapped
 
 
 def model(params, x):
@@ -21,13 +20,15 @@ def model(params, x):
   return h @ params['second'], h @ params['third']
 
 
+SHAPES = {'first': (6, 10), 'second': (10, 4), 'third': (10, 3)}
+
+
 @pytest.fixture(scope='module')
 def params():
   keys = jax.random.split(jax.random.key(0), 3)
-  shapes = {'first': (6, 10), 'second': (10, 4), 'third': (10, 3)}
   return {
     name: jax.random.normal(k, shape)
-    for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+    for k, (name, shape) in zip(keys, SHAPES.items(), strict=True)
   }
 
 
@@ -142,28 +143,70 @@ def test_capture_inside_pmap_and_shard_map(params, rows):
   assert_equal_moments(sharded, want, 1e-6)
 
 
-def test_devices_reduce_once_at_the_end(params, rows):
-  """No collective in the program that runs for every batch."""
-  run = collect_lib._Run(
-    ur.capture(model),
-    model,
-    params,
-    ur.find_sites(model, params, rows),
-    jax.local_devices(),
-  )
-  batch = jax.device_put(rows[:96], run._split)
-  state = run._zeros(batch)
-  text = run._step.lower(state, run._params, batch).compile().as_text()
-  sums = [line for line in text.splitlines() if 'f32[4,10,10]' in line]
-  assert sums or 'f32[1,10,10]' in text
-  matrices = ('f32[10,10]', 'f32[1,10,10]', 'f32[6,6]', 'f32[1,6,6]')
-  reduced = [
-    line
-    for line in text.splitlines()
-    if 'all-reduce' in line
-    and any(m in line.split('all-reduce')[0] for m in matrices)
-  ]
-  assert not reduced
+def run_of(spread):
+  measure = lambda params, x: ur.capture(model)(
+    dict(zip(sorted(SHAPES), params)), x
+  )[1]
+  return running.RunningSums(measure, spread)
+
+
+def reductions(text):
+  return [line for line in text.splitlines() if ' all-reduce(' in line]
+
+
+@pytest.mark.parametrize('kind', ['shard_map', 'pmap'])
+def test_devices_reduce_once_at_the_end(params, rows, kind):
+  """No collective in the programs that run for a batch; one in the last."""
+  arrays = [params[name] for name in sorted(SHAPES)]
+  devices = jax.local_devices()
+  if kind == 'pmap':
+    arrays = [np.stack([a] * 4) for a in arrays]
+    run = run_of(Pmapped(arrays, devices, 'i'))
+    parts = run.spread.split(rows[:96].reshape(4, 24, 6))
+  else:
+    run = run_of(Devices(arrays, devices))
+    parts = run.spread.split(rows)
+    assert [whole for _, whole in parts] == [False, True]
+  for part, whole in parts:
+    state = run.zeros(part)
+    step = run.step(whole).lower(state, run.spread.params, part)
+    text = step.compile().as_text()
+    assert 'f32[1,10,10]' in text
+    for word in ('all-reduce', 'all-gather', 'collective', 'all-to-all'):
+      assert word not in text
+  last = run.spread.reducer(state).lower(state).compile().as_text()
+  assert len(reductions(last)) == 1
+
+
+def test_pmap_gives_the_same_moments(params, rows):
+  """Replicated parameters, and a function that knows the axis's name."""
+  want = collect(model, params, [rows[:96]], loss=squares)
+  copies = jax.tree.map(lambda a: np.stack([a] * 4), params)
+
+  def fn(params, x):
+    total = jax.lax.psum(1, 'data')
+    return model(params, x * (total / 4))
+
+  batches = [b.reshape(4, -1, 6) for b in split(rows[:96], [48, 40, 8])]
+  moments = collect(fn, copies, batches, pmap_axis='data', loss=squares)
+  assert_equal_moments(moments, want, 1e-6)
+  for path in want:
+    np.testing.assert_allclose(
+      moments[path].grad_second, want[path].grad_second, rtol=1e-5
+    )
+
+
+def squares(outputs, batch):
+  del batch
+  return sum(jnp.sum(y**2, axis=-1) for y in outputs)
+
+
+def test_what_pmap_cannot_take_is_named(params, rows):
+  copies = jax.tree.map(lambda a: np.stack([a] * 4), params)
+  with pytest.raises(ValueError, match='every parameter leads.*4 devices'):
+    collect(model, params, [rows], pmap_axis='i')
+  with pytest.raises(ValueError, match=r'leading axes \[\(97,\)\]'):
+    collect(model, copies, [rows], pmap_axis='i')
 
 
 def test_bfloat16_activations_are_summed_in_float32():
@@ -179,7 +222,7 @@ def test_bfloat16_activations_are_summed_in_float32():
 def test_overflowing_counts_move_to_the_host(params, rows, monkeypatch):
   batches = split(rows, [33, 33, 31])
   want = collect(model, params, batches)
-  monkeypatch.setattr(collect_lib, '_MOST_ROWS', 10)
+  monkeypatch.setattr(running, '_MOST_ROWS', 10)
   moments = collect(model, params, batches)
   assert moments['first'].count.dtype == np.int64
   assert moments['first'].second.dtype == np.float64
@@ -201,7 +244,7 @@ def test_an_interrupted_collection_gives_the_same_numbers(
   params, rows, tmp_path, stop, overflow, monkeypatch
 ):
   if overflow:
-    monkeypatch.setattr(collect_lib, '_MOST_ROWS', 30)
+    monkeypatch.setattr(running, '_MOST_ROWS', 30)
   batches = split(rows, [14] * 6 + [13])
   folder = tmp_path / 'sums'
   again = functools.partial(
@@ -328,3 +371,79 @@ def test_opaque_computations_are_errors_or_named_holes(params, rows):
   with pytest.warns(UserWarning, match=r"leave out \['first'\]"):
     moments = collect(fn, two, [rows], on_opaque='report')
   assert list(moments) == ['second']
+
+
+class Counter:
+  """Batches of an iterator whose place can be told and set."""
+
+  def __init__(self, batches, protocol, stop=None):
+    self.batches, self.stop, self.at, self.read = batches, stop, 0, 0
+    get, put = protocol
+    setattr(self, get, lambda: {'at': self.at})
+    setattr(self, put, self.go_to)
+
+  def go_to(self, state):
+    self.at = state['at']
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    if self.at == self.stop:
+      raise Interrupted
+    if self.at == len(self.batches):
+      raise StopIteration
+    self.at += 1
+    self.read += 1
+    return self.batches[self.at - 1]
+
+
+@pytest.mark.parametrize(
+  'protocol',
+  [('get_state', 'set_state'), ('state_dict', 'load_state_dict')],
+)
+def test_iterators_go_on_where_they_were(params, rows, tmp_path, protocol):
+  batches = split(rows, [14] * 6 + [13])
+  again = functools.partial(
+    collect, model, params, checkpoint_dir=tmp_path / 's', checkpoint_every=2
+  )
+  with pytest.raises(Interrupted):
+    again(Counter(batches, protocol, stop=5))
+  with pytest.raises(ValueError, match='has neither set_state nor'):
+    again(batches)
+  second = Counter(batches, protocol)
+  moments = again(second)
+  assert second.read == 1 + 3  # one to trace with, and what was left
+  want = collect(model, params, batches)
+  for path in want:
+    np.testing.assert_array_equal(moments[path].second, want[path].second)
+
+
+def test_states_of_iterators_that_cannot_be_saved_are_named(
+  params, rows, tmp_path
+):
+  class Odd(Counter):
+    def go_to(self, state):
+      raise AssertionError
+
+  odd = Odd([rows], ('get_state', 'set_state'))
+  odd.get_state = lambda: {1, 2}
+  with pytest.raises(TypeError, match="data iterator's state is a set"):
+    collect(
+      model,
+      params,
+      odd,
+      checkpoint_dir=tmp_path / 's',
+      checkpoint_every=1,
+    )
+  odd = Odd([rows] * 2, ('get_state', 'set_state'), stop=1)
+  odd.get_state = lambda: b'\x00\xff'
+  with pytest.raises(Interrupted):
+    collect(
+      model, params, odd, checkpoint_dir=tmp_path / 's', checkpoint_every=1
+    )
+  seen = []
+  whole = Counter([rows] * 2, ('get_state', 'set_state'))
+  whole.set_state = lambda state: seen.append(state)
+  collect(model, params, whole, checkpoint_dir=tmp_path / 's')
+  assert seen == [b'\x00\xff']

@@ -58,6 +58,7 @@ from utilized_rank.report import measure
 from utilized_rank.search import SearchedRanks
 from utilized_rank.search import search_ranks
 from utilized_rank.sites import Sites
+from utilized_rank.snapshots import Preempted
 from utilized_rank.tune import TunedRanks
 from utilized_rank.tune import tune_ranks
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 ACCUMULATE = ('float32', 'compensated', 'float64')
 
@@ -62,16 +61,3 @@ def _two_sum(high: jax.Array, low: jax.Array, new: jax.Array):
   kept = total - high
   rounded = (high - (total - kept)) + (new - kept)
   return total, low + rounded
-
-
-def total(high: Any, low: Any) -> Any:
-  """high + low over the leading axis (of devices), in float64 and int64."""
-
-  def wide(a):
-    integer = np.issubdtype(a.dtype, np.integer)
-    return np.asarray(a).sum(0, dtype=np.int64 if integer else np.float64)
-
-  sums = jax.tree.map(wide, high)
-  if low is None:
-    return sums
-  return jax.tree.map(lambda a, b: a + wide(b), sums, low)

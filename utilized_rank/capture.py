@@ -16,6 +16,9 @@ from utilized_rank.interpret import Walk
 from utilized_rank.layout import View
 from utilized_rank.moments import Entry
 from utilized_rank.moments import Moments
+from utilized_rank.rows import EVERY
+from utilized_rank.rows import Counting
+from utilized_rank.rows import Rows
 from utilized_rank.sites import Sites
 from utilized_rank.values import Param
 
@@ -140,7 +143,26 @@ def eval_shape(fn, *args):
   return jax.eval_shape(flat, [leaves[i] for i in moving])
 
 
-def _capture(fn, params, args, kwargs, rules, on_opaque, from_outputs):
+def count(
+  fn: Callable[..., Any],
+  counting: Counting,
+  params: Any,
+  batch: Any,
+  select: paths.Rules | None = None,
+  on_opaque: str = 'error',
+  from_outputs: paths.Rules | None = None,
+) -> Moments:
+  """The moments of `fn(params, batch)` over the rows that count.
+
+  With parts, they are an axis of every sum, in front of the features.
+  """
+  rules = select, on_opaque, from_outputs
+  return _capture(fn, params, (batch,), {}, *rules, counting)[1]
+
+
+def _capture(
+  fn, params, args, kwargs, rules, on_opaque, from_outputs, counting=EVERY
+):
   if on_opaque not in ('error', 'report'):
     raise ValueError(
       f"on_opaque must be 'error' or 'report', got {on_opaque!r}"
@@ -150,7 +172,9 @@ def _capture(fn, params, args, kwargs, rules, on_opaque, from_outputs):
   sides = None
   if from_outputs is not None:
     sides = paths.select(traced.params, from_outputs)
-  collector = Collector(traced.params, selected, on_opaque == 'report', sides)
+  rows = Rows(counting, traced)
+  is_lenient = on_opaque == 'report'
+  collector = Collector(traced.params, selected, is_lenient, rows, sides)
   walk = Walk(collector)
   values = [
     Param(View.of_leaf(path, leaf.shape, leaf.dtype), Dense(leaf))

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
+import dataclasses
+import functools
 import itertools
 import os
-import shutil
 from typing import Any
 import warnings
+import zlib
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import numpy as np
 
 from utilized_rank import accumulation
-from utilized_rank import checkpoint
 from utilized_rank import passes
 from utilized_rank import paths
+from utilized_rank import processes
 from utilized_rank import tracing
-from utilized_rank.capture import capture
-from utilized_rank.capture import find_sites
-from utilized_rank.fisher import row_fisher_sums
 from utilized_rank.gradients import LossFn
-from utilized_rank.gradients import gradient_sums
+from utilized_rank.masks import Mask
+from utilized_rank.masks import Masked
+from utilized_rank.measurement import Measurement
 from utilized_rank.moments import Moments
+from utilized_rank.plan import Plan
 from utilized_rank.plan import plan
 from utilized_rank.plan import rules_for
 from utilized_rank.progress import track
+from utilized_rank.rows import is_explicit
+from utilized_rank.running import RunningSums
+from utilized_rank.snapshots import Preempted
+from utilized_rank.snapshots import Snapshots
+from utilized_rank.snapshots import go_to
+from utilized_rank.snapshots import place_of
+from utilized_rank.spread import Devices
+from utilized_rank.spread import Pmapped
+from utilized_rank.spread import Sharded
 
-# Rows that the devices may count before the host takes the sums over: int32
-# ends at twice this.
-_MOST_ROWS = 2**30
+_SPREAD = 'parameters that are spread over a mesh'
+_JOINT = 'parameters that are spread over processes'
 
 
 def collect(
@@ -43,10 +50,13 @@ def collect(
   *,
   loss: LossFn | None = None,
   fisher_rows: bool = False,
+  mask: Mask | str | None = None,
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
   from_outputs: paths.Rules | None = None,
   mesh: Mesh | None = None,
+  batch_axes: Sequence[str] | None = None,
+  pmap_axis: str | None = None,
   checkpoint_dir: str | os.PathLike[str] | None = None,
   checkpoint_every: int = 100,
   accumulate: str = 'float32',
@@ -55,9 +65,10 @@ def collect(
 ) -> Moments:
   """Collects the moments of every kernel's input over a stream of batches.
 
-  Data-parallel over the devices: each keeps running sums of its share of every
-  batch, and they are added once, at the end. Examples that do not divide
-  evenly among the devices go to the first one.
+  Data-parallel over the devices of all processes: each keeps running sums of
+  its share of every batch, and they are added once, at the end. Examples that
+  do not divide evenly among the devices go to the first one. Every process
+  feeds batches of its own, as many as it has, and returns the moments of all.
 
   Args:
     fn: `fn(params, batch) -> outputs`; a forward function that treats examples
@@ -70,6 +81,12 @@ def collect(
     fisher_rows: add the squared gradients of every kernel's rows, which
       `method='fisher_rows'` needs; one example at a time, so it takes about
       three more forward passes.
+    mask: which examples, (B,), or tokens, (B, T), are real and not padding:
+      a function of the batch, or the batch's key for it. What is padding is
+      left out of every sum and count, of the gradients' too, exactly. Tokens
+      are followed from axis 1 of the batch's arrays to the products' rows; a
+      row per example counts if its token, or any token, is real. With a mask
+      an uneven batch is filled up, so that one compiled step serves all.
     select: ordered `(regex, bool)` rules over leaf paths; default all kernels.
     on_opaque: 'error', or 'report' to pass over parameters that enter a
       primitive which hides its computation, with a warning that names them.
@@ -77,10 +94,18 @@ def collect(
       are measured from the output side, by T (m, m) in place of S (d, d),
       for inputs much wider than outputs. 'output' factors need no more;
       what needs S (k_S, the other methods) raises an error.
-    mesh: devices to use, all axes flattened; default every local device.
-    checkpoint_dir: where to keep the running sums. If it holds some, the
-      batches that they cover are skipped, and the result equals that of an
-      uninterrupted run; removed when done.
+    mesh: devices to use, all axes flattened; default every device. Parameters
+      that are spread over this mesh stay as they are (fully sharded, tensor
+      parallel), and `fn` runs on whole arrays, as under `jax.jit`.
+    batch_axes: for such parameters, the mesh axes over which batches are
+      spread; default the mesh's first.
+    pmap_axis: for code that is built on `jax.pmap`: the name of its axis.
+      Parameters and batches then lead with an axis of this process's devices.
+    checkpoint_dir: where to keep the running sums, and the state of the
+      iterator if it has one (`get_state` and `set_state`, as grain's, or
+      `state_dict` and `load_state_dict`). If it holds some, the iterator is
+      set to it, or else the batches that the sums cover are skipped, and the
+      result equals that of an uninterrupted run; removed when done.
     checkpoint_every: batches between two checkpoints.
     accumulate: how batches are added. 'float32'; 'compensated', float32 with
       what each addition rounds off kept beside it (twice the memory, no
@@ -95,70 +120,101 @@ def collect(
     `Moments` as host arrays; float64 unless sums are plain float32.
 
   Raises:
-    ValueError: no batches; `fisher_rows` without a loss; a batch that is empty
-      or whose arrays disagree in their leading axis; parameters that do not fit
-      the function; a checkpoint of another collection; an unknown way to
-      accumulate.
+    ValueError: no batches; a batch that is empty or whose arrays disagree in
+      their leading axis; parameters that do not fit the function; a checkpoint
+      of another collection; a mask where a kernel's input mixes examples, or
+      where its rows could not be followed to tokens.
+    ValueError: `fisher_rows` without a loss; an unknown way to accumulate;
+      two arguments that do not go together.
     ValueError: the batches are an iterator and have to be run through twice;
       the limit is too low for one kernel.
     FloatingPointError: an activation is NaN or infinite; names the kernel and
       the batch.
+    Preempted: with `checkpoint_dir`, when the scheduler takes the machines
+      away (SIGTERM, if `jax.distributed` is initialized); all is saved.
 
   >>> fn = lambda params, x: x @ params['w']
   >>> batches = [jnp.ones((4, 2)), jnp.zeros((4, 2))]
   >>> moments = collect(fn, {'w': jnp.eye(2)}, batches, progress=False)
   >>> int(moments['w'].count), moments['w'].mean.tolist()
   (8, [0.5, 0.5])
+
+  Padding does not count:
+
+  >>> batches = [{'x': np.ones((4, 2)), 'real': np.array([1, 1, 1, 0])}]
+  >>> fn = lambda params, batch: batch['x'] @ params['w']
+  >>> params = {'w': jnp.eye(2)}
+  >>> moments = collect(fn, params, batches, mask='real', progress=False)
+  >>> int(moments['w'].count)
+  3
   """
-  if fisher_rows and loss is None:
-    raise ValueError('fisher_rows=True squares gradients of a loss: give loss=')
+  what = Measurement(fn, loss, fisher_rows, select, on_opaque, from_outputs)
   accumulation.check(accumulate)
-  devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
   total = len(batches) if isinstance(batches, Sized) else None
-  whole, batches = batches, iter(batches)
-  first = next(batches, None)
-  if first is None:
-    raise ValueError('collect needs at least one batch, got none')
+  everywhere = jax.process_count() > 1 and (mesh is None or _crosses(mesh))
+  stream = iter(batches)
+  first = next(stream, None)
+  _agree_on_first(first is not None, everywhere)
   check_batch(first, 0)
+  leaves, treedef = jax.tree.flatten(params)
+  arrays = {i: v for i, v in enumerate(leaves) if tracing.is_array(v)}
+
+  def tree_of(values):
+    # Flags and functions among the leaves stay what they are.
+    moving = dict(zip(arrays, values, strict=True))
+    return jax.tree.unflatten(
+      treedef, [moving.get(i, v) for i, v in enumerate(leaves)]
+    )
+
+  values = list(arrays.values())
+  is_spread = _is_spread(values, mesh, batch_axes, pmap_axis)
+  joint = everywhere and is_spread
+  _check_together(
+    [
+      ('memory_limit', memory_limit is not None, 'pmap_axis', pmap_axis),
+      ('memory_limit', memory_limit is not None, _SPREAD, is_spread),
+      ('batch_axes', batch_axes, 'pmap_axis', pmap_axis),
+      ('checkpoint_dir', checkpoint_dir is not None, _JOINT, joint),
+      (f'accumulate={accumulate!r}', accumulate != 'float32', _JOINT, joint),
+      (
+        'fisher_rows',
+        fisher_rows,
+        'parameters on a mesh of AxisType.Explicit (AxisType.Auto can)',
+        is_spread and is_explicit(mesh),
+      ),
+    ]
+  )
   if memory_limit is not None:
-    share = lambda a: jax.ShapeDtypeStruct(
-      (-(-a.shape[0] // len(devices)), *a.shape[1:]), a.dtype
-    )
-    options: dict[str, Any] = dict(
-      loss=loss,
-      on_opaque=on_opaque,
-      from_outputs=from_outputs,
-      accumulate=accumulate,
-    )
-    costs = plan(
-      fn,
-      params,
-      jax.tree.map(share, first),
-      select=select,
-      memory_limit=memory_limit,
-      **options,
-    )
+    costs = _plan(what, params, first, mask, mesh, memory_limit, accumulate)
+    if everywhere:
+      _agree_on_passes(costs)
     if len(costs.passes) > 1:
-      passes.check_repeatable(whole, len(costs.passes))
+      passes.check_repeatable(batches, len(costs.passes))
       if checkpoint_dir is not None:
         raise ValueError(
           f'the sums fit memory_limit in {len(costs.passes)} passes, and '
           'checkpoint_dir resumes a single one: collect the kernels of each '
           'of plan(...).passes by itself, with select and a directory each'
         )
-      options |= dict(mesh=mesh, progress=progress)
-      parts = [
-        collect(fn, params, whole, select=rules_for(members), **options)
-        for members in costs.passes
-      ]
+      again = functools.partial(
+        collect,
+        fn,
+        params,
+        batches,
+        loss=loss,
+        fisher_rows=fisher_rows,
+        mask=mask,
+        on_opaque=on_opaque,
+        from_outputs=from_outputs,
+        mesh=mesh,
+        accumulate=accumulate,
+        progress=progress,
+      )
+      parts = [again(select=rules_for(members)) for members in costs.passes]
       return passes.join(parts, costs.kernels)
-  sites = find_sites(
-    fn,
-    params,
-    first,
-    select=select,
-    on_opaque=on_opaque,
-    from_outputs=from_outputs,
+  spread = _spread(values, mesh, batch_axes, pmap_axis)
+  sites = spread.sites(
+    lambda params, batch: what.sites(tree_of(params), batch), first
   )
   if sites.holes:
     warnings.warn(
@@ -166,36 +222,142 @@ def collect(
       'that hide what they compute',
       stacklevel=2,
     )
-  if not sites:
-    raise ValueError(
-      'the function has no kernel: no parameter leaf meets a matrix product '
-      f'or a convolution\n{sites}'
-    )
-  captured = capture(
-    fn, select=select, on_opaque=on_opaque, from_outputs=from_outputs
+  layouts = {path: site.layout for path, site in sites.items()}
+  measure = what.sums(layouts, spread.over)
+  run = RunningSums(
+    lambda params, batch: measure(tree_of(params), batch),
+    spread,
+    accumulate,
+    everywhere,
   )
-  run = _Run(
-    captured, fn, params, sites, devices, loss, accumulate, fisher_rows
-  )
-  done = 0
-  if checkpoint_dir is not None and os.path.isdir(checkpoint_dir):
-    done = run.restore(checkpoint_dir, sites)
-  stream = itertools.chain([first], batches)
-  for _ in itertools.islice(stream, done):
-    pass
-  bar: Iterable[Any] = stream
+  masked = Masked(mask, spread.shares, 0 if pmap_axis is None else 1)
+  snapshots = None if checkpoint_dir is None else Snapshots(checkpoint_dir)
+  done, place = 0, None
+  if snapshots is not None:
+    done, place = run.restore(snapshots, sites, loss is not None, fisher_rows)
+  if place is not None:
+    go_to(stream, place)
+  else:
+    rest = itertools.chain([first], stream)
+    for _ in itertools.islice(rest, done):
+      pass
+  bar: Iterable[Any] = stream if place is not None else rest
+  if joint:
+    bar = processes.in_step(bar, lambda batch: check_batch(batch, done))
   if progress:
-    bar = track(stream, total=total, desc='collect', unit='batch', initial=done)
-  for i, batch in enumerate(bar, done):
-    if i:
-      check_batch(batch, i)
-    run.add(batch, i)
-    if checkpoint_dir is not None and (i + 1) % checkpoint_every == 0:
-      run.save(checkpoint_dir, i + 1)
+    bar = track(bar, total=total, desc='collect', unit='batch', initial=done)
+  for batch in bar:
+    check_batch(batch, done)
+    run.add(masked(batch, done), done)
+    done += 1
+    if snapshots is None:
+      continue
+    is_leaving = processes.is_leaving(done)
+    if is_leaving or done % checkpoint_every == 0:
+      run.save(snapshots, done, place_of(stream))
+    if is_leaving:
+      raise Preempted(
+        f'the job is being preempted: the sums of {done} batches are in '
+        f'{snapshots.folder!r}; collect again with this checkpoint_dir to go on'
+      )
+  if snapshots is not None and everywhere:
+    # Others may take long to come here, or be killed.
+    run.save(snapshots, done, place_of(stream))
   moments = run.result()
-  if checkpoint_dir is not None and os.path.isdir(checkpoint_dir):
-    shutil.rmtree(checkpoint_dir)
+  if snapshots is not None:
+    snapshots.remove()
   return moments
+
+
+def _check_together(pairs: Iterable[tuple[str, Any, str, Any]]) -> None:
+  """Raises ValueError for two arguments that are both given."""
+  for one, has_one, other, has_other in pairs:
+    if has_one and has_other:
+      raise ValueError(f'{one} cannot be used with {other}')
+
+
+def _plan(
+  what: Measurement,
+  params: Any,
+  batch: Any,
+  mask: Mask | str | None,
+  mesh: Mesh | None,
+  memory_limit: int,
+  accumulate: str,
+) -> Plan:
+  """The plan of one device's share of batches like this one."""
+  parts = len(_devices(mesh)[1])
+  share = lambda a: jax.ShapeDtypeStruct(
+    (-(-a.shape[0] // parts), *a.shape[1:]), a.dtype
+  )
+  batch, real = jax.tree.map(share, Masked(mask, parts)(batch, 0))
+  options = {f.name: getattr(what, f.name) for f in dataclasses.fields(what)}
+  return plan(
+    params=params,
+    batch=batch,
+    mask=real,
+    memory_limit=memory_limit,
+    accumulate=accumulate,
+    **options,
+  )
+
+
+def _devices(mesh: Mesh | None) -> tuple[list[Any], list[Any]]:
+  """Devices of a collection, and those of this process."""
+  everyone = jax.devices() if mesh is None else list(mesh.devices.flat)
+  return everyone, [
+    d for d in everyone if d.process_index == jax.process_index()
+  ]
+
+
+def _is_spread(params, mesh, batch_axes, pmap_axis) -> bool:
+  """Whether steps see whole arrays that are spread over the mesh."""
+  if mesh is None and batch_axes is not None:
+    raise ValueError('batch_axes are axes of a mesh; pass mesh= as well')
+  if mesh is None or pmap_axis is not None:
+    return False
+  everyone = set(_devices(mesh)[0])
+  return batch_axes is not None or any(
+    isinstance(v, jax.Array)
+    and v.sharding.device_set == everyone
+    and not v.is_fully_replicated
+    for v in params
+  )
+
+
+def _spread(params, mesh, batch_axes, pmap_axis) -> Devices:
+  """Where a collection's steps run."""
+  mine = _devices(mesh)[1]
+  if pmap_axis is not None:
+    return Pmapped(params, mine, pmap_axis)
+  if _is_spread(params, mesh, batch_axes, pmap_axis):
+    return Sharded(params, mesh, batch_axes or mesh.axis_names[:1])
+  return Devices(params, mine)
+
+
+def _crosses(mesh: Mesh) -> bool:
+  """Whether a mesh has devices of several processes."""
+  return len({d.process_index for d in mesh.devices.flat}) > 1
+
+
+def _agree_on_first(has_one: bool, everywhere: bool) -> None:
+  told = [[has_one]]
+  if everywhere:
+    # All know, so that none waits for one that has stopped.
+    told = processes.exchange([has_one]).tolist()
+  without = [i for i, (has,) in enumerate(told) if not has]
+  if without:
+    who = f' in processes {without}' if everywhere else ''
+    raise ValueError(f'collect needs at least one batch, got none{who}')
+
+
+def _agree_on_passes(costs: Plan) -> None:
+  mine = zlib.crc32(repr(costs.passes).encode())
+  if len(set(processes.exchange([mine])[:, 0].tolist())) > 1:
+    raise ValueError(
+      'memory_limit splits the kernels differently on the processes; give all '
+      'of them one limit, and first batches of one size'
+    )
 
 
 def check_batch(batch: Any, number: int) -> int:
@@ -220,219 +382,3 @@ def check_batch(batch: Any, number: int) -> int:
   if not size:
     raise ValueError(f'batch {number} is empty')
   return size
-
-
-class _Run:
-  """Running sums on the devices, and what overflowed them on the host."""
-
-  def __init__(
-    self,
-    captured,
-    fn,
-    params,
-    sites,
-    devices,
-    loss=None,
-    accumulate='float32',
-    fisher_rows=False,
-  ):
-    self._accumulate = accumulate
-    self._devices = devices
-    self._captured = captured
-    self._gradients = self._row_fisher = None
-    if loss is not None:
-      layouts = {path: site.layout for path, site in sites.items()}
-      self._gradients = gradient_sums(fn, loss, layouts)
-      if fisher_rows:
-        self._row_fisher = row_fisher_sums(fn, loss, layouts)
-    self._mesh = Mesh(np.array(devices), ('examples',))
-    replicated = NamedSharding(self._mesh, PartitionSpec())
-    # Flags and functions among the leaves stay what they are.
-    leaves, self._treedef = jax.tree.flatten(params)
-    self._static = {
-      i: v for i, v in enumerate(leaves) if not tracing.is_array(v)
-    }
-    self._params = jax.device_put(
-      [v for v in leaves if tracing.is_array(v)], replicated
-    )
-    self._split = NamedSharding(self._mesh, PartitionSpec('examples'))
-    self._state: Moments | None = None
-    self._low: Moments | None = None
-    self._host: Moments | None = None
-    self._pending: tuple[int, Any, Any] | None = None
-    self._step = jax.jit(self._add_shards, donate_argnums=(0, 3))
-    self._step_rest = jax.jit(self._add_rest, donate_argnums=(0, 3))
-
-  def _moments_of(self, arrays, batch):
-    arrays = iter(arrays)
-    params = jax.tree.unflatten(
-      self._treedef,
-      [
-        self._static[i] if i in self._static else next(arrays)
-        for i in range(self._treedef.num_leaves)
-      ],
-    )
-    moments = self._captured(params, batch)[1]
-    if self._gradients is None:
-      return moments
-    grads, examples = self._gradients(params, batch)
-    grads = tuple(grads[path] for path in moments)
-    rows = None
-    if self._row_fisher is not None:
-      fisher = self._row_fisher(params, batch)
-      rows = tuple(fisher[path] for path in moments)
-    return Moments(moments.table, moments.sums, grads, examples, rows)
-
-  def _add_shards(self, state, params, batch, low=None):
-    def local(params, batch):
-      moments = self._moments_of(params, batch)
-      return jax.tree.map(lambda a: a[None], moments)
-
-    spec = PartitionSpec('examples')
-    new = jax.shard_map(
-      local,
-      mesh=self._mesh,
-      in_specs=(PartitionSpec(), spec),
-      out_specs=spec,
-      check_vma=False,
-    )(params, batch)
-    return _accumulate(state, low, new)
-
-  def _add_rest(self, state, params, batch, low=None):
-    """Adds a batch that all devices see to the first device's sums."""
-    moments = self._moments_of(params, batch)
-    pad = lambda a: (
-      jnp.zeros((len(self._devices), *a.shape), a.dtype).at[0].set(a)
-    )
-    return _accumulate(state, low, jax.tree.map(pad, moments))
-
-  def add(self, batch: Any, number: int) -> None:
-    size = jax.tree.leaves(batch)[0].shape[0]
-    even = size - size % len(self._devices)
-    parts = []
-    if even:
-      parts.append((self._step, jax.tree.map(lambda a: a[:even], batch)))
-    if even < size:
-      parts.append((self._step_rest, jax.tree.map(lambda a: a[even:], batch)))
-    for step, part in parts:
-      if step is self._step:
-        part = jax.device_put(part, self._split)
-      if self._state is None:
-        self._state = self._zeros(part)
-      if self._low is None and self._accumulate == 'compensated':
-        self._low = jax.tree.map(jnp.zeros_like, self._state)
-      self._state, self._low, finite, most = step(
-        self._state, self._params, part, self._low
-      )
-      # Looked at one batch later, so that the devices are never idle.
-      self._look()
-      self._pending = number, finite, most
-      if self._accumulate == 'float64':
-        self._look()
-        self._flush()
-
-  def _zeros(self, batch: Any) -> Moments:
-    shapes = jax.eval_shape(
-      lambda p, b: self._moments_of(p, b), self._params, batch
-    )
-    n = len(self._devices)
-    return jax.tree.map(
-      lambda s: jax.device_put(jnp.zeros((n, *s.shape), s.dtype), self._split),
-      shapes,
-    )
-
-  def _look(self) -> None:
-    if self._pending is None:
-      return
-    number, finite, most = self._pending
-    self._pending = None
-    finite = np.asarray(finite)
-    if not finite.all():
-      bad = int(np.argmin(finite))
-      assert self._state is not None
-      table, inputs = self._state.table, len(self._state.sums)
-      what, users = 'input', [e.path for e in table if e.index == bad]
-      if bad >= inputs:
-        what = "loss's gradient at the output"
-        users = [table[bad - inputs].path]
-      raise FloatingPointError(
-        f'the {what} of {users} is NaN or infinite in batch {number}'
-      )
-    if int(most) > _MOST_ROWS:
-      self._flush()
-
-  def _flush(self) -> None:
-    """Moves the sums to the host, in float64 and int64."""
-    assert self._state is not None
-    new = accumulation.total(self._state, self._low)
-    self._host = (
-      new if self._host is None else jax.tree.map(np.add, self._host, new)
-    )
-    self._state = jax.tree.map(jnp.zeros_like, self._state)
-    self._low = jax.tree.map(jnp.zeros_like, self._low)
-
-  def result(self) -> Moments:
-    self._look()
-    if self._host is not None or self._low is not None:
-      self._flush()
-      assert self._host is not None
-      return self._host
-    if len(self._devices) == 1:  # no second copy of the sums
-      return jax.tree.map(lambda a: np.asarray(a)[0], self._state)
-    reduced = jax.jit(
-      lambda state: jax.tree.map(lambda a: a.sum(0, dtype=a.dtype), state)
-    )(self._state)
-    return jax.tree.map(np.asarray, reduced)
-
-  # --- interruption ---
-
-  def save(self, folder, done: int) -> None:
-    self._look()
-    tree = {'state': jax.tree.map(np.asarray, self._state)}
-    if self._low is not None:
-      tree['low'] = jax.tree.map(np.asarray, self._low)
-    if self._host is not None:
-      tree['host'] = self._host
-    checkpoint.save(folder, tree, metadata={'batches': done}, overwrite=True)
-
-  def restore(self, folder, sites) -> int:
-    tree = checkpoint.load(folder)
-    state = tree.get('state') if isinstance(tree, dict) else None
-    if not isinstance(state, Moments):
-      raise ValueError(f'{folder!r} holds no running sums of a collection')
-    have = {e.path: e.layout for e in state.table}
-    want = {s.path: s.layout for s in sites.values()}
-    low, host = tree.get('low'), tree.get('host')
-    same_loss = (state.grads is None) == (self._gradients is None) and (
-      (state.row_grads is None) == (self._row_fisher is None)
-    )
-    same_sums = (low is not None) == (self._accumulate == 'compensated')
-    if (
-      have != want
-      or not same_loss
-      or not same_sums
-      or state.sums[0].count.shape[0] != len(self._devices)
-    ):
-      raise ValueError(
-        f'{folder!r} holds the sums of another collection ({len(have)} '
-        f'kernels, {state.sums[0].count.shape[0]} devices); this one has '
-        f'{len(want)} kernels on {len(self._devices)} devices, with '
-        f'accumulate={self._accumulate!r}'
-      )
-    self._state = jax.device_put(state, self._split)
-    self._low = None if low is None else jax.device_put(low, self._split)
-    self._host = host
-    return checkpoint.load_metadata(folder)['batches']
-
-
-def _accumulate(state: Moments, low: Moments | None, new: Moments):
-  """(state, low) + new, whether each input (then each gradient) of `new` is
-  finite, and the most rows."""
-  trace = lambda a: jnp.sum(jnp.diagonal(a, axis1=-2, axis2=-1))
-  finite = jnp.stack(
-    [jnp.isfinite(jnp.sum(s.total) + trace(s.second)) for s in new.sums]
-    + [jnp.isfinite(trace(g)) for g in new.grads or ()]
-  )
-  state, low = accumulation.add(state, low, new)
-  most = jnp.stack([jnp.max(s.count) for s in state.sums]).max()
-  return state, low, finite, most

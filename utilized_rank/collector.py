@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import compat
-from utilized_rank import gram
 from utilized_rank import products
 from utilized_rank.interpret import PART
 from utilized_rank.layout import Atoms
@@ -23,6 +22,7 @@ from utilized_rank.layout import common_atoms
 from utilized_rank.layout import pieces_of
 from utilized_rank.moments import Sums
 from utilized_rank.product import Product
+from utilized_rank.rows import Rows
 from utilized_rank.sites import Site
 from utilized_rank.sites import Sites
 from utilized_rank.sites import layout_conflict
@@ -64,8 +64,10 @@ class Collector:
     params: dict[str, Any],
     selected: dict[str, bool] | None,
     report_holes: bool,
+    rows: Rows,
     from_outputs: dict[str, bool] | None = None,
   ):
+    self.rows = rows
     self.params = params
     self.selected = selected
     self.report_holes = report_holes
@@ -127,14 +129,11 @@ class Collector:
       groups = ((a,), *groups)
 
     def make():
-      sums_of = gram.sharded_gram if side == 'input' else gram.sharded_total
-      total, second = sums_of(product.features, x, product.blocks)
-      if side == 'output':
-        rows = lambda y, _: product.responses(y)
-        _, second = gram.sharded_gram(rows, out, 1)
-      lead = second.shape[:-2]
-      count = jnp.full(lead, product.num_rows, jnp.int32)
-      sums = Sums(count, total, second)
+      count = self.rows.count(product, eqn, which)
+      if side == 'input':
+        sums = Sums(count, *self.rows.inputs(product, eqn, which, x))
+      else:
+        sums = Sums(count, *self.rows.outputs(product, eqn, which, x, out))
       for a, (_, at) in traced:
         size = product.layout.atoms[a]
         sums = jax.tree.map(functools.partial(_put, at=at, size=size), sums)
@@ -179,7 +178,7 @@ class Collector:
       )
       if signature not in known:
         known[signature] = len(sums)
-        sums.append(_assemble(parts, layout))
+        sums.append(_assemble(parts, layout, self.rows.tail))
       distinct = len({tuple(p.fixed.items()) for p in parts})
       sites[path] = Site(
         path,
@@ -350,8 +349,11 @@ class _Part:
     return array.transpose(*order, *range(len(self.lead), array.ndim))
 
 
-def _assemble(parts: Sequence[_Part], layout: Layout) -> Sums:
-  """Adds the parts of one kernel's sums into (*groups, ...) arrays."""
+def _assemble(parts: Sequence[_Part], layout: Layout, inner: int) -> Sums:
+  """Adds the parts of one kernel's sums into (*groups, ...) arrays.
+
+  `inner` axes are between the groups and the features.
+  """
   value = lambda part, field: getattr(part.emission.value, field)
   return Sums(
     *(
@@ -359,7 +361,7 @@ def _assemble(parts: Sequence[_Part], layout: Layout) -> Sums:
         [(p.fixed, p.arrange(value(p, field), tail, layout)) for p in parts],
         layout,
       )
-      for tail, field in enumerate(('count', 'total', 'second'))
+      for tail, field in enumerate(('count', 'total', 'second'), inner)
     )
   )
 

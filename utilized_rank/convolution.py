@@ -64,9 +64,10 @@ def convolution(eqn: Any, view: View, which: int) -> Product | str:
     x = x.transpose(x_batch, *x_space, x_feature)
     if group_axis is not None:
       x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    shape = (len(x), *rows_shape[1:])
     x = _padded(x, p)
-    if blocks > 1:
-      x = _block(x, i, images, strip, window, p, rows_shape)
+    if _num_blocks(shape, bool(x_space)) > 1:
+      x = _block(x, i, window, p, shape)
     return _patches(x, window, p)
 
   labels: list[Label] = [ROW] * (1 + len(x_space))
@@ -171,8 +172,10 @@ def convolution(eqn: Any, view: View, which: int) -> Product | str:
     x_shape[x_feature] // groups,
     *window,
   )
-  images, strip = _block_shape(rows_shape, bool(x_space))
-  blocks = math.prod(rows_shape[: 1 + bool(x_space)]) // (images * strip)
+
+  def blocks(shape):
+    return _num_blocks((shape[x_batch], *rows_shape[1:]), bool(x_space))
+
   return Product(
     'conv',
     view,
@@ -204,6 +207,11 @@ def _block_shape(shape: Sequence[int], spatial: bool) -> tuple[int, int]:
   return images, strip
 
 
+def _num_blocks(shape: Sequence[int], spatial: bool) -> int:
+  images, strip = _block_shape(shape, spatial)
+  return math.prod(shape[: 1 + spatial]) // (images * strip)
+
+
 def _padded(x: jax.Array, p: Any) -> jax.Array:
   padding = [(0, 0, 0)] * x.ndim
   for i, (lo, hi) in enumerate(p['padding']):
@@ -211,8 +219,9 @@ def _padded(x: jax.Array, p: Any) -> jax.Array:
   return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
 
 
-def _block(x, i, images, strip, window, p, shape):
+def _block(x, i, window, p, shape):
   """What the i-th block's patches are cut from, of a padded (n, *space, c)."""
+  images, strip = _block_shape(shape, bool(window))
   if not window:
     return jax.lax.dynamic_slice_in_dim(x, i * images, images)
   across = shape[1] // strip

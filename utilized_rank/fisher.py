@@ -19,12 +19,16 @@ import jax.numpy as jnp
 from utilized_rank import paths
 from utilized_rank.gradients import LossFn
 from utilized_rank.layout import Layout
+from utilized_rank.rows import EVERY
+from utilized_rank.rows import Counting
+from utilized_rank.rows import in_parts
 
 
 def row_fisher_sums(
   fn: Callable[[Any, Any], Any],
   loss: LossFn,
   layouts: dict[str, Layout],
+  counting: Counting = EVERY,
 ) -> Callable[[Any, Any], dict[str, jax.Array]]:
   """Makes a function that sums the squared gradients of every kernel's rows.
 
@@ -36,13 +40,23 @@ def row_fisher_sums(
     fn: `fn(params, batch) -> outputs`; examples must not mix.
     loss: `loss(outputs, batch) -> (B,)`, one number of nats per example.
     layouts: kernels by path, as `find_sites` or `capture` found them.
+    counting: which examples count; default all.
 
   Returns:
     `sums(params, batch) -> sums`: per path the sum over examples of
     sum_j (dL/dW_ij)^2, (*groups, d) float32.
+
+  Raises (when called):
+    ValueError: the mask is of tokens: an example's gradient is of all of them.
   """
 
   def sums(params, batch):
+    mask = counting.mask
+    if mask is not None and mask.ndim > 1:
+      raise ValueError(
+        f'fisher_rows=True needs a mask of examples, (B,), and mask= is of '
+        f"tokens, {mask.shape}: an example's gradient is of all its tokens"
+      )
     named, treedef = paths.flatten(params)
 
     def nats(kernels, example):
@@ -50,10 +64,13 @@ def row_fisher_sums(
       tree = paths.unflatten(treedef, {**named, **kernels})
       return jnp.sum(loss(fn(tree, one), one))
 
-    def add(total, example):
+    def add(total, one):
+      example, is_real = one
       grads = jax.grad(nats)({p: named[p] for p in layouts}, example)
       for path, layout in layouts.items():
         squares = layout.to_matrices(grads[path]).astype(jnp.float32) ** 2
+        if is_real is not None:
+          squares = jnp.where(is_real, squares, 0.0)
         total[path] += jnp.sum(squares, axis=-1)
       return total, None
 
@@ -61,6 +78,7 @@ def row_fisher_sums(
       path: jnp.zeros(y.group_shape + y.matrix_shape[:1], jnp.float32)
       for path, y in layouts.items()
     }
-    return jax.lax.scan(add, zeros, batch)[0]
+    every = lambda examples: jax.lax.scan(add, zeros, examples)[0]
+    return in_parts(every, (batch, mask), counting.over)
 
   return sums

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from utilized_rank import compat
-from utilized_rank import gram
 from utilized_rank import products
 from utilized_rank import tracing
 from utilized_rank.dense import Dense
@@ -29,6 +28,9 @@ from utilized_rank.interpret import Walk
 from utilized_rank.layout import Layout
 from utilized_rank.layout import View
 from utilized_rank.lowrank import Factored
+from utilized_rank.rows import EVERY
+from utilized_rank.rows import Counting
+from utilized_rank.rows import Rows
 from utilized_rank.values import Output
 from utilized_rank.values import Param
 
@@ -39,6 +41,7 @@ def gradient_sums(
   fn: Callable[[Any, Any], Any],
   loss: LossFn,
   layouts: dict[str, Layout],
+  counting: Counting = EVERY,
 ) -> Callable[[Any, Any], tuple[dict[str, jax.Array], jax.Array]]:
   """Makes a function that sums g g^T at every kernel's output.
 
@@ -46,6 +49,7 @@ def gradient_sums(
     fn: `fn(params, batch) -> outputs`; examples must not mix.
     loss: `loss(outputs, batch) -> (B,)`, one number of nats per example.
     layouts: kernels by path, as `find_sites` or `capture` found them.
+    counting: which examples and rows count; default all.
 
   Returns:
     `sums(params, batch) -> (sums, examples)`: per path the sum over examples
@@ -58,21 +62,23 @@ def gradient_sums(
 
   def sums(params, batch):
     examples = _examples(batch)
+    traced = tracing.trace(fn, params, (batch,), {})
+    rows = Rows(counting, traced)
     taps = {
-      path: jnp.zeros(y.group_shape + (y.matrix_shape[1],) * 2, jnp.float32)
+      path: rows.zeros(y.group_shape, (y.matrix_shape[1],) * 2)
       for path, y in layouts.items()
     }
 
     def total(taps):
-      losses = loss(_tapped(fn, layouts, params, batch, taps), batch)
+      losses = loss(_tapped(traced, layouts, taps, rows), batch)
       if losses.shape != (examples,):
         raise ValueError(
           f'loss(outputs, batch) must return one number per example, shape '
           f'({examples},), got {losses.shape}'
         )
-      return jnp.sum(losses)
+      return jnp.sum(rows.losses(losses))
 
-    return jax.grad(total)(taps), jnp.int32(examples)
+    return jax.grad(total)(taps), rows.examples(examples)
 
   return sums
 
@@ -81,8 +87,7 @@ def _examples(batch: Any) -> int:
   return jax.tree.leaves(batch)[0].shape[0]
 
 
-def _tapped(fn, layouts, params, batch, taps):
-  traced = tracing.trace(fn, params, (batch,), {})
+def _tapped(traced, layouts, taps, rows):
   values = []
   for path, leaf in traced.params.items():
     if path not in layouts:
@@ -92,7 +97,7 @@ def _tapped(fn, layouts, params, batch, taps):
     view = View.of_leaf(path, leaf.shape, leaf.dtype, layout.atoms)
     grouped = Factored(Factors(taps[path], None, None, layout, layout.groups))
     values.append(Param(view, _Tapped(Dense(leaf), grouped)))
-  walk = Walk(_Tapper())
+  walk = Walk(_Tapper(rows))
   outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
   return jax.tree.unflatten(
     traced.out_tree, [walk.materialise(v, 'output') for v in outs]
@@ -145,6 +150,9 @@ class _Tapped:
 class _Tapper:
   """Visitor that puts a tap at the output of every product."""
 
+  def __init__(self, rows: Rows):
+    self.rows = rows
+
   def wants(self, view: View) -> bool:
     del view
     return True
@@ -164,7 +172,11 @@ class _Tapper:
     found = products.describe(eqn, param.view, which)
     if isinstance(found, str):
       return out
-    return _tap(found.responses, out, param.payload.tap.factors.a)
+    where, keep = self.rows.responses(found, eqn)
+    gram = lambda g, keep: self.rows.sums(
+      lambda y, _: found.responses(y), g, where, keep, len(found.present)
+    )[1]
+    return _tap(gram, out, param.payload.tap.factors.a, keep)
 
   def biased(self, output: Output, bias: Param) -> bool:
     raise AssertionError('no outputs are followed when taps are set')
@@ -174,19 +186,21 @@ class _Tapper:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(rows: Callable[[Any], Any], out: jax.Array, dummy: jax.Array):
-  del rows, dummy
+def _tap(
+  gram: Callable[[Any, Any], Any], out: jax.Array, dummy: jax.Array, keep: Any
+):
+  del gram, dummy, keep
   return out
 
 
-def _tap_forward(rows, out, dummy):
-  del rows, dummy
-  return out, None
+def _tap_forward(gram, out, dummy, keep):
+  del gram, dummy
+  return out, keep
 
 
-def _tap_backward(rows, _, cotangent):
-  _, second = gram.gram(rows(cotangent))
-  return cotangent, second.astype(jnp.float32)
+def _tap_backward(gram, keep, cotangent):
+  second = gram(cotangent, keep)
+  return cotangent, second.astype(jnp.float32), None
 
 
 _tap.defvjp(_tap_forward, _tap_backward)

@@ -117,12 +117,12 @@ def sharded_gram(
 
 def sharded_total(
   features: Callable[[jax.Array, Any], jax.Array], x: jax.Array, blocks: int
-) -> tuple[jax.Array, None]:
-  """s = sum x alone, as `sharded_gram` has it, and None."""
+) -> tuple[jax.Array]:
+  """s = sum x alone, as `sharded_gram` has it."""
 
   def total(i, x):
     rows = features(x, i)
-    return jnp.sum(rows, axis=-2, dtype=accumulator_dtype(rows.dtype)), None
+    return (jnp.sum(rows, axis=-2, dtype=accumulator_dtype(rows.dtype)),)
 
   return _over_blocks(total, x, blocks)
 

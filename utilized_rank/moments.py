@@ -257,11 +257,14 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       'the two moments share inputs differently; they come from different '
       'functions'
     )
-  for name in ('grads', 'row_grads'):
+  for name, what, option in (
+    ('grads', 'gradient moments', 'loss'),
+    ('row_grads', 'squared gradients of rows', 'fisher_rows'),
+  ):
     if (getattr(a, name) is None) != (getattr(b, name) is None):
       raise ValueError(
-        f'one of the two moments has {name} and the other has none; collect '
-        'both with the same loss and options'
+        f'one of the two has {what} and the other has none; collect both with '
+        f'the same {option}='
       )
   grads = None if b.grads is None else tuple(b[path].grad for path in a)
   rows = None if b.row_grads is None else tuple(b[path].row_grad for path in a)

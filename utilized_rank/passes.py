@@ -36,6 +36,7 @@ def join(parts: Sequence[Moments], kernels: dict[str, SitePlan]) -> Moments:
   table: list[Entry] = []
   sums: list[Sums] = []
   grads: list[Any] = []
+  rows: list[Any] = []
   places: dict[int, int] = {}
   for path, kernel in kernels.items():
     site, moment = kernel.site, parts[kernel.number][path]
@@ -47,15 +48,17 @@ def join(parts: Sequence[Moments], kernels: dict[str, SitePlan]) -> Moments:
     entry = {f.name: getattr(site, f.name) for f in dataclasses.fields(Entry)}
     table.append(Entry(**{**entry, 'index': places[site.index]}))
     grads.append(moment.grad)
+    rows.append(moment.row_grad)
   if len(counts) > 1:
     raise ValueError(
       f'the passes over the batches saw {sorted(counts)} examples; every '
       'pass must yield the same batches'
     )
-  with_loss = parts[0].grads is not None
+  one = parts[0]
   return Moments(
     tuple(table),
     tuple(sums),
-    tuple(grads) if with_loss else None,
-    parts[0].examples,
+    None if one.grads is None else tuple(grads),
+    one.examples,
+    None if one.row_grads is None else tuple(rows),
   )

@@ -16,11 +16,8 @@ from utilized_rank import flops
 from utilized_rank import gram
 from utilized_rank import paths
 from utilized_rank import tracing
-from utilized_rank.capture import capture
-from utilized_rank.capture import find_sites
 from utilized_rank.gradients import LossFn
-from utilized_rank.gradients import gradient_sums
-from utilized_rank.moments import Moments
+from utilized_rank.measurement import Measurement
 from utilized_rank.sites import Site
 from utilized_rank.sites import Sites
 
@@ -32,7 +29,7 @@ class SitePlan:
   Attributes:
     site: the kernel.
     sums_bytes: of its input's sums; 0 where an earlier kernel has paid.
-    grad_bytes: of its gradient's sums.
+    grad_bytes: of its gradients' sums.
     flops: of its Gram matrix for one batch, upper triangle; 0 where shared.
     least_flops: the same with half of the products, n d (d + 1).
     number: in which pass it is collected, from 0.
@@ -147,6 +144,8 @@ def plan(
   batch: Any,
   *,
   loss: LossFn | None = None,
+  fisher_rows: bool = False,
+  mask: Any = None,
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
   from_outputs: paths.Rules | None = None,
@@ -163,6 +162,8 @@ def plan(
     params: its parameters, or their `ShapeDtypeStruct`s.
     batch: one batch, or its shapes; with several devices, one device's share.
     loss: as in `collect`.
+    fisher_rows: as in `collect`.
+    mask: the batch's mask, or its shape; None without.
     select: as in `collect`.
     on_opaque: as in `collect`.
     from_outputs: as in `collect`.
@@ -183,20 +184,12 @@ def plan(
   (84, 120, (('w',),))
   """
   accumulation.check(accumulate)
-  sites = find_sites(
-    fn,
-    params,
-    batch,
-    select=select,
-    on_opaque=on_opaque,
-    from_outputs=from_outputs,
-  )
-  if not sites:
-    raise ValueError(f'the function has no kernel\n{sites}')
+  what = Measurement(fn, loss, fisher_rows, select, on_opaque, from_outputs)
+  sites = what.sites(params, batch)
   peak = functools.partial(
-    _step_bytes, fn, params, batch, loss, sites, on_opaque, accumulate
+    _step_bytes, what, params, (batch, mask), sites, accumulate
   )
-  costs = _site_costs(sites, loss is not None)
+  costs = _site_costs(sites, loss is not None, fisher_rows)
   inputs: dict[int, list[str]] = {}
   for path, site in sites.items():
     inputs.setdefault(site.index, []).append(path)
@@ -243,7 +236,7 @@ def plan(
 
 
 def _site_costs(
-  sites: Sites, with_loss: bool
+  sites: Sites, with_loss: bool, with_fisher: bool
 ) -> dict[str, tuple[int, int, int, int]]:
   """Bytes of sums, of gradient sums, FLOPs and least FLOPs of each kernel."""
   costs: dict[str, tuple[int, int, int, int]] = {}
@@ -256,7 +249,7 @@ def _site_costs(
     paid.add(site.index)
     costs[path] = (
       first * groups * 4 * (wide * wide + d + 1),
-      with_loss * groups * 4 * m * m,
+      groups * 4 * (with_loss * m * m + with_fisher * d),
       first * groups * gram.gram_flops(site.rows, wide),
       first * groups * site.rows * wide * (wide + 1),
     )
@@ -281,30 +274,10 @@ def rules_for(members: Sequence[str]) -> paths.Rules:
   return [(re.escape(p), True) for p in members]
 
 
-def _step_bytes(
-  fn, params, batch, loss, sites, on_opaque, accumulate, members
-) -> int:
+def _step_bytes(what, params, batch, sites, accumulate, members) -> int:
   """Peak of the program that adds a batch to the sums of some kernels."""
-  outputs = [p for p in members if sites[p].side == 'output']
-  captured = capture(
-    fn,
-    select=rules_for(members),
-    on_opaque=on_opaque,
-    from_outputs=rules_for(outputs) if outputs else None,
-  )
-  gradients = None
-  if loss is not None:
-    layouts = {p: sites[p].layout for p in members}
-    gradients = gradient_sums(fn, loss, layouts)
-
-  def sums(params, batch):
-    moments = captured(params, batch)[1]
-    if gradients is None:
-      return moments
-    grads, examples = gradients(params, batch)
-    ordered = tuple(grads[p] for p in moments)
-    return Moments(moments.table, moments.sums, ordered, examples)
-
+  some = dataclasses.replace(what, select=rules_for(members))
+  sums = some.sums({p: sites[p].layout for p in members})
   on_arrays, arrays = _on_arrays(sums, params, batch)
   state = jax.eval_shape(on_arrays, *arrays)
   low = state if accumulate == 'compensated' else None

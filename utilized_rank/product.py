@@ -23,6 +23,12 @@ ROW = None
 Label = Atoms | None
 
 
+def one_block(shape: Sequence[int]) -> int:
+  """The number of blocks of what is read at once."""
+  del shape
+  return 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Product:
   """A product of an activation and a kernel.
@@ -39,7 +45,8 @@ class Product:
     output: the product's output as a view over the kernel's atoms.
     factored: runs the product with factors instead; `once(make)` makes x A,
       or gives it back where it was made before.
-    blocks: how many blocks the rows are read in.
+    blocks: how many blocks the rows are read in, of an operand of this shape;
+      it may have fewer examples than the product's own.
   """
 
   kind: str
@@ -51,7 +58,7 @@ class Product:
   geometry: Hashable
   output: View
   factored: Callable[[Any, Factors, Callable[[Callable[[], Any]], Any]], Any]
-  blocks: int = 1
+  blocks: Callable[[Sequence[int]], int] = one_block
 
   @property
   def present(self) -> Atoms:

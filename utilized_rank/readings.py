@@ -54,9 +54,8 @@ class Read:
 
   def rows(self) -> jax.Array:
     """X, shape (*present groups, n, d)."""
-    parts = [
-      self.product.features(self.x, i) for i in range(self.product.blocks)
-    ]
+    blocks = self.product.blocks(self.x.shape)
+    parts = [self.product.features(self.x, i) for i in range(blocks)]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-2)
 
   def members(self, layout: Layout) -> tuple[int, ...]:

@@ -1,0 +1,63 @@
+"""Batches of which some examples or tokens are padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+# `mask(batch) -> (B,) or (B, T)`, nonzero where an example or token is real.
+Mask = Callable[[Any], Any]
+
+
+class Masked:
+  """Gives every batch its mask, and all of them one size.
+
+  An uneven batch is filled up with copies of its first example, which do not
+  count: one compiled step serves them all.
+  """
+
+  def __init__(self, mask: Mask | str | None, shares: int, axis: int = 0):
+    """`shares` is what sizes must divide by; `axis` that of the examples."""
+    self._mask = mask
+    self._shares = shares
+    self._axis = axis
+    self._size = 0
+
+  def __call__(self, batch: Any, number: int) -> tuple[Any, Any]:
+    """(batch, mask); without a mask the batch as it is, and None.
+
+    Raises:
+      ValueError: the mask does not fit the batch.
+    """
+    if self._mask is None:
+      return batch, None
+    if isinstance(self._mask, str):
+      mask = batch[self._mask]
+    else:
+      mask = self._mask(batch)
+    mask = np.asarray(mask) != 0
+    end = self._axis + 1
+    lead = np.shape(jax.tree.leaves(batch)[0])[:end]
+    if mask.shape[:end] != lead or mask.ndim > end + 1:
+      raise ValueError(
+        f'the mask of batch {number} has shape {mask.shape}; it must be '
+        f'{lead}, one per example, or {(*lead, "tokens")}'
+      )
+    size = lead[-1]
+    # Two examples on each device at least: of one alone it cannot be said
+    # which axis is the examples'.
+    want = max(size, self._size, 2 * self._shares)
+    want = -(-want // self._shares) * self._shares
+    self._size = self._size or want
+    if want == size:
+      return batch, mask
+    filled = [*range(size), *[0] * (want - size)]
+    take = lambda a: (a if isinstance(a, jax.Array) else np.asarray(a)).take(
+      np.array(filled), axis=self._axis
+    )
+    real = np.zeros((*lead[:-1], want, *mask.shape[end:]), bool)
+    real[(slice(None),) * self._axis + (slice(size),)] = mask
+    return jax.tree.map(take, batch), real

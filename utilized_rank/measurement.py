@@ -1,0 +1,100 @@
+"""What a collection sums over one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+from utilized_rank import paths
+from utilized_rank.capture import count
+from utilized_rank.capture import find_sites
+from utilized_rank.fisher import row_fisher_sums
+from utilized_rank.gradients import LossFn
+from utilized_rank.gradients import gradient_sums
+from utilized_rank.layout import Layout
+from utilized_rank.moments import Moments
+from utilized_rank.rows import Counting
+from utilized_rank.sites import Sites
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+  """What is summed; the attributes are arguments of `collect`.
+
+  >>> what = Measurement(lambda params, x: x @ params['w'])
+  >>> params, x = {'w': jnp.eye(2)}, jnp.ones((3, 2))
+  >>> layouts = {p: site.layout for p, site in what.sites(params, x).items()}
+  >>> int(what.sums(layouts)(params, (x, None))['w'].count)
+  3
+  """
+
+  fn: Callable[[Any, Any], Any]
+  loss: LossFn | None = None
+  fisher_rows: bool = False
+  select: paths.Rules | None = None
+  on_opaque: str = 'error'
+  from_outputs: paths.Rules | None = None
+
+  def __post_init__(self):
+    if self.fisher_rows and self.loss is None:
+      raise ValueError(
+        'fisher_rows=True squares gradients of a loss: give loss='
+      )
+
+  @property
+  def _rules(self) -> dict[str, Any]:
+    return dict(
+      select=self.select,
+      on_opaque=self.on_opaque,
+      from_outputs=self.from_outputs,
+    )
+
+  def sites(self, params: Any, batch: Any) -> Sites:
+    """The kernels.
+
+    Raises:
+      ValueError: there is none.
+    """
+    sites = find_sites(self.fn, params, batch, **self._rules)
+    if not sites:
+      raise ValueError(
+        'the function has no kernel: no parameter leaf meets a matrix product '
+        f'or a convolution\n{sites}'
+      )
+    return sites
+
+  def sums(
+    self,
+    layouts: dict[str, Layout],
+    over: tuple[Any, tuple[str, ...]] | None = None,
+  ) -> Callable[[Any, Any], Moments]:
+    """`sums(params, (batch, mask)) -> Moments`, with a loss its gradient's.
+
+    Args:
+      layouts: of the kernels that are selected.
+      over: as in `Counting`.
+    """
+
+    def sums(params, batch):
+      batch, mask = batch
+      counting = Counting(mask, over)
+      moments = count(self.fn, counting, params, batch, **self._rules)
+      if self.loss is None:
+        return moments
+      gradients = gradient_sums(self.fn, self.loss, layouts, counting)
+      grads, examples = gradients(params, batch)
+      rows = None
+      if self.fisher_rows:
+        fisher = row_fisher_sums(self.fn, self.loss, layouts, counting)
+        found = fisher(params, batch)
+        rows = tuple(found[path] for path in moments)
+      return Moments(
+        moments.table,
+        moments.sums,
+        tuple(grads[path] for path in moments),
+        examples,
+        rows,
+      )
+
+    return sums

@@ -1,0 +1,169 @@
+"""What the processes of one job tell each other, and the one reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+
+# A count travels as digits of this many bits, which float32 adds up exactly
+# over 2**(24 - 11) devices: counts and sums are then reduced as one.
+_BITS = 11
+
+
+def exchange(numbers: Sequence[int]) -> np.ndarray:
+  """Tells every process these numbers, (processes, len(numbers)) int64."""
+  if jax.process_count() == 1:
+    return np.asarray([numbers], np.int64)
+  mask = (1 << 24) - 1  # int64 does not exist on the devices by default
+  words = [[n & mask, n >> 24 & mask, n >> 48] for n in numbers]
+  told = _multihost().process_allgather(np.asarray(words, np.int32))
+  told = np.asarray(told, np.int64)
+  return told[..., 0] | told[..., 1] << 24 | told[..., 2] << 48
+
+
+def is_leaving(step: int) -> bool:
+  """Whether the job is being preempted, and all processes are at this step.
+
+  JAX takes the scheduler's SIGTERM where `jax.distributed.initialize` was
+  called, of one process too.
+  """
+  if not jax.distributed.is_initialized():
+    return False
+  return _multihost().reached_preemption_sync_point(step)
+
+
+def in_step(
+  batches: Iterable[Any], size_of: Callable[[Any], int]
+) -> Iterator[Any]:
+  """Batches for steps that all processes make together.
+
+  Raises:
+    ValueError: on every process, if one has no batch or another size of it
+      than the others; otherwise they would wait for each other for ever.
+  """
+  iterator = iter(batches)
+  for number in itertools.count():
+    batch = next(iterator, None)
+    sizes = exchange([0 if batch is None else size_of(batch)])[:, 0].tolist()
+    if len(set(sizes)) > 1:
+      raise ValueError(
+        f'the processes have {sizes} examples in batch {number}; parameters '
+        'that are spread over processes need equal batches on all of them'
+      )
+    if batch is None:
+      return
+    yield batch
+
+
+def reducer(mesh: Mesh, specs: Any, over: Sequence[str]) -> Any:
+  """The program that adds up running sums over mesh axes.
+
+  Args:
+    mesh: the devices.
+    specs: pytree of the sums' partition specs; their first axis is spread over
+      `over`, one part on each device.
+    over: mesh axes to add up over.
+
+  Returns:
+    A jitted function from a pytree of (parts, ...) to one of (...), integers
+    as digits that `decoded` reads. XLA joins its reductions into one.
+  """
+
+  def local(state):
+    state = jax.tree.map(lambda a: _encoded(a[0]), state)
+    return jax.lax.psum(state, tuple(over))
+
+  # Digits are one more axis, which is not spread.
+  outs = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), specs)
+  return jax.jit(
+    jax.shard_map(
+      local, mesh=mesh, in_specs=(specs,), out_specs=outs, check_vma=False
+    )
+  )
+
+
+def _encoded(array: jax.Array) -> jax.Array:
+  if not jnp.issubdtype(array.dtype, jnp.integer):
+    return array
+  mask = (1 << _BITS) - 1
+  bits = np.iinfo(array.dtype).bits
+  digits = [array >> at & mask for at in range(0, bits, _BITS)]
+  return jnp.stack(digits, -1).astype(jnp.float32)
+
+
+def decoded(reduced: Any, like: Any) -> Any:
+  """Host arrays of what a `reducer` returned for sums like `like`."""
+
+  def one(array, was):
+    array = whole(array)
+    if not jnp.issubdtype(was.dtype, jnp.integer):
+      return array
+    weights = np.int64(1) << _BITS * np.arange(array.shape[-1], dtype=np.int64)
+    number = (array.astype(np.int64) * weights).sum(-1)
+    fits = number.max(initial=0) <= np.iinfo(was.dtype).max
+    return number.astype(was.dtype) if fits else number
+
+  return jax.tree.map(one, reduced, like)
+
+
+def whole(array: jax.Array) -> np.ndarray:
+  """A host copy, of an array that is spread over processes as well."""
+  if array.is_fully_addressable or array.is_fully_replicated:
+    return np.asarray(array)
+  return np.asarray(_multihost().process_allgather(array, tiled=True))
+
+
+def add_over_processes(state: Any, devices: Sequence[Any]) -> Any:
+  """Adds up the sums of every device of every process, in one reduction.
+
+  Args:
+    state: pytree of this process's sums, (devices, ...): arrays with one part
+      on each of its `devices`, or host arrays.
+    devices: this process's devices that hold parts.
+
+  Returns:
+    The same pytree of (...) host arrays, equal on every process.
+  """
+  everyone = jax.devices()
+  mesh = Mesh(np.array(everyone), ('examples',))
+  spread = NamedSharding(mesh, PartitionSpec('examples'))
+  mine = [d for d in everyone if d.process_index == jax.process_index()]
+
+  def lift(array):
+    parts = {}
+    if isinstance(array, jax.Array):
+      parts = {s.device: s.data for s in array.addressable_shards}
+    else:
+      parts = {
+        d: jax.device_put(part[None], d)
+        for d, part in zip(devices, array, strict=True)
+      }
+    zero = np.zeros((1, *array.shape[1:]), array.dtype)
+    return jax.make_array_from_single_device_arrays(
+      (len(everyone), *array.shape[1:]),
+      spread,
+      [parts[d] if d in parts else jax.device_put(zero, d) for d in mine],
+    )
+
+  specs = jax.tree.map(lambda _: PartitionSpec('examples'), state)
+  # Sums that went through the host are in float64 and int64.
+  is_wide = any(isinstance(a, np.ndarray) for a in jax.tree.leaves(state))
+  with jax.enable_x64(True) if is_wide else contextlib.nullcontext():
+    lifted = jax.tree.map(lift, state)
+    reduced = reducer(mesh, specs, ('examples',))(lifted)
+    return decoded(reduced, state)
+
+
+def _multihost():
+  from jax.experimental import multihost_utils  # `import jax` is without it
+
+  return multihost_utils

@@ -1,0 +1,366 @@
+"""Which rows of a product's input count, and to which part of the sums.
+
+A mask says which examples, or which of their tokens, are real. The rows of the
+others are set to zero, which adds nothing to a sum, and are not counted. The
+rows of one share of the examples can be summed apart from those of another,
+so that devices that hold different examples have nothing to tell each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from utilized_rank import compat
+from utilized_rank import gram
+from utilized_rank.axes import EXAMPLE
+from utilized_rank.axes import TOKEN
+from utilized_rank.axes import Where
+from utilized_rank.axes import batch_array
+from utilized_rank.axes import plain
+from utilized_rank.flow import Flow
+from utilized_rank.product import ROW
+from utilized_rank.product import Product
+from utilized_rank.product import one_block
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting:
+  """What is counted.
+
+  Attributes:
+    mask: whether each example, (B,), or each of its tokens, (B, T), counts.
+    over: a mesh and the names of its axes over which the examples are spread;
+      each share of them has sums of its own, along an axis behind the groups.
+  """
+
+  mask: Any = None
+  over: tuple[Any, tuple[str, ...]] | None = None
+
+  @property
+  def parts(self) -> int:
+    if self.over is None:
+      return 0
+    mesh, names = self.over
+    return math.prod(mesh.shape[n] for n in names)
+
+
+EVERY = Counting()  # all rows, in one sum
+
+
+class Rows:
+  """The rows of every product of one traced function."""
+
+  def __init__(self, counting: Counting, traced: Any):
+    self._counting = counting
+    self._mask = counting.mask
+    self.parts = counting.parts
+    self._found: dict[Any, Where] = {}
+    self._tokens: int | None = None
+    if counting.mask is None and not counting.parts:
+      return
+    self._examples = traced.args[0].shape[0]
+    if self._mask is not None and self._mask.ndim == 2:
+      self._tokens = self._mask.shape[1]
+    flow = Flow(self._examples)
+    values = [plain(v.shape) for v in traced.params.values()]
+    values += [batch_array(a.shape, self._tokens) for a in traced.args]
+    if self._examples > 1:
+      flow.run(traced.jaxpr, values)
+    self._found = flow.found
+
+  @property
+  def tail(self) -> int:
+    """Axes of the sums between the groups and the features."""
+    return 1 if self.parts else 0
+
+  def count(self, product: Product, eqn: Any, which: int) -> jax.Array:
+    """n, (*groups, [parts])."""
+    lead = product.layout.sizes(product.present)
+    where = self._of(eqn.invars[1 - which])
+    rows = jnp.full(max(self.parts, 1), 0, jnp.int32)
+    if self._mask is None or not where.has(EXAMPLE):
+      even = self._is_split(where)
+      share = product.num_rows // self.parts if even else product.num_rows
+      rows = rows + share if even else rows.at[0].set(share)
+    else:
+      mask, unit = self._units(where, product)
+      mask = mask.astype(jnp.int32)
+      if self._is_split(where):
+        rows = mask.reshape(self.parts, -1).sum(1, dtype=jnp.int32)
+      else:
+        rows = rows.at[0].set(mask.sum(dtype=jnp.int32))
+      rows = rows * unit
+    return jnp.broadcast_to(rows if self.parts else rows[0], lead + rows.shape)
+
+  def inputs(self, product: Product, eqn: Any, which: int, x: Any):
+    """(sum x, sum x x^T), (*groups, [parts], ...), over the rows that count.
+
+    Raises:
+      ValueError: with a mask, if it is not known which rows are whose.
+    """
+    return self._over_inputs(product, eqn, which, x, gram.sharded_gram)
+
+  def outputs(self, product: Product, eqn: Any, which: int, x: Any, y: Any):
+    """(sum x, sum y y^T) of the product's outputs y, as `inputs`."""
+    of_x = self._over_inputs(product, eqn, which, x, gram.sharded_total)
+    where, keep = self.responses(product, eqn)
+    of_y = self.sums(
+      lambda y, _: product.responses(y), y, where, keep, len(product.present)
+    )
+    return of_x[0], of_y[1]
+
+  def _over_inputs(self, product, eqn, which, x, of):
+    where = self._of(eqn.invars[1 - which])
+    if self._mask is not None:
+      self._check(product, where, eqn, which)
+    groups = len(product.present)
+    keep = self.keep(where)
+    return self.sums(
+      product.features, x, where, keep, groups, product.blocks, of
+    )
+
+  def responses(self, product: Product, eqn: Any):
+    """For the product's output: where it is, and which of it counts."""
+    where = self._of(eqn.outvars[0])
+    return where, self.keep(where)
+
+  def sums(
+    self,
+    matrix: Callable[[Any, Any], Any],
+    x: Any,
+    where: Where,
+    keep: Any,
+    groups: int,
+    blocks: Callable[[Sequence[int]], int] = one_block,
+    of: Callable[..., tuple[jax.Array, ...]] = gram.sharded_gram,
+  ) -> tuple[jax.Array, ...]:
+    """Sums over the rows of `matrix(x, block)` that count, in parts.
+
+    `of` makes them: all have the groups in front, the first one axis of
+    features, the next one two.
+    """
+
+    def counted(x, keep):
+      return x if keep is None else jnp.where(keep, x, jnp.zeros((), x.dtype))
+
+    if not self.parts:
+      return of(matrix, counted(x, keep), blocks(x.shape))
+    assert self._counting.over is not None
+    mesh, names = self._counting.over
+
+    def sums(x, keep):
+      x = counted(x, keep)
+      if not self._is_split(where):
+        # Its examples are not known: one sum of all, at the first part.
+        found = of(matrix, x, blocks(x.shape))
+        return tuple(
+          _first(a, features, self.parts) for features, a in enumerate(found, 1)
+        )
+      x = _parts_first(x, where, self.parts)
+      free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+      spread = NamedSharding(_auto(mesh), PartitionSpec(names, *free))
+      x = jax.lax.with_sharding_constraint(x, spread)
+      found = jax.vmap(lambda x: of(matrix, x, blocks(x.shape)))(x)
+      return tuple(
+        jnp.moveaxis(a, 0, -1 - features) for features, a in enumerate(found, 1)
+      )
+
+    x = jax.lax.stop_gradient(x)
+    if not compat.has_explicit_axes(x):
+      return sums(x, keep)
+    spec = PartitionSpec(*[None] * groups, names)
+    return jax.sharding.auto_axes(sums, out_sharding=spec)(x, keep)
+
+  # --- where the examples and tokens are ---
+
+  def _of(self, atom: Any) -> Where:
+    if isinstance(atom, compat.Literal) or atom not in self._found:
+      # Not analysed: no mask and one sum, or one example.
+      return plain(atom.aval.shape)
+    return self._found[atom]
+
+  def _is_split(self, where: Where) -> bool:
+    """Whether the shares of the examples can be told apart."""
+    if not self.parts or where.mixed or not where.has(EXAMPLE):
+      return False
+    return _top(where)[1] % self.parts == 0
+
+  def _check(self, product: Product, where: Where, eqn: Any, which: int):
+    path = product.view.path
+    mixed = where.mixed or self._of(eqn.outvars[0]).mixed
+    if product.kind == 'dot':
+      apart = zip(where.axes, product.labels, strict=True)
+      named = {p.name for a, label in apart if label is not ROW for p in a}
+      if EXAMPLE in named:
+        mixed = mixed or 'the product itself'
+    if mixed:
+      raise ValueError(
+        f'a mask needs examples that do not mix, and the input of {path!r} '
+        f'mixes them: {mixed}. Collect without a mask on batches without '
+        f"padding, or leave it out with select=[('{path}', False), ...]"
+      )
+    if self._tokens is None or not where.has(EXAMPLE):
+      return
+    if product.kind == 'dot' and TOKEN not in named:
+      if where.is_along(TOKEN, self._tokens):
+        return
+      if product.num_rows == self._examples and not isinstance(
+        where.token, str
+      ):
+        return
+    raise ValueError(
+      f'the mask is of {self._tokens} tokens, and the rows of {path!r} could '
+      f'not be followed to them ({where.token or product.kind}, input of '
+      f'shape {eqn.invars[1 - which].aval.shape}). Pass a mask of examples, '
+      f"or leave it out with select=[('{path}', False), ...]"
+    )
+
+  def _units(self, where: Where, product: Product) -> tuple[Any, int]:
+    """The mask of the units that rows stand for, and rows per unit."""
+    mask = self._of_rows(where)
+    return mask, product.num_rows // math.prod(mask.shape)
+
+  def _of_rows(self, where: Where) -> Any:
+    """The mask, as far as the value's axes go: (B, T) or (B,)."""
+    if self._tokens is None or where.is_along(TOKEN, self._tokens):
+      return self._mask
+    if isinstance(where.token, int):
+      return self._mask[:, where.token]
+    return self._mask.any(1)
+
+  def keep(self, where: Where) -> Any:
+    """Which elements of a value count, broadcastable to it; None: all."""
+    if self._mask is None or where.mixed or not where.has(EXAMPLE):
+      return None
+    mask = self._of_rows(where)
+    names = (EXAMPLE, TOKEN)[: mask.ndim]
+    pieces = where.pieces
+    named = [i for i, p in enumerate(pieces) if p.name in names]
+    order = sorted(
+      named, key=lambda i: (names.index(pieces[i].name), -pieces[i].step)
+    )
+    mask = mask.reshape([pieces[i].size for i in order])
+    mask = mask.transpose([order.index(i) for i in named])
+    # Within an axis that has a part of the mask, its other pieces repeat it.
+    ones, sizes, shape = [], [], []
+    for axis in where.axes:
+      has = any(p.name in names for p in axis)
+      ones += [p.size if p.name in names else 1 for p in axis]
+      sizes += [p.size if has else 1 for p in axis]
+      shape.append(math.prod(p.size for p in axis) if has else 1)
+    return jnp.broadcast_to(mask.reshape(ones), sizes).reshape(shape)
+
+  def losses(self, losses: jax.Array) -> jax.Array:
+    """An example's loss where the example counts, zero elsewhere."""
+    if self._mask is None:
+      return losses
+    mask = self._mask.reshape(len(losses), -1).any(1)
+    return jnp.where(mask, losses, jnp.zeros((), losses.dtype))
+
+  def zeros(self, groups: Sequence[int], features: Sequence[int]) -> jax.Array:
+    """Float32 sums of nothing, (*groups, [parts], *features)."""
+    if not self.parts:
+      return jnp.zeros((*groups, *features), jnp.float32)
+    assert self._counting.over is not None
+    mesh, names = self._counting.over
+    spec = PartitionSpec(*[None] * len(groups), names, *[None] * len(features))
+    zeros = jnp.zeros((*groups, self.parts, *features), jnp.float32)
+    place = jax.lax.with_sharding_constraint
+    if is_explicit(mesh):
+      place = jax.sharding.reshard
+    return place(zeros, NamedSharding(mesh, spec))
+
+  def examples(self, size: int) -> jax.Array:
+    """How many examples of a batch count, () or (parts,)."""
+    mask = self._mask
+    if mask is None:
+      mask = jnp.ones(size, bool)
+    mask = mask.reshape(len(mask), -1).any(1).astype(jnp.int32)
+    if not self.parts:
+      return mask.sum(dtype=jnp.int32)
+    if len(mask) % self.parts:
+      return _first(mask.sum(dtype=jnp.int32), 0, self.parts)
+    return mask.reshape(self.parts, -1).sum(1, dtype=jnp.int32)
+
+
+def _top(where: Where) -> tuple[int, int, int, int]:
+  """(axis, size, before, behind) of the examples' outermost piece."""
+  axis, at, piece = max(
+    (
+      (k, j, p)
+      for k, axis in enumerate(where.axes)
+      for j, p in enumerate(axis)
+      if p.name == EXAMPLE
+    ),
+    key=lambda found: found[2].step,
+  )
+  sizes = [p.size for p in where.axes[axis]]
+  return axis, piece.size, math.prod(sizes[:at]), math.prod(sizes[at + 1 :])
+
+
+def _parts_first(x: jax.Array, where: Where, parts: int) -> jax.Array:
+  """(parts, ...): the examples' axis cut into shares."""
+  axis, size, before, behind = _top(where)
+  lead, rest = x.shape[:axis], x.shape[axis + 1 :]
+  x = x.reshape(*lead, before, parts, size // parts * behind, *rest)
+  x = jnp.moveaxis(x, axis + 1, 0)
+  return x.reshape(parts, *lead, -1, *rest)
+
+
+def _first(array: jax.Array, features: int, parts: int) -> jax.Array:
+  """(*groups, parts, ...) with the array at the first part, zeros behind."""
+  at = array.ndim - features
+  widths: Sequence[tuple[int, int]] = [(0, 0)] * array.ndim
+  array = jnp.expand_dims(array, at)
+  return jnp.pad(array, [*widths[:at], (0, parts - 1), *widths[at:]])
+
+
+def in_parts(
+  sums: Callable[[Any], jax.Array],
+  arrays: Any,
+  over: tuple[Any, tuple[str, ...]] | None,
+) -> Any:
+  """`sums` of arrays that lead with the examples, over each share of them.
+
+  Args:
+    sums: sums over examples, each (*groups, d).
+    arrays: pytree of arrays of the same examples.
+    over: as in `Counting`.
+
+  Returns:
+    What `sums` returns, with the parts in front of the features. Examples that
+    do not divide evenly are all in the first part.
+  """
+  parts = Counting(None, over).parts
+  if not parts:
+    return sums(arrays)
+  assert over is not None
+  size = len(jax.tree.leaves(arrays)[0])
+  if size % parts:
+    return jax.tree.map(lambda a: _first(a, 1, parts), sums(arrays))
+  spread = NamedSharding(over[0], PartitionSpec(over[1]))
+
+  def cut(array):
+    array = jnp.asarray(array).reshape(parts, size // parts, *array.shape[1:])
+    return jax.lax.with_sharding_constraint(array, spread)
+
+  found = jax.vmap(sums)(jax.tree.map(cut, arrays))
+  return jax.tree.map(lambda a: jnp.moveaxis(a, 0, -2), found)
+
+
+def is_explicit(mesh: Any) -> bool:
+  """Whether types say how arrays are spread over some of the mesh's axes."""
+  return jax.sharding.AxisType.Explicit in mesh.axis_types
+
+
+def _auto(mesh: Any) -> Any:
+  kind = jax.sharding.AxisType.Auto
+  return mesh.update(axis_types=(kind,) * len(mesh.axis_names))

@@ -1,0 +1,168 @@
+"""Running sums of a collection: on the devices, and on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from utilized_rank import accumulation
+from utilized_rank.moments import Moments
+from utilized_rank.sites import Sites
+from utilized_rank.snapshots import Snapshots
+from utilized_rank.spread import Devices
+from utilized_rank.spread import Measure
+
+# Rows that the devices may count before the host takes the sums over: int32
+# ends at twice this.
+_MOST_ROWS = 2**30
+# Sums, and what they have rounded off (None for plain sums).
+State = tuple[Moments, Moments | None]
+
+
+class RunningSums:
+  """Each device's sums so far, and what the host took over from them."""
+
+  def __init__(
+    self,
+    measure: Measure,
+    spread: Devices,
+    accumulate: str = 'float32',
+    everywhere: bool = False,
+  ):
+    """`everywhere`: the result is that of all processes."""
+    self.spread = spread
+    self._measure = measure
+    self._accumulate = accumulate
+    self._everywhere = everywhere
+    self.state: State | None = None
+    self.host: Moments | None = None
+    self._pending: tuple[int, Any, Any] | None = None
+    self._steps: dict[bool, Any] = {}
+
+  def step(self, whole: bool = False) -> Any:
+    """The program that adds a batch to the running sums."""
+    if whole not in self._steps:
+      self._steps[whole] = self.spread.run(self._measure, _add, whole)
+    return self._steps[whole]
+
+  def zeros(self, batch: Any) -> State:
+    shapes = self.spread.shapes(self._measure, batch)
+    is_kept = self._accumulate == 'compensated'
+    return self.spread.zeros((shapes, shapes if is_kept else None))
+
+  def add(self, batch: Any, number: int) -> None:
+    for part, whole in self.spread.split(batch):
+      if self.state is None:
+        self.state = self.zeros(part)
+      step = self.step(whole)
+      self.state, finite, most = step(self.state, self.spread.params, part)
+      # Looked at one batch later, so that the devices are never idle.
+      self.look()
+      self._pending = number, finite, most
+      if self._accumulate == 'float64':
+        self.look()
+        self._flush()
+
+  def look(self) -> None:
+    """Sees to what the last batch left.
+
+    Raises:
+      FloatingPointError: NaN or infinity.
+    """
+    if self._pending is None:
+      return
+    number, finite, most = self._pending
+    self._pending = None
+    finite = np.asarray(finite).all(0)
+    if not finite.all():
+      bad = int(np.argmin(finite))
+      assert self.state is not None
+      table, inputs = self.state[0].table, len(self.state[0].sums)
+      what, users = 'input', [e.path for e in table if e.index == bad]
+      if bad >= inputs:
+        what = "loss's gradient at the output"
+        users = [table[bad - inputs].path]
+      raise FloatingPointError(
+        f'the {what} of {users} is NaN or infinite in batch {number}'
+      )
+    if np.asarray(most).max() > _MOST_ROWS:
+      self._flush()
+
+  def _flush(self) -> None:
+    """Moves the sums to the host, in float64 and int64."""
+    assert self.state is not None
+    for sums in self.state:
+      if sums is not None:
+        new = self.spread.wide(sums)
+        self.host = (
+          new if self.host is None else jax.tree.map(np.add, self.host, new)
+        )
+    self.state = jax.tree.map(jnp.zeros_like, self.state)
+
+  def result(self) -> Moments:
+    """The sums of all devices as host arrays."""
+    self.look()
+    assert self.state is not None
+    if self.state[1] is not None:
+      self._flush()
+    return self.spread.total(self.state[0], self.host, self._everywhere)
+
+  # --- interruption ---
+
+  def save(self, snapshots: Snapshots, done: int, place: Any) -> None:
+    self.look()
+    assert self.state is not None
+    sums = {'state': self.state[0], 'low': self.state[1], 'host': self.host}
+    snapshots.save(
+      {name: s for name, s in sums.items() if s is not None}, done, place
+    )
+
+  def restore(
+    self,
+    snapshots: Snapshots,
+    sites: Sites,
+    with_loss: bool,
+    with_fisher: bool = False,
+  ) -> tuple[int, Any]:
+    """Takes up a snapshot: how many batches it has, and where they end."""
+    found = snapshots.latest()
+    if found is None:
+      return 0, None
+    sums, done, place = found
+    state, low = sums['state'], sums.get('low')
+    read = lambda entry: (entry.layout, entry.side)
+    have = {e.path: read(e) for e in state.table}
+    want = {s.path: read(s) for s in sites.values()}
+    parts = len(state.sums[0].count)
+    if (
+      have != want
+      or (state.grads is not None) != with_loss
+      or (state.row_grads is not None) != with_fisher
+      or (low is not None) != (self._accumulate == 'compensated')
+      or parts != self.spread.parts
+    ):
+      raise ValueError(
+        f'{snapshots.folder!r} holds the sums of another collection '
+        f'({len(have)} kernels, {parts} devices); this one has {len(want)} '
+        f'kernels on {self.spread.parts} devices, with '
+        f'accumulate={self._accumulate!r}'
+      )
+    self.state = self.spread.put((state, low))
+    self.host = sums.get('host')
+    return done, place
+
+
+def _add(state: State, new: Moments):
+  """state + new, whether each input (then each gradient) of `new` is finite,
+  and the most rows."""
+  trace = lambda a: jnp.sum(jnp.diagonal(a, axis1=-2, axis2=-1))
+  finite = jnp.stack(
+    [jnp.isfinite(jnp.sum(s.total) + trace(s.second)) for s in new.sums]
+    + [jnp.isfinite(trace(g)) for g in new.grads or ()]
+  )
+  state = accumulation.add(*state, new)
+  most = jnp.stack([jnp.max(s.count) for s in state[0].sums]).max()
+  return state, finite, most

@@ -1,0 +1,361 @@
+"""Where a step of a collection runs, and where its running sums are.
+
+A step adds what one device sees of one batch to that device's sums. Each class
+here is one way to run it on many devices; in all of them the sums have a
+leading axis with one part per device (or group of devices), and nothing is
+added over that axis before the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import math
+from typing import Any
+import zlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from utilized_rank import processes
+from utilized_rank.moments import Moments
+from utilized_rank.moments import Sums
+from utilized_rank.rows import is_explicit
+from utilized_rank.sites import Sites
+
+_AXIS = 'examples'
+# `measure(params, (batch, mask)) -> Moments`; a step is `(state, params, batch)
+# -> (state, whether each sum is finite, the most rows)`; a state is a pytree of
+# sums.
+Measure = Callable[[Any, Any], Any]
+
+
+class Devices:
+  """Every device holds all parameters and takes its share of a batch.
+
+  The devices are this process's own: processes work at their own pace.
+  """
+
+  def __init__(self, params: Sequence[Any], devices: Sequence[Any]):
+    self.devices = list(devices)
+    self.parts = len(self.devices)
+    self.mesh = Mesh(np.array(self.devices), (_AXIS,))
+    self.placement = NamedSharding(self.mesh, PartitionSpec(_AXIS))
+    everywhere = NamedSharding(self.mesh, PartitionSpec())
+    self.params = [jax.device_put(local_copy(v), everywhere) for v in params]
+
+  @property
+  def shares(self) -> int:
+    """What the number of examples must divide by to be spread evenly."""
+    return self.parts
+
+  @property
+  def over(self) -> tuple[Mesh, tuple[str, ...]] | None:
+    """Mesh axes over which a step itself sees whole arrays, or None."""
+    return None
+
+  def split(self, batch: Any) -> list[tuple[Any, bool]]:
+    """Parts of a batch on the devices, and whether each sees all of a part.
+
+    Examples that do not divide evenly among the devices are the second part.
+    """
+    size = jax.tree.leaves(batch)[0].shape[0]
+    even = size - size % self.parts
+    put = lambda spec, cut: jax.device_put(
+      jax.tree.map(lambda a: a[cut], batch), NamedSharding(self.mesh, spec)
+    )
+    out = []
+    if even:
+      out.append((put(PartitionSpec(_AXIS), slice(even)), False))
+    if even < size:
+      out.append((put(PartitionSpec(), slice(even, None)), True))
+    return out
+
+  def run(self, measure: Measure, accumulate: Any, whole: bool) -> Any:
+    """The step on all devices; what all of them see, the first one counts."""
+
+    def local(state, params, batch):
+      state = jax.tree.map(lambda a: a[0], state)
+      new, finite, most = accumulate(state, measure(params, batch))
+      if whole:
+        first = jax.lax.axis_index(_AXIS) == 0
+        new = jax.tree.map(lambda a, b: jnp.where(first, a, b), new, state)
+      return jax.tree.map(lambda a: a[None], (new, finite, most))
+
+    spread = PartitionSpec(_AXIS)
+    seen = PartitionSpec() if whole else spread
+    return jax.jit(
+      jax.shard_map(
+        local,
+        mesh=self.mesh,
+        in_specs=(spread, PartitionSpec(), seen),
+        out_specs=spread,
+        check_vma=False,
+      ),
+      donate_argnums=0,
+    )
+
+  def shapes(self, fn: Callable[..., Any], batch: Any) -> Any:
+    """Types of `fn(params, batch)` on one device."""
+    return jax.eval_shape(fn, self.params, batch)
+
+  def sites(self, find: Callable[..., Sites], batch: Any) -> Sites:
+    """What `find(params, batch)` finds where the step runs."""
+    found = []
+    self.shapes(lambda *args: found.append(find(*args)), batch)
+    return found[-1]
+
+  def zeros(self, shapes: Any) -> Any:
+    return jax.tree.map(
+      lambda s: jax.device_put(
+        jnp.zeros((self.parts, *s.shape), s.dtype), self.placement
+      ),
+      shapes,
+    )
+
+  def put(self, state: Any) -> Any:
+    """Running sums from the host."""
+    return jax.device_put(state, self.placement)
+
+  def wide(self, state: Any) -> Any:
+    """This process's sums on the host, in float64 and int64."""
+    return jax.tree.map(_wide_sum, state)
+
+  def total(self, state: Any, host: Any, everywhere: bool) -> Any:
+    """All devices' sums as host arrays; with `everywhere`, all processes'."""
+    if everywhere:
+      told = processes.exchange([_fingerprint(state), host is not None])
+      if len(set(told[:, 0].tolist())) > 1:
+        raise ValueError(
+          'the processes collect different kernels; give all of them one '
+          'function, parameters of the same shapes, one selection and loss'
+        )
+      if told[:, 1].any():
+        mine = self.wide(state)
+        if host is not None:
+          mine = jax.tree.map(np.add, mine, host)
+        mine = jax.tree.map(lambda a: a[None], mine)
+        return processes.add_over_processes(mine, self.devices[:1])
+      return processes.add_over_processes(state, self.devices)
+    if host is not None:
+      return jax.tree.map(np.add, self.wide(state), host)
+    return processes.decoded(self.reducer(state)(state), state)
+
+  def reducer(self, state: Any) -> Any:
+    specs = jax.tree.map(lambda _: PartitionSpec(_AXIS), state)
+    return processes.reducer(self.mesh, specs, (_AXIS,))
+
+
+class Pmapped(Devices):
+  """As code that is built on `jax.pmap` has it: parameters and batches with a
+  leading device axis, and a named axis that the function may refer to."""
+
+  def __init__(self, params: Sequence[Any], devices: Sequence[Any], axis: str):
+    self.devices = list(devices)
+    self.parts = len(self.devices)
+    self.axis = axis
+    self.mesh = Mesh(np.array(self.devices), (_AXIS,))
+    self.placement = NamedSharding(self.mesh, PartitionSpec(_AXIS))
+    for v in params:
+      if np.shape(v)[:1] != (self.parts,):
+        raise ValueError(
+          f'with pmap_axis every parameter leads with an axis of the '
+          f'{self.parts} devices, as flax.jax_utils.replicate makes it; got '
+          f'a parameter of shape {np.shape(v)}'
+        )
+    self.params = [jax.device_put(v, self.placement) for v in params]
+
+  @property
+  def shares(self) -> int:
+    return 1
+
+  def split(self, batch: Any) -> list[tuple[Any, bool]]:
+    self._check(batch)
+    return [(jax.device_put(batch, self.placement), False)]
+
+  def _check(self, batch: Any) -> None:
+    sizes = {np.shape(a)[:1] for a in jax.tree.leaves(batch)}
+    if sizes != {(self.parts,)}:
+      raise ValueError(
+        f'with pmap_axis every array of a batch leads with an axis of the '
+        f'{self.parts} devices, got leading axes {sorted(sizes)}'
+      )
+
+  def run(self, measure: Measure, accumulate: Any, whole: bool) -> Any:
+    assert not whole
+    return jax.pmap(
+      lambda state, *args: accumulate(state, measure(*args)),
+      axis_name=self.axis,
+      devices=self.devices,
+      donate_argnums=0,
+    )
+
+  def shapes(self, fn: Callable[..., Any], batch: Any) -> Any:
+    self._check(batch)
+    mapped = jax.pmap(fn, axis_name=self.axis, devices=self.devices)
+    shapes = jax.eval_shape(mapped, self.params, batch)
+    return jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shapes
+    )
+
+
+class Sharded(Devices):
+  """Parameters as they are spread over the caller's mesh.
+
+  The function sees whole arrays, and JAX decides what its devices exchange.
+  The batch is spread over some of the mesh's axes; each share of it has sums
+  of its own, which stay where it is.
+  """
+
+  def __init__(self, params: Sequence[Any], mesh: Mesh, names: Sequence[str]):
+    unknown = [n for n in names if n not in mesh.axis_names]
+    if unknown or not names:
+      raise ValueError(
+        f'batch_axes {tuple(names)} must be axes of the mesh, which has '
+        f'{mesh.axis_names}'
+      )
+    self.mesh = mesh
+    self.names = tuple(names)
+    self.parts = math.prod(mesh.shape[n] for n in names)
+    self.placement = NamedSharding(mesh, PartitionSpec(self.names))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    on_mesh = lambda v: (
+      isinstance(v, jax.Array)
+      and v.sharding.device_set == set(mesh.devices.flat)
+    )
+    self.params = [
+      v if on_mesh(v) else jax.device_put(v, everywhere) for v in params
+    ]
+
+  @property
+  def over(self) -> tuple[Mesh, tuple[str, ...]]:
+    return self.mesh, self.names
+
+  def split(self, batch: Any) -> list[tuple[Any, bool]]:
+    size = jax.tree.leaves(batch)[0].shape[0]
+    return [(jax.tree.map(lambda a: self._put(a, size), batch), False)]
+
+  def _put(self, array: Any, size: int) -> jax.Array:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+      return array
+    if len({d.process_index for d in self.mesh.devices.flat}) > 1:
+      return jax.make_array_from_process_local_data(
+        self.placement, np.asarray(array)
+      )
+    even = size % self.parts == 0
+    spec = PartitionSpec(self.names) if even else PartitionSpec()
+    return jax.device_put(array, NamedSharding(self.mesh, spec))
+
+  def run(self, measure: Measure, accumulate: Any, whole: bool) -> Any:
+    assert not whole
+
+    def add(state, new):
+      new = self._parts_first(new)
+      state, finite, most = jax.vmap(accumulate)(state, new)
+      # A few numbers; the function's own steps are joint ones anyway.
+      return state, finite.all(0)[None], most.max()[None]
+
+    def step(state, params, batch):
+      join = add
+      if is_explicit(self.mesh):
+        kept = jax.tree.map(lambda _: PartitionSpec(self.names), state)
+        outs = kept, PartitionSpec(), PartitionSpec()
+        join = jax.sharding.auto_axes(add, out_sharding=outs)
+      return join(state, measure(params, batch))
+
+    everywhere = NamedSharding(self.mesh, PartitionSpec())
+    jitted = jax.jit(
+      step,
+      donate_argnums=0,
+      out_shardings=(self.placement, everywhere, everywhere),
+    )
+    return _InMesh(jitted, self.mesh)
+
+  def _parts_first(self, moments: Moments) -> Moments:
+    """The parts' axis, which is in front of the features, in front of all."""
+    front = lambda a, features: jnp.moveaxis(a, a.ndim - 1 - features, 0)
+    sums = tuple(
+      Sums(front(s.count, 0), front(s.total, 1), front(s.second, 2))
+      for s in moments.sums
+    )
+    grads = moments.grads and tuple(front(g, 2) for g in moments.grads)
+    rows = moments.row_grads and tuple(front(g, 1) for g in moments.row_grads)
+    return Moments(moments.table, sums, grads, moments.examples, rows)
+
+  def shapes(self, fn: Callable[..., Any], batch: Any) -> Any:
+    batch = self.split(batch)[0][0]
+    with jax.set_mesh(self.mesh):
+      shapes = jax.eval_shape(fn, self.params, batch)
+    if not isinstance(shapes, Moments):
+      return shapes
+    shapes = jax.eval_shape(self._parts_first, _bare(shapes))
+    return jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shapes
+    )
+
+  def wide(self, state: Any) -> Any:
+    if all(a.is_fully_addressable for a in jax.tree.leaves(state)):
+      return super().wide(state)
+    total = processes.decoded(self.reducer(state)(state), state)
+    return jax.tree.map(lambda a: _wide_sum(a[None]), total)
+
+  def total(self, state: Any, host: Any, everywhere: bool) -> Any:
+    del everywhere  # the mesh's own processes have all of it
+    if host is not None:
+      return jax.tree.map(np.add, self.wide(state), host)
+    return processes.decoded(self.reducer(state)(state), state)
+
+  def reducer(self, state: Any) -> Any:
+    specs = jax.tree.map(lambda _: PartitionSpec(self.names), state)
+    return processes.reducer(self.mesh, specs, self.names)
+
+
+class _InMesh:
+  """A jitted function whose bare partition specs are of one mesh."""
+
+  def __init__(self, jitted: Any, mesh: Mesh):
+    self._jitted, self._mesh = jitted, mesh
+
+  def __call__(self, *args: Any) -> Any:
+    with jax.set_mesh(self._mesh):
+      return self._jitted(*args)
+
+  def lower(self, *args: Any) -> Any:
+    with jax.set_mesh(self._mesh):
+      return self._jitted.lower(*args)
+
+
+def _bare(shapes: Any) -> Any:
+  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), shapes)
+
+
+def local_copy(array: Any) -> Any:
+  """A parameter as this process alone has it.
+
+  Raises:
+    ValueError: it is spread over processes.
+  """
+  if not isinstance(array, jax.Array) or array.is_fully_addressable:
+    return array
+  if not array.is_fully_replicated:
+    raise ValueError(
+      f'a parameter of shape {array.shape} is spread over processes '
+      f'({array.sharding}); pass its mesh as mesh='
+    )
+  return array.addressable_data(0)
+
+
+def _fingerprint(state: Any) -> int:
+  """A number that is the same for sums of the same kernels and shapes."""
+  leaves, treedef = jax.tree.flatten(state)
+  shapes = [(a.shape[1:], str(a.dtype)) for a in leaves]
+  return zlib.crc32(f'{treedef} {shapes}'.encode())
+
+
+def _wide_sum(array: Any) -> np.ndarray:
+  is_count = np.issubdtype(array.dtype, np.integer)
+  dtype = np.int64 if is_count else np.float64
+  return np.asarray(array).sum(0, dtype=dtype)
