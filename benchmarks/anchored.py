@@ -12,19 +12,16 @@ kernels' parameters. Writes `anchored_NAME.json`.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import json
 import os
-import platform
 import time
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from benchmarks import networks
 from benchmarks import quality
+from benchmarks import record
 from benchmarks.networks import char_mlp
 import utilized_rank as ur
 
@@ -203,17 +200,6 @@ def run(name: str, args: argparse.Namespace) -> dict:
     'network': name,
     'protocol': network.protocol,
     'batches': BATCHES,
-    'date': datetime.date.today().isoformat(),
-    'command': f'python -m benchmarks.anchored --data_root=DIR --networks '
-    f'{name}',
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
-    f'{jax.default_backend()} backend',
-    'versions': {
-      'utilized_rank': ur.__version__,
-      'jax': jax.__version__,
-      'numpy': np.__version__,
-      'python': platform.python_version(),
-    },
     'seeds': {'sampled_cross_entropy': 0, 'training': 0},
     'seconds': round(time.perf_counter() - start, 1),
     'rows': rows,
@@ -233,9 +219,11 @@ def main():
   args = parser.parse_args()
   for name in args.networks:
     result = run(name, args)
-    with open(os.path.join(args.out, f'anchored_{name}.json'), 'w') as f:
-      json.dump(result, f, indent=1)
-      f.write('\n')
+    record.write(
+      os.path.join(args.out, f'anchored_{name}.json'),
+      f'python -m benchmarks.anchored --data_root=DIR --networks {name}',
+      result,
+    )
 
 
 if __name__ == '__main__':

@@ -15,10 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
-import os
-import platform
 import time
 
 import jax
@@ -29,6 +25,7 @@ from sklearn import datasets
 
 from benchmarks import networks
 from benchmarks import quality
+from benchmarks import record
 from benchmarks.networks import common
 import utilized_rank as ur
 from utilized_rank.models.vit import ViT
@@ -192,24 +189,12 @@ def main():
   for name in args.networks:
     network = vit() if name == 'vit' else networks.LOADERS[name](args.data_root)
     results.append(run(network, tuple(args.fractions)))
-  record = {
-    'command': 'python -m benchmarks.attention --data_root=DIR --networks '
-    + ' '.join(args.networks),
-    'date': datetime.date.today().isoformat(),
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
-    f'{jax.default_backend()} backend',
-    'versions': {
-      'utilized_rank': ur.__version__,
-      'jax': jax.__version__,
-      'numpy': np.__version__,
-      'python': platform.python_version(),
-    },
-    'seeds': {'sampled_cross_entropy': 0, 'vit': 0},
-    'results': results,
-  }
-  with open(args.out, 'w') as f:
-    json.dump(record, f, indent=1)
-    f.write('\n')
+  seeds = {'sampled_cross_entropy': 0, 'vit': 0}
+  record.write(
+    args.out,
+    record.command('attention'),
+    {'seeds': seeds, 'results': results},
+  )
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
+from benchmarks import record
 from benchmarks import timing
 import utilized_rank as ur
 from utilized_rank.models.vit import VARIANTS
@@ -135,7 +136,8 @@ def main():
     'memory': memory(sys.argv[1:], costs),
     'time': times(args, costs),
   }
-  timing.write({**timing.conditions('collect'), **rows}, args.out)
+  print(json.dumps(rows, indent=1))
+  record.write(args.out, record.command('collect'), rows)
 
 
 if __name__ == '__main__':

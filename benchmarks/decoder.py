@@ -19,6 +19,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from benchmarks import record
 from benchmarks import timing
 import utilized_rank as ur
 
@@ -180,14 +181,14 @@ def main():
     del small
   seconds['factorize'] = time.perf_counter() - start
   result = {
-    **timing.conditions('decoder'),
     **row,
     'limit_bytes': limit,
     'seconds': seconds,
     'factorized': ratio,
     'peak_bytes': timing.resident('VmHWM'),
   }
-  timing.write(result, args.out)
+  print(json.dumps(result, indent=1))
+  record.write(args.out, record.command('decoder'), result)
 
 
 if __name__ == '__main__':

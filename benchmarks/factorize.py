@@ -15,12 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-import datetime
-import json
-import os
-import platform
 import resource
-import sys
 import time
 from typing import Any
 import warnings
@@ -30,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from benchmarks import record
 import utilized_rank as ur
 from utilized_rank import kernels
 from utilized_rank import methods
@@ -196,16 +192,6 @@ def main():
   measuring, _ = seconds(lambda: ur.measure(params, moments))
   print(f'measure: {measuring} s', flush=True)
   result = {
-    'date': datetime.date.today().isoformat(),
-    'command': 'python -m benchmarks.factorize ' + ' '.join(sys.argv[1:]),
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
-    f'{jax.default_backend()} backend',
-    'versions': {
-      'jax': jax.__version__,
-      'numpy': np.__version__,
-      'python': platform.python_version(),
-    },
-    'load': os.getloadavg(),
     'variant': args.variant,
     'depth': sizes['depth'],
     'images': args.images,
@@ -218,10 +204,7 @@ def main():
     'methods': rows,
     'shapes': of_shape(params, moments),
   }
-  if args.out:
-    with open(args.out, 'w') as f:
-      json.dump(result, f, indent=2)
-      f.write('\n')
+  record.write(args.out, record.command('factorize'), result)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from benchmarks import record
 from benchmarks import timing
 from utilized_rank import gram
 
@@ -74,7 +75,7 @@ def main():
     if n * d * d < 7e10
   ]
   rows = [measure(*shape) for shape in shapes]
-  timing.write({**timing.conditions('gram'), 'rows': rows}, args.out)
+  record.write(args.out, record.command('gram'), {'rows': rows})
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from benchmarks import record
 from benchmarks import timing
 import utilized_rank as ur
 from utilized_rank import flops
@@ -86,8 +87,8 @@ def main():
         row[f'share_of_ideal_{kind}'] = speed_up / ideal
       print(row, flush=True)
       rows.append(row)
-  result = {**timing.conditions('latency'), 'variant': args.variant}
-  timing.write({**result, 'rows': rows}, args.out)
+  result = {'variant': args.variant, 'rows': rows}
+  record.write(args.out, record.command('latency'), result)
 
 
 if __name__ == '__main__':

@@ -12,19 +12,16 @@ memory and 1.3 GB of disk.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 
-import jax
 import numpy as np
 
-import utilized_rank as ur
+from benchmarks import record
 
 BAR = 1.2
 FORMATS = ('npz', 'safetensors', 'msgpack', 'pth')
@@ -132,23 +129,8 @@ def main():
     write(timm_state(8, 1, 12, 2, 2, 5), warm, 'npz')
     state = timm_state(1024, args.depth, 4096, 16, 14, 1000)
     rows = [measure(state, warm, form, folder) for form in formats]
-  if args.out:
-    result = {
-      'date': datetime.date.today().isoformat(),
-      'command': f'python -m benchmarks.loading --depth {args.depth}',
-      'machine': f'{platform.machine()}, {os.cpu_count()} cores',
-      'versions': {
-        'utilized_rank': ur.__version__,
-        'jax': jax.__version__,
-        'numpy': np.__version__,
-        'python': platform.python_version(),
-      },
-      'bar': BAR,
-      'rows': rows,
-    }
-    with open(args.out, 'w') as file:
-      json.dump(result, file, indent=1)
-      file.write('\n')
+  result = {'bar': BAR, 'rows': rows}
+  record.write(args.out, record.command('loading'), result)
 
 
 if __name__ == '__main__':

@@ -13,10 +13,7 @@ each is compared with what happens. Writes `quality_NAME.json` and `.png`.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import time
 from typing import NamedTuple
 
@@ -25,6 +22,7 @@ import numpy as np
 
 from benchmarks import networks
 from benchmarks import quality_plots
+from benchmarks import record
 from benchmarks.networks import common
 import utilized_rank as ur
 from utilized_rank.leaves import stored_pairs
@@ -296,7 +294,7 @@ def rank_correlation(a, b) -> float:
   return round(float(np.corrcoef(*places)[0, 1]), 4)
 
 
-def run(name: str, data_root: str, fractions, command: str) -> dict:
+def run(name: str, data_root: str, fractions) -> dict:
   print(f'\n== {name}')
   start = time.perf_counter()
   network = networks.LOADERS[name](data_root)
@@ -312,16 +310,6 @@ def run(name: str, data_root: str, fractions, command: str) -> dict:
   return {
     'network': name,
     'protocol': network.protocol,
-    'date': datetime.date.today().isoformat(),
-    'command': command,
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
-    f'{jax.default_backend()} backend',
-    'versions': {
-      'utilized_rank': ur.__version__,
-      'jax': jax.__version__,
-      'numpy': np.__version__,
-      'python': platform.python_version(),
-    },
     'seeds': {'sampled_cross_entropy': 0, 'calibration_rows': 0},
     'seconds': round(time.perf_counter() - start, 1),
     'kernels': len(folds[0].moments),
@@ -350,11 +338,9 @@ def main():
     command = f'python -m benchmarks.quality --data_root=DIR --networks {name}'
     if tuple(args.fractions) != FRACTIONS:
       command += ' --fractions ' + ' '.join(map(str, args.fractions))
-    result = run(name, args.data_root, tuple(args.fractions), command)
+    result = run(name, args.data_root, tuple(args.fractions))
     stem = os.path.join(args.out, f'quality_{name}')
-    with open(f'{stem}.json', 'w') as f:
-      json.dump(result, f, indent=1)
-      f.write('\n')
+    record.write(f'{stem}.json', command, result)
     quality_plots.plot(result, f'{stem}.png')
 
 

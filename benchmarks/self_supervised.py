@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
   config = _CONFIG.value
   config.data.data_dir = os.path.join(_DATA_ROOT.value, 'data')
   result = run(config, pathlib.Path(_WORKDIR.value))
+  config.data.data_dir = 'DIR/data'  # what is written names no machine
   out = pathlib.Path(_OUT.value) / f'self_supervised_{_NAME.value}'
   for centered, comparison in result['comparisons'].items():
     print(f'\n{comparison}')

@@ -21,7 +21,6 @@ import json
 import os
 import pathlib
 import pickle
-import platform
 import socket
 import subprocess
 import sys
@@ -290,7 +289,9 @@ def launch(jobs, devices, folder):
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--worker', type=json.loads, help=argparse.SUPPRESS)
-  worker_args = parser.parse_args().worker
+  parser.add_argument('--out')
+  args = parser.parse_args()
+  worker_args = args.worker
   if worker_args:
     worker(*worker_args)
     return
@@ -309,8 +310,10 @@ def main():
       )
   worst = max(out['difference'].values())
   out |= {'worst': worst, 'bar': BAR, 'within': worst <= BAR}
-  out |= {'python': platform.python_version(), 'machine': platform.machine()}
-  print(json.dumps(out, indent=2))
+  print(json.dumps(out, indent=1))
+  from benchmarks import record  # it imports jax, whose devices are set now
+
+  record.write(args.out, record.command('spread'), out)
 
 
 if __name__ == '__main__':

@@ -1,13 +1,8 @@
-"""Interleaved timing, and what a result says about where it was made."""
+"""Interleaved timing, and what a process holds in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-import datetime
-import json
-import os
-import platform
-import sys
 import time
 from typing import Any
 
@@ -49,23 +44,3 @@ def forget_peak() -> None:
   """Sets `VmHWM` to what the process holds now."""
   with open('/proc/self/clear_refs', 'w') as f:
     f.write('5')
-
-
-def conditions(module: str) -> dict[str, Any]:
-  """Date, command, machine, versions and load."""
-  return {
-    'date': datetime.date.today().isoformat(),
-    'command': f'python -m benchmarks.{module} ' + ' '.join(sys.argv[1:]),
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
-    f'{jax.default_backend()} backend, {jax.devices()[0].device_kind}',
-    'versions': {'jax': jax.__version__, 'python': platform.python_version()},
-    'load': os.getloadavg(),
-  }
-
-
-def write(result: dict[str, Any], out: str | None) -> None:
-  print(json.dumps(result, indent=2), flush=True)
-  if out:
-    with open(out, 'w') as f:
-      json.dump(result, f, indent=2)
-      f.write('\n')

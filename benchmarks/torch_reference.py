@@ -12,6 +12,7 @@ alternate; the least time of each side counts.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import timing
+from benchmarks import record
 import utilized_rank as ur
 from utilized_rank import numerics
 from utilized_rank.models.vit import VARIANTS
@@ -197,15 +198,14 @@ def main():
   assert worst < 1e-3, worst
   best = {name: min(pairs) for name, pairs in took.items()}
   result = {
-    **timing.conditions('torch_reference'),
-    'torch': torch.__version__,
     'variant': args.variant,
     'images': args.batch * args.batches,
     'seconds_total_and_collect': took,
     'speed_up': best['torch'][0] / best['ours'][0],
     'largest_difference': worst,
   }
-  timing.write(result, args.out)
+  print(json.dumps(result, indent=1))
+  record.write(args.out, record.command('torch_reference'), result)
 
 
 if __name__ == '__main__':
