@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import blocks
-from utilized_rank import numerics
+from utilized_rank import gram
 from utilized_rank import readings
 from utilized_rank.blocks import Block
 from utilized_rank.blocks import Group
@@ -159,9 +159,7 @@ class Streams:
 
         of = dict(zip(names, jax.grad(total)([moving[v] for v in names])))
         rows = [_rows(of[v]) if v in of else None for v in block.gives]
-        return [
-          None if r is None else (numerics.gram(r)[1], len(r)) for r in rows
-        ]
+        return [None if r is None else (gram.gram(r)[1], len(r)) for r in rows]
 
       return sums
 
