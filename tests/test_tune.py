@@ -122,13 +122,13 @@ def test_slopes_are_derivatives_by_the_masks(problem):
 
   for path, (group, direction) in zip(slopes, [(0, 0), (0, 5), (-1, 3)]):
     ends = []
-    for step in (1e-2, -1e-2):
+    for step in (2e-3, -2e-3):
       moved = dict(masks) | {path: masks[path].copy()}
       moved[path][group, direction] += step
       ends.append(value(moved))
-    # The second difference and float32 outputs: a percent of the largest.
+    # A mean of float32 divergences is known to some 1e-6, over 4e-3.
     assert slopes[path][group, direction] == pytest.approx(
-      (ends[0] - ends[1]) / 2e-2, rel=0.05, abs=1e-4
+      (ends[0] - ends[1]) / 4e-3, rel=0.05, abs=1e-3
     )
 
 
