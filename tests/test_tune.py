@@ -265,3 +265,27 @@ def test_factors_fitted_behind_compressed_kernels_must_pay(problem):
   best, _ = ur.compress(fn, params, batches, **options)
   before, after = (measured(fn, params, t, batches) for t in (plain, best))
   assert after <= before * (1 + 1e-3)
+
+
+def test_compress_leaves_out_what_is_not_selected():
+  """A parameter that enters an opaque call is no hindrance then."""
+  rng = np.random.default_rng(0)
+  params = {
+    'w': jnp.asarray(rng.normal(size=(8, 8)), jnp.float32),
+    'hidden': jnp.ones(8),
+  }
+  x = jnp.asarray(rng.normal(size=(64, 8)) * 0.7 ** np.arange(8), jnp.float32)
+
+  def fn(p, x):
+    shape = jax.ShapeDtypeStruct((8,), jnp.float32)
+    return x @ p['w'] + jax.pure_callback(np.asarray, shape, p['hidden'])
+
+  small, _ = ur.compress(
+    fn,
+    params,
+    [x],
+    params_fraction=0.75,
+    select=[('w', True), ('hidden', False)],
+    progress=False,
+  )
+  assert small['w'].rank < 8

@@ -15,6 +15,7 @@ from utilized_rank.capture import find_sites
 from utilized_rank.collect import check_batch
 from utilized_rank.collect import collect
 from utilized_rank.divergence import Divergence
+from utilized_rank.divergence import comes_closer
 from utilized_rank.divergence import squared_error
 from utilized_rank.factorize import factorize
 from utilized_rank.gauge import IDENTITY
@@ -25,6 +26,7 @@ from utilized_rank.lowrank import low_rank
 from utilized_rank.recipe import Recipe
 from utilized_rank.report import Report
 from utilized_rank.report import measure
+from utilized_rank.sites import Site
 from utilized_rank.streams import Streams
 from utilized_rank.tune import tune_ranks
 
@@ -132,7 +134,11 @@ def compress(
     progress=progress,
   )
   report = measure(params, moments, energy=energy)
-  if anchored and _can_anchor(fn, params, kept, ranks):
+  sites = find_sites(fn, params, kept[0], select=select)
+  enough = ENOUGH_ROWS * check_batch(kept[0], 0) / examples  # in one batch
+  if anchored and _can_anchor(
+    fn, params, kept[0], {path: sites[path] for path in ranks}, enough
+  ):
     other = anchor(
       fn,
       params,
@@ -147,8 +153,7 @@ def compress(
     before, after = (
       _divergence(fn, params, tree, kept, divergence) for tree in (small, other)
     )
-    gain = before - after
-    if gain.mean() > gain.std() / len(gain) ** 0.5:
+    if comes_closer(before, after):
       small = other
   report.recipe = Recipe.of(
     small, moments, ranks, method=families.method, damping=families.damping
@@ -157,22 +162,29 @@ def compress(
 
 
 def _can_anchor(
-  fn: Callable[[Any, Any], Any], params: Any, batches: list[Any], ranks: Any
+  fn: Callable[[Any, Any], Any],
+  params: Any,
+  batch: Any,
+  sites: dict[str, Site],
+  enough: float,
 ) -> bool:
-  """Whether the kernels can be fitted one behind the other on these data."""
-  if not ranks:
+  """Whether kernels can be fitted one behind the other on such batches.
+
+  Args:
+    fn: the function.
+    params: its parameters.
+    batch: one of the batches.
+    sites: the kernels.
+    enough: rows that one batch must give for every input feature.
+  """
+  if not sites or any(
+    site.also or site.rows < enough * site.matrix_shape[0]
+    for site in sites.values()
+  ):
     return False
-  first = batches[0]
-  sites = find_sites(fn, params, first)
-  share = sum(map(_examples, batches)) / _examples(first)
-  for path in ranks:
-    site = sites[path]
-    if (
-      site.also or site.rows * share < ENOUGH_ROWS * site.layout.matrix_shape[0]
-    ):
-      return False
+  layouts = {path: site.layout for path, site in sites.items()}
   try:
-    Streams(fn, params, [first], {p: sites[p].layout for p in ranks}, None)
+    Streams(fn, params, [batch], layouts, None)
   except UnsupportedError:  # inside a while loop, a branch, a shard_map
     return False
   return True
@@ -193,7 +205,3 @@ def _divergence(
     )
   )
   return np.concatenate([np.asarray(each(params, tree, b)) for b in batches])
-
-
-def _examples(batch: Any) -> int:
-  return len(jax.tree.leaves(batch)[0])

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import threading
 from typing import Any
@@ -111,7 +112,7 @@ class Source:
     self._cached = False
     if None not in stored_shape:
       held = stored_shape if self._preprocess else self.image_shape
-      pixels = int(np.prod(held))  # type: ignore[arg-type]
+      pixels = math.prod(n for n in held if n is not None)
       self._cached = len(records) * pixels <= config.cache_bytes
 
   def __len__(self) -> int:

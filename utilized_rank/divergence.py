@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # divergence(dense outputs, outputs, batch) -> (B,), not negative, 0 where the
 # two agree.
@@ -74,3 +75,17 @@ def squared_error(dense: Any, outputs: Any, batch: Any) -> jax.Array:
       'the function has no floating output to compare; pass divergence='
     )
   return sum(parts[1:], parts[0])
+
+
+def comes_closer(before: np.ndarray, after: np.ndarray) -> bool:
+  """Whether divergences fall by more than the standard error of the fall.
+
+  Args:
+    before: of every example, (B,).
+    after: of the same examples.
+
+  >>> comes_closer(np.array([2.0, 3.0]), np.array([1.0, 1.5]))
+  True
+  """
+  gain = before - after
+  return bool(gain.mean() > gain.std() / len(gain) ** 0.5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import math
 import re
 from typing import Any
@@ -241,18 +241,16 @@ def budget_ranks(
   set_of = {name: names for names in sets for name in names}
   keys = list(dict.fromkeys(set_of.get(path, path) for path in moments))
   wanted = [*moments, *sets]
-  if families is None:
-    families = decompose(
-      params,
-      moments,
-      method=method,
-      compensate_mean=compensate_mean,
-      damping=damping,
-      only=wanted,
-      keep_factors=False,
-      progress=progress,
-    )
-  families.check(method, compensate_mean, damping, wanted)
+  families = _known(
+    families,
+    params,
+    moments,
+    wanted,
+    method,
+    compensate_mean,
+    damping,
+    progress,
+  )
   terms = offers.Terms(
     moments,
     metric=metric,
@@ -272,6 +270,32 @@ def budget_ranks(
   for choices, pick in zip(found, solution.picks, strict=True):
     ranks.update(choices.ranks[pick])
   return ranks
+
+
+def _known(
+  families: Families | None,
+  params: Any,
+  moments: Moments,
+  wanted: Iterable[shared.Key],
+  method: str,
+  compensate_mean: bool,
+  damping: float,
+  progress: bool,
+) -> Families:
+  """The families that were given, checked, or else made: damages alone."""
+  if families is None:
+    return decompose(
+      params,
+      moments,
+      method=method,
+      compensate_mean=compensate_mean,
+      damping=damping,
+      only=wanted,
+      keep_factors=False,
+      progress=progress,
+    )
+  families.check(method, compensate_mean, damping, wanted)
+  return families
 
 
 def _limits(
@@ -319,18 +343,9 @@ def predict_loss(
     families: as for `budget_ranks`.
   """
   check_ranks(ranks, moments)
-  if families is None:
-    families = decompose(
-      params,
-      moments,
-      method=method,
-      compensate_mean=compensate_mean,
-      damping=damping,
-      only=ranks,
-      keep_factors=False,
-      progress=False,
-    )
-  families.check(method, compensate_mean, damping, ranks)
+  families = _known(
+    families, params, moments, ranks, method, compensate_mean, damping, False
+  )
   total = 0.0
   for key, given in ranks.items():
     names = shared.names_of(key)

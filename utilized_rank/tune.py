@@ -20,6 +20,7 @@ import numpy as np
 
 from utilized_rank import methods
 from utilized_rank.divergence import Divergence
+from utilized_rank.divergence import comes_closer
 from utilized_rank.families import Families
 from utilized_rank.families import decompose
 from utilized_rank.moments import Moments
@@ -220,8 +221,7 @@ class _Search:
       if ranks == self.ranks:
         continue
       (each,) = self._trials.measure([ranks], self._family)
-      gain = self.best - each
-      better = gain.mean() > gain.std() / len(gain) ** 0.5
+      better = comes_closer(self.best, each)
       self._note(self.families, 'corrected', each, better)
       if better:
         self.best, self.ranks, self._scale = each, ranks, scale
