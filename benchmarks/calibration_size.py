@@ -19,6 +19,7 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
+from benchmarks import cache  # noqa: E402
 from benchmarks import networks  # noqa: E402
 from benchmarks import quality  # noqa: E402
 from benchmarks import record  # noqa: E402
@@ -38,7 +39,6 @@ def measure(network) -> list[dict]:
   calibration, judged = network.folds[0]
   moments = quality.calibrate(network, calibration)
   judge = quality.Judge(network, moments, judged)
-  options = dict(select=network.select, progress=False)
   loss = ur.sampled_cross_entropy()
   rows = int(min(np.min(np.asarray(m.count)) for m in moments.values()))
   per_example = rows / len(calibration['x'])
@@ -50,7 +50,14 @@ def measure(network) -> list[dict]:
     size = min(network.batch_size, examples)
     x = calibration['x'][: examples // size * size]
     batches = [{'x': b} for b in np.split(x, len(x) // size)]
-    few = ur.collect(network.fn, network.params, batches, loss=loss, **options)
+    few = ur.collect(
+      network.fn,
+      network.params,
+      batches,
+      loss=loss,
+      select=network.select,
+      progress=False,
+    )
     ranks = ur.uniform_ranks(network.params, few, params_fraction=FRACTION)
     trees = {
       method: ur.factorize(
@@ -67,10 +74,11 @@ def measure(network) -> list[dict]:
       network.fn,
       network.params,
       batches,
+      moments=few,
       params_fraction=FRACTION,
       loss=loss,
       gauge=None,
-      **options,
+      progress=False,
     )
     row = {'rows': round(len(x) * per_example), 'widest': widest}
     for name, tree in trees.items():
@@ -117,9 +125,10 @@ def main():
   parser.add_argument('--out', type=pathlib.Path, default=record.RESULTS)
   args = parser.parse_args()
   results = {}
-  for name in args.networks:
-    print(f'\n== {name}')
-    results[name] = measure(networks.LOADERS[name](args.data_root))
+  with cache.compilations():
+    for name in args.networks:
+      print(f'\n== {name}')
+      results[name] = measure(networks.LOADERS[name](args.data_root))
   record.write(
     args.out / 'calibration_size.json',
     'python -m benchmarks.calibration_size --data_root=DIR',

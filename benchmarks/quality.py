@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from benchmarks import cache
 from benchmarks import networks
 from benchmarks import quality_plots
 from benchmarks import record
@@ -163,9 +164,9 @@ class Fold:
         network.fn,
         network.params,
         self.batches,
+        moments=moments,
         params_fraction=fraction,
         loss=ur.sampled_cross_entropy(),
-        select=network.select,
         progress=False,
         **COMPRESS[recipe],
       )[0]
@@ -334,14 +335,17 @@ def main():
   parser.add_argument('--fractions', nargs='+', type=float, default=FRACTIONS)
   parser.add_argument('--out', default='benchmarks/results')
   args = parser.parse_args()
-  for name in args.networks:
-    command = f'python -m benchmarks.quality --data_root=DIR --networks {name}'
-    if tuple(args.fractions) != FRACTIONS:
-      command += ' --fractions ' + ' '.join(map(str, args.fractions))
-    result = run(name, args.data_root, tuple(args.fractions))
-    stem = os.path.join(args.out, f'quality_{name}')
-    record.write(f'{stem}.json', command, result)
-    quality_plots.plot(result, f'{stem}.png')
+  with cache.compilations():
+    for name in args.networks:
+      command = (
+        f'python -m benchmarks.quality --data_root=DIR --networks {name}'
+      )
+      if tuple(args.fractions) != FRACTIONS:
+        command += ' --fractions ' + ' '.join(map(str, args.fractions))
+      result = run(name, args.data_root, tuple(args.fractions))
+      stem = os.path.join(args.out, f'quality_{name}')
+      record.write(f'{stem}.json', command, result)
+      quality_plots.plot(result, f'{stem}.png')
 
 
 if __name__ == '__main__':

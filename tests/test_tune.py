@@ -225,6 +225,15 @@ def test_tuning_needs_data(problem):
 
 def test_compress_reads_an_iterator_once_and_keeps_the_budget(problem):
   fn, params, _, batches = problem
+  loss = ur.sampled_cross_entropy()
+  moments = ur.collect(
+    fn, params, batches, loss=loss, select=KERNELS, progress=False
+  )
+  ways = (
+    (batches, {'select': KERNELS}),
+    (iter(batches), {'select': KERNELS}),
+    (batches, {'moments': moments}),
+  )
   results, reports = zip(
     *(
       ur.compress(
@@ -232,24 +241,33 @@ def test_compress_reads_an_iterator_once_and_keeps_the_budget(problem):
         params,
         source,
         params_fraction=0.4,
-        loss=ur.sampled_cross_entropy(),
-        select=KERNELS,
+        loss=loss,
         trial_examples=32,
         progress=False,
+        **options,
       )
-      for source in (batches, iter(batches))
+      for source, options in ways
     )
   )
   named, _ = ur.paths.flatten(results[0], lambda v: isinstance(v, ur.LowRank))
   paths = [p for p in named if p.endswith('kernel')]
   whole = sum(int(np.prod(named[p].shape)) for p in paths)
   assert sum(ur.count_params(named[p]) for p in paths) <= 0.4 * whole
-  jax.tree.map(np.testing.assert_array_equal, *results)
+  for other in results[1:]:
+    jax.tree.map(np.testing.assert_array_equal, results[0], other)
   recipe = reports[0].recipe
   assert recipe.gauge == 'identity'
   shapes = lambda tree: jax.tree.map(lambda v: (v.shape, v.dtype), tree)
   abstract = recipe.abstract(jax.eval_shape(lambda: params))
   assert shapes(abstract) == shapes(results[0])
+
+
+def test_moments_have_their_kernels_already(problem):
+  fn, params, moments, batches = problem
+  with pytest.raises(ValueError, match='give one of them'):
+    ur.compress(
+      fn, params, batches, moments=moments, select=KERNELS, params_fraction=0.5
+    )
 
 
 def test_factors_fitted_behind_compressed_kernels_must_pay(problem):

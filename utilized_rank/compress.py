@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sized
 import itertools
+import re
 from typing import Any
 
 import jax
@@ -23,10 +24,10 @@ from utilized_rank.gradients import LossFn
 from utilized_rank.interpret import UnsupportedError
 from utilized_rank.kernels import ENOUGH_ROWS
 from utilized_rank.lowrank import low_rank
+from utilized_rank.moments import Moments
 from utilized_rank.recipe import Recipe
 from utilized_rank.report import Report
 from utilized_rank.report import measure
-from utilized_rank.sites import Site
 from utilized_rank.streams import Streams
 from utilized_rank.tune import tune_ranks
 
@@ -36,6 +37,7 @@ def compress(
   params: Any,
   batches: Iterable[Any],
   *,
+  moments: Moments | None = None,
   params_fraction: float | None = None,
   flops_fraction: float | None = None,
   loss: LossFn | None = None,
@@ -60,14 +62,18 @@ def compress(
     params: dense parameters.
     batches: calibration batches, each a pytree whose arrays lead with the
       batch axis.
+    moments: what `collect` returned, to compress anew to another share;
+      default they are collected here. With them the batches are read only
+      until there are `trial_examples`.
     params_fraction: share of the kernels' parameters to keep, in (0, 1]; or
     flops_fraction: share of their multiplications.
     loss: `loss(outputs, batch) -> (B,)`, nats per example, such as
-      `sampled_cross_entropy()`.
+      `sampled_cross_entropy()`; the one that given moments are of.
     divergence: how far outputs are from the dense ones, see `tune_ranks`;
       default the KL divergence of the loss's logits for
       `sampled_cross_entropy`, else `squared_error`.
     select: ordered `(regex, bool)` rules over leaf paths; default all kernels.
+      Given moments are of selected kernels already.
     multiple_of: ranks are multiples of this.
     gauge: as for `factorize`; None where the order of outputs that 'identity'
       restores costs more time than its r^2 multiplications.
@@ -84,7 +90,8 @@ def compress(
     `recipe` can be written down: it rebuilds the tree's shapes.
 
   Raises:
-    As `collect`, `tune_ranks` and `factorize`.
+    ValueError: both moments and rules; else as `collect`, `tune_ranks` and
+      `factorize`.
 
   >>> fn = lambda params, x: x @ params['w']
   >>> params = {'w': jnp.eye(8)}
@@ -94,20 +101,26 @@ def compress(
   >>> small['w'].rank, report['w'].rank  # about their mean, rows differ in one
   (1, 2)
   """
+  if moments is not None and select is not None:
+    raise ValueError(
+      'select= chooses the kernels to collect, and moments= has kernels '
+      'already: give one of them'
+    )
   rest = iter(batches)
   kept: list[Any] = []
   examples = 0
   while examples < trial_examples and (batch := next(rest, None)) is not None:
     examples += check_batch(batch, len(kept))
     kept.append(batch)
-  moments = collect(
-    fn,
-    params,
-    batches if isinstance(batches, Sized) else itertools.chain(kept, rest),
-    loss=loss,
-    select=select,
-    progress=progress,
-  )
+  if moments is None:
+    moments = collect(
+      fn,
+      params,
+      batches if isinstance(batches, Sized) else itertools.chain(kept, rest),
+      loss=loss,
+      select=select,
+      progress=progress,
+    )
   if divergence is None:
     divergence = getattr(loss, 'divergence', squared_error)
   ranks = tune_ranks(
@@ -134,11 +147,8 @@ def compress(
     progress=progress,
   )
   report = measure(params, moments, energy=energy)
-  sites = find_sites(fn, params, kept[0], select=select)
   enough = ENOUGH_ROWS * check_batch(kept[0], 0) / examples  # in one batch
-  if anchored and _can_anchor(
-    fn, params, kept[0], {path: sites[path] for path in ranks}, enough
-  ):
+  if anchored and _can_anchor(fn, params, kept[0], ranks, enough):
     other = anchor(
       fn,
       params,
@@ -150,10 +160,8 @@ def compress(
       gauge=gauge,
       progress=progress,
     )
-    before, after = (
-      _divergence(fn, params, tree, kept, divergence) for tree in (small, other)
-    )
-    if comes_closer(before, after):
+    after = _divergences(fn, params, other, kept, divergence)
+    if comes_closer(ranks.divergences, after):
       small = other
   report.recipe = Recipe.of(
     small, moments, ranks, method=families.method, damping=families.damping
@@ -165,7 +173,7 @@ def _can_anchor(
   fn: Callable[[Any, Any], Any],
   params: Any,
   batch: Any,
-  sites: dict[str, Site],
+  kernels: Iterable[str],
   enough: float,
 ) -> bool:
   """Whether kernels can be fitted one behind the other on such batches.
@@ -174,10 +182,14 @@ def _can_anchor(
     fn: the function.
     params: its parameters.
     batch: one of the batches.
-    sites: the kernels.
+    kernels: their paths.
     enough: rows that one batch must give for every input feature.
   """
-  if not sites or any(
+  only = [(re.escape(path), True) for path in kernels]
+  if not only:
+    return False
+  sites = find_sites(fn, params, batch, select=only)
+  if any(
     site.also or site.rows < enough * site.matrix_shape[0]
     for site in sites.values()
   ):
@@ -190,7 +202,7 @@ def _can_anchor(
   return True
 
 
-def _divergence(
+def _divergences(
   fn: Callable[[Any, Any], Any],
   params: Any,
   tree: Any,

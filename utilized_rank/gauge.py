@@ -99,9 +99,12 @@ def to_identity(
   r, m = b.shape
   # The rows' space alone matters, not how the pair's scale is divided.
   basis = np.linalg.qr(b.T)[0].T
+  # Columns of zeros come last in an elimination and change nothing before: a
+  # width that many ranks share is compiled once.
+  padded = np.zeros((m, min(m, 1 << (r - 1).bit_length())), np.float32)
+  padded[:, :r] = basis.T
   # float32 is enough to choose by: what it gets wrong is exchanged.
-  elimination = jax.lax.linalg.lu(jnp.asarray(basis.T, jnp.float32))
-  pivots = np.array(elimination[2])[:r]
+  pivots = np.array(jax.lax.linalg.lu(padded)[2])[:r]
   share = np.linalg.solve(basis[:, pivots], basis)
   if _exchange(share, pivots):
     share = np.linalg.solve(basis[:, pivots], basis)

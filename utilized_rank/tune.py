@@ -67,19 +67,25 @@ class TunedRanks(dict[str, int]):
   Attributes:
     families: the factors; pass them to `factorize(families=)`.
     trials: every set of ranks tried, in order.
+    divergences: of every example that was tried on, (B,), float64.
   """
 
   def __init__(
-    self, ranks: Mapping[str, int], families: Families, trials: list[Trial]
+    self,
+    ranks: Mapping[str, int],
+    families: Families,
+    trials: list[Trial],
+    divergences: np.ndarray,
   ):
     super().__init__(ranks)
     self.families = families
     self.trials = trials
+    self.divergences = divergences
 
   @property
   def divergence(self) -> float:
     """Mean divergence per example on the data that were tried on."""
-    return [t for t in self.trials if t.accepted][-1].divergence
+    return float(self.divergences.mean())
 
 
 def tune_ranks(
@@ -163,7 +169,7 @@ def tune_ranks(
     next(step)
     if not search.correct():
       break
-  return TunedRanks(search.ranks, search.families, search.log)
+  return TunedRanks(search.ranks, search.families, search.log, search.best)
 
 
 class _Search:
