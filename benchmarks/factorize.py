@@ -137,8 +137,8 @@ def of_shape(params, moments) -> list[dict[str, Any]]:
     first.setdefault(moments[path].layout.matrix_shape, path)
   shapes = [moments[path].layout.matrix_shape for path in moments]
   fresh = lambda path: next(
-    iter(kernels.kernels(params, moments, centered=True, only=[path]))
-  )[1][0]
+    next(kernels.kernels(params, moments, centered=True, only=[path]))[1]
+  )
   rows = []
   for shape, path in first.items():
     row: dict[str, Any] = {

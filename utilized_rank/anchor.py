@@ -24,8 +24,9 @@ from utilized_rank.blocks import Group
 from utilized_rank.capture import find_sites
 from utilized_rank.collect import check_batch
 from utilized_rank.gauge import check_gauge
+from utilized_rank.leaves import assemble
 from utilized_rank.leaves import give_back
-from utilized_rank.leaves import to_low_rank
+from utilized_rank.leaves import store
 from utilized_rank.moments import Moments
 from utilized_rank.progress import track
 from utilized_rank.shared import Ranks
@@ -289,8 +290,9 @@ class _Fit:
     d, m = layout.matrix_shape
     none = Factors(np.zeros((d, 1)), np.zeros((1, m)))
     pairs = [none if pair is None else pair for pair in self._pairs]
-    leaf = to_low_rank(pairs, layout, self._named[path], self._gauge)
-    leaf = jax.tree.map(jnp.asarray, leaf)
+    rank, dtype = max(p.a.shape[1] for p in pairs), self._named[path].dtype
+    stored = [store(p, layout, rank, dtype, self._gauge) for p in pairs]
+    leaf = jax.tree.map(jnp.asarray, assemble(stored, layout))
     if not self._compensate_mean:
       return {path: leaf}
     return give_back(self._named, path, bias, leaf, self._constants)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +23,10 @@ from utilized_rank.gauge import check_gauge
 from utilized_rank.kernels import Kernel
 from utilized_rank.kernels import kernels
 from utilized_rank.kernels import to_leaf
+from utilized_rank.leaves import Stored
+from utilized_rank.leaves import assemble
 from utilized_rank.leaves import give_back
-from utilized_rank.leaves import stored_pairs
-from utilized_rank.leaves import to_low_rank
-from utilized_rank.lowrank import LowRank
+from utilized_rank.leaves import store
 from utilized_rank.moments import Moments
 from utilized_rank.progress import track
 from utilized_rank.ranks import check_energy
@@ -69,7 +70,7 @@ def project(
   )
   named, treedef = paths.flatten(params, lowrank.is_low_rank)
 
-  def solve(item: tuple[str, list[Kernel]]) -> tuple[str, Any]:
+  def solve(item: tuple[str, Iterator[Kernel]]) -> tuple[str, Any]:
     path, members = item
     share = per_path[path]
     e_s, e_t = share if isinstance(share, tuple) else (share, share)
@@ -168,68 +169,74 @@ def factorize(
   if families is not None:
     families.check(method, compensate_mean, damping, ranks)
 
-  def solve(item: tuple[Key, list[tuple[Kernel, ...]]]) -> list[_Leaf]:
-    key, groups = item
+  def solve(item: tuple[Key, int, tuple[Kernel, ...]]) -> _Member:
+    key, place, group = item
     names = shared.names_of(key)
     each = per_member(key, ranks[key], moments[names[0]].layout)
-    solved = [
-      _solve(
-        group,
-        method,
-        int(rank),
-        damping,
-        None if families is None else families[key][place],
+    family = None if families is None else families[key][place]
+    solution = _solve(group, method, int(each[place]), damping, family)
+    parts = [
+      store(
+        Factors(solution.pair.a, b),
+        moments[path].layout,
+        int(max(each)),
+        named[path].dtype,
+        gauge,
       )
-      for place, (group, rank) in enumerate(zip(groups, each, strict=True))
+      for path, b in zip(
+        names, shared.split(solution.pair.b, group), strict=True
+      )
     ]
-    made = []
-    for i, path in enumerate(names):
-      pairs = [
-        Factors(s.pair.a, shared.split(s.pair.b, group)[i])
-        for s, group in zip(solved, groups, strict=True)
-      ]
-      layout = moments[path].layout
-      leaf = to_low_rank(pairs, layout, named[path], gauge)
-      stored = stored_pairs(leaf)
-      discarded = [
-        group[i].mean @ (group[i].w - f.a @ f.b)
-        for group, f in zip(groups, stored, strict=True)
-      ]
-      made.append(_Leaf(path, leaf, np.stack(discarded), stored))
-    for place, (group, solution) in enumerate(zip(groups, solved, strict=True)):
-      parts = [leaf.stored[place] for leaf in made]
-      certify.check(
-        shared.joint(group),
-        Factors(parts[0].a, np.concatenate([f.b for f in parts], axis=1)),
-        solution.error,
-        made[0].leaf.dtype,
-        solution.weighted,
-        solution.energy,
-      )
-    return made
+    pairs = [part.pair() for part in parts]
+    certify.check(
+      shared.joint(group),
+      Factors(pairs[0].a, np.concatenate([f.b for f in pairs], axis=1)),
+      solution.error,
+      named[names[0]].dtype,
+      solution.weighted,
+      solution.energy,
+    )
+    discarded = [
+      kernel.mean @ (kernel.w - f.a @ f.b)
+      for kernel, f in zip(group, pairs, strict=True)
+    ]
+    return _Member(key, parts, discarded)
 
-  # The kernels' float64 moments are made, used and dropped key by key.
-  leaves = threads.ordered_map(
-    solve, shared.units(params, moments, ranks, centered=centered)
+  # A kernel's float64 moments are made, used and dropped one by one.
+  made: Iterator[_Member] = threads.ordered_map(
+    solve,
+    (
+      (key, place, group)
+      for key, groups in shared.units(params, moments, ranks, centered=centered)
+      for place, group in enumerate(groups)
+    ),
   )
   if progress:
-    leaves = track(leaves, total=len(ranks), desc='factorize', unit='leaf')
-  for made in leaves:
-    for i, (path, leaf, discarded, _) in enumerate(made):
+    total = sum(
+      moments[shared.names_of(key)[0]].layout.num_groups for key in ranks
+    )
+    made = track(made, total=total, desc='factorize', unit='kernel')
+  for key, members in itertools.groupby(made, lambda member: member.key):
+    found = list(members)
+    names = shared.names_of(key)
+    for i, path in enumerate(names):
+      leaf = assemble([m.parts[i] for m in found], moments[path].layout)
       if i:  # the first of a set holds the left factor
-        leaf = dataclasses.replace(leaf, a=None, left=made[0].path)
+        leaf = dataclasses.replace(leaf, a=None, left=names[0])
       named[path] = leaf = jax.tree.map(jnp.asarray, leaf)
       if compensate_mean:
         bias = moments[path].entry.bias
+        discarded = np.stack([m.discarded[i] for m in found])
         named |= give_back(named, path, bias, leaf, discarded)
   return paths.unflatten(treedef, named)
 
 
-class _Leaf(NamedTuple):
-  path: str
-  leaf: LowRank
-  discarded: np.ndarray  # mu (W - W') of every member
-  stored: list[Factors]
+class _Member(NamedTuple):
+  """What one member of the leaves of a key came to, for each leaf."""
+
+  key: Key
+  parts: list[Stored]
+  discarded: list[np.ndarray]  # mu (W - W')
 
 
 class _Solution(NamedTuple):

@@ -262,7 +262,7 @@ def _problems(
     for side in (pair.left, pair.right)
     if not (pair.kind == heads.VALUES and side is pair.left)
   }
-  members = dict(kernels(params, moments, only=wanted))
+  members = {p: list(m) for p, m in kernels(params, moments, only=wanted)}
   for name, pair in pairs_of.items():
     if pair.kind == heads.VALUES:
       centered = compensate_mean and pair.right.bias is not None

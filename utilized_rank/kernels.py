@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
@@ -16,6 +17,7 @@ from utilized_rank import lowrank
 from utilized_rank import paths
 from utilized_rank import subspace
 from utilized_rank.layout import Layout
+from utilized_rank.moments import Moment
 from utilized_rank.moments import Moments
 from utilized_rank.moments import unknown_inputs
 
@@ -119,10 +121,11 @@ def kernels(
   *,
   centered: bool = False,
   only: Iterable[str] | None = None,
-) -> Iterator[tuple[str, list[Kernel]]]:
+) -> Iterator[tuple[str, Iterator[Kernel]]]:
   """Each leaf with its matrices, in the order they are computed in.
 
-  What is asked for is checked at once; matrices are made as they are taken.
+  What is asked for is checked at once; matrices are made as they are taken, so
+  that of a stack no more are held in float64 than are at work.
 
   Args:
     params: parameters that hold the kernels.
@@ -145,59 +148,81 @@ def kernels(
 
 def _pairs(
   named: dict[str, Any], moments: Moments, order: list[str], centered: bool
-) -> Iterator[tuple[str, list[Kernel]]]:
+) -> Iterator[tuple[str, Iterator[Kernel]]]:
   last = {moments[path].entry.index: path for path in order}
-  shared: dict[int, dict[tuple[int, ...], _Once]] = {}
+  shared: dict[int, list[_Once]] = {}
   for path in order:
     moment = moments[path]
-    layout, at = moment.layout, moment.entry.index
-    leaf = np.asarray(named[path], np.float64)
+    at = moment.entry.index
+    leaf = np.asarray(named[path])
     if not np.all(np.isfinite(leaf)):
       raise ValueError(f'kernel {path!r} holds NaN or infinite values')
-    matrices = layout.to_matrices(leaf)
-    count, total, second = (
-      np.asarray(v)
-      for v in (moment.count, moment.sums.total, moment.sums.second)
-    )
-    gradient = None if moment.grad is None else np.asarray(moment.grad)
-    fisher = None if moment.row_grad is None else np.asarray(moment.row_fisher)
-    for known in (total, second, gradient, fisher):
-      if known is not None and not np.all(np.isfinite(known)):
+    for known in (
+      moment.sums.total,
+      moment.sums.second,
+      moment.grad,
+      moment.row_grad,
+    ):
+      if known is not None and not np.all(np.isfinite(np.asarray(known))):
         raise ValueError(f'the moments of {path!r} hold NaN or infinite values')
-    rows = None if gradient is None else np.asarray(moment.rows_per_example)
-    members, bases = [], shared.setdefault(at, {})
-    from_outputs = moment.entry.side == 'output'
-    for index in np.ndindex(*layout.group_shape):
-      # What was never reached has no rows: moments of zero, not NaN.
-      n = max(int(count[index]), 1)
-      mean = total[index].astype(np.float64) / n
-      # Of outputs, where those were measured.
-      center = mean @ matrices[index] if from_outputs else mean
-      make = functools.partial(
-        _second, second[index], n, center if centered else None
-      )
-      if index not in bases:
-        bases[index] = _Once(make)
-      members.append(
-        Kernel(
-          path,
-          index,
-          matrices[index],
-          mean,
-          int(count[index]),
-          0.0 if rows is None else float(rows[index]),
-          None if fisher is None else fisher[index].astype(np.float64),
-          make,
-          None
-          if gradient is None
-          else functools.partial(_second, gradient[index], n, None),
-          bases[index],
-          from_outputs,
-        )
-      )
+    if at not in shared:
+      shared[at] = _bases(moment, centered)
+    yield path, _members(path, leaf, moment, centered, deque(shared[at]))
     if last[at] == path:
       del shared[at]
-    yield path, members
+
+
+def _members(
+  path: str,
+  leaf: np.ndarray,
+  moment: Moment,
+  centered: bool,
+  bases: deque[_Once],
+) -> Iterator[Kernel]:
+  """The matrices of a leaf; `bases`, one for each, are dropped one by one."""
+  matrices = moment.layout.to_matrices(leaf)
+  count, second = (np.asarray(v) for v in (moment.count, moment.sums.second))
+  gradient = None if moment.grad is None else np.asarray(moment.grad)
+  fisher = None if moment.row_grad is None else np.asarray(moment.row_fisher)
+  rows = None if gradient is None else np.asarray(moment.rows_per_example)
+  from_outputs = moment.entry.side == 'output'
+  for index in np.ndindex(*moment.layout.group_shape):
+    w, basis = matrices[index].astype(np.float64), bases.popleft()
+    n, make = max(int(count[index]), 1), basis.second
+    if from_outputs:
+      center = basis.mean @ w if centered else None
+      make = functools.partial(_second, second[index], n, center)
+    yield Kernel(
+      path,
+      index,
+      w,
+      basis.mean,
+      int(count[index]),
+      0.0 if rows is None else float(rows[index]),
+      None if fisher is None else fisher[index].astype(np.float64),
+      make,
+      None
+      if gradient is None
+      else functools.partial(_second, gradient[index], n, None),
+      basis,
+      from_outputs,
+    )
+
+
+def _bases(moment: Moment, centered: bool) -> list[_Once]:
+  """Of every matrix of a leaf, mu and the eigenbasis of S, in order."""
+  count, total, second = (
+    np.asarray(v) for v in (moment.count, moment.sums.total, moment.sums.second)
+  )
+  found = []
+  for index in np.ndindex(*moment.layout.group_shape):
+    # What was never reached has no rows: moments of zero, not NaN.
+    n = max(int(count[index]), 1)
+    mean = total[index].astype(np.float64) / n
+    center = mean if centered else None
+    make = functools.partial(_second, second[index], n, center)
+    found.append(_Once(mean, make))
+  return found
 
 
 def _second(sums: np.ndarray, count: int, mean: np.ndarray | None):
@@ -210,16 +235,21 @@ def _second(sums: np.ndarray, count: int, mean: np.ndarray | None):
 
 
 class _Once:
-  """The eigenbasis of a moment, made when first called for, by one thread."""
+  """The eigenbasis of a moment, made when first called for, by one thread.
 
-  def __init__(self, second: Callable[[], np.ndarray]):
-    self._second, self._lock = second, threading.Lock()
+  Attributes:
+    mean: mu (d,).
+    second: makes S (d, d).
+  """
+
+  def __init__(self, mean: np.ndarray, second: Callable[[], np.ndarray]):
+    self.mean, self.second, self._lock = mean, second, threading.Lock()
     self._basis: subspace.Basis | None = None
 
   def __call__(self) -> subspace.Basis:
     with self._lock:
       if self._basis is None:
-        self._basis = subspace.input_basis(self._second())
+        self._basis = subspace.input_basis(self.second())
       return self._basis
 
 

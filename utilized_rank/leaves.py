@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,34 +13,69 @@ from utilized_rank.gauge import Order
 from utilized_rank.gauge import has_identity
 from utilized_rank.gauge import to_identity
 from utilized_rank.gauge import widen
-from utilized_rank.layers import pad_factors
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
 from utilized_rank.subspace import Factors
 
 
-def to_low_rank(
-  pairs: list[Factors], layout: Layout, leaf: Any, gauge: str | None = None
-) -> LowRank:
-  """The pairs of a leaf's matrices as one leaf of its dtype, on the host.
+class Stored(NamedTuple):
+  """One matrix's factors as its leaf holds them, in the leaf's dtype.
+
+  Attributes:
+    a: A (d, r).
+    b: B (r, m), or with an identity block B' (r, m - r).
+    order: (m,) of the identity block; None without.
+  """
+
+  a: np.ndarray
+  b: np.ndarray
+  order: np.ndarray | None
+
+  def pair(self) -> Factors:
+    """(A, B) in float64."""
+    a, b = (np.asarray(v, np.float64) for v in (self.a, self.b))
+    if self.order is not None:
+      b = np.hstack([np.eye(len(b)), b])[:, self.order]
+    return Factors(a, b)
+
+
+def store(
+  pair: Factors, layout: Layout, rank: int, dtype: Any, gauge: str | None
+) -> Stored:
+  """A pair as its leaf will hold it.
 
   Threads may call it: where float64 is enabled by a context, they do not see
   that, and arrays of JAX would be cut to float32.
+
+  Args:
+    pair: float64.
+    layout: of the leaf.
+    rank: of the leaf; no lower than the pair's own.
+    dtype: of the leaf.
+    gauge: as for `factorize`.
   """
-  groups, dtype = layout.group_shape, leaf.dtype
-  rank = max(f.a.shape[1] for f in pairs)
-  order, b_shape = None, layout.output_shape
+  order = None
   if has_identity(layout, rank, gauge):
-    parts = [to_identity(*f) for f in pairs]
-    wide = [widen(a, b, rank) for a, b, _ in parts]
-    a, b = (np.stack(factor) for factor in zip(*wide, strict=True))
-    orders = np.stack([order for _, _, order in parts])
-    order, b_shape = Order(orders.reshape(*groups, -1)), b.shape[-1:]
+    a, b, order = to_identity(*pair)
+    a, b = widen(a, b, rank)
   else:
-    a, b = pad_factors(pairs)
+    more = (0, rank - pair.a.shape[1])
+    a, b = np.pad(pair.a, [(0, 0), more]), np.pad(pair.b, [more, (0, 0)])
+  return Stored(a.astype(dtype), b.astype(dtype), order)
+
+
+def assemble(stored: Sequence[Stored], layout: Layout) -> LowRank:
+  """A leaf of the pairs of its matrices, on the host."""
+  groups, b_shape = layout.group_shape, layout.output_shape
+  a = np.stack([s.a for s in stored])
+  b = np.stack([s.b for s in stored])
+  rank, order = a.shape[-1], None
+  orders = [s.order for s in stored if s.order is not None]
+  if orders:
+    order, b_shape = Order(np.stack(orders).reshape(*groups, -1)), b.shape[-1:]
   return LowRank(
-    np.asarray(a.reshape(groups + layout.input_shape + (rank,)), dtype),
-    np.asarray(b.reshape(groups + (rank,) + b_shape), dtype),
+    a.reshape(groups + layout.input_shape + (rank,)),
+    b.reshape(groups + (rank,) + b_shape),
     None,
     layout,
     order,
@@ -47,15 +83,14 @@ def to_low_rank(
 
 
 def stored_pairs(leaf: LowRank) -> list[Factors]:
-  """The factors of every member of a leaf, as they are stored."""
+  """The factors of every member of a leaf, as they are stored, in float64."""
   (d, m), rank = leaf.layout.matrix_shape, leaf.rank
-  a = np.asarray(leaf.a, np.float64).reshape(-1, d, rank)
-  b = np.asarray(leaf.b, np.float64).reshape(len(a), rank, -1)
+  a = np.asarray(leaf.a).reshape(-1, d, rank)
+  b = np.asarray(leaf.b).reshape(len(a), rank, -1)
+  orders: Sequence[Any] = [None] * len(a)
   if leaf.order is not None:
     orders = leaf.order.array.reshape(len(a), m)
-    whole = [np.hstack([np.eye(rank), part]) for part in b]
-    b = np.stack([w[:, o] for w, o in zip(whole, orders, strict=True)])
-  return [Factors(*pair) for pair in zip(a, b, strict=True)]
+  return [Stored(*v).pair() for v in zip(a, b, orders, strict=True)]
 
 
 def give_back(

@@ -137,7 +137,10 @@ def search_ranks(
       f'energy_range={energy_range}, steps={steps}, tolerance={tolerance}: '
       'the range must rise, steps be at least 2, the tolerance not negative'
     )
-  members = dict(kernels(params, moments, centered=centered))
+  members = {
+    path: list(found)
+    for path, found in kernels(params, moments, centered=centered)
+  }
   groups: dict[str, list[str]] = {}
   for path in members:
     groups.setdefault(group(path) if group else path, []).append(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -92,23 +93,27 @@ def per_member(
 
 def units(
   params: Any, moments: Moments, keys: Iterable[Key], *, centered: bool
-) -> Iterator[tuple[Key, list[tuple[Kernel, ...]]]]:
-  """Yields each key with its kernels: for each group, the one of each path."""
+) -> Iterator[tuple[Key, Iterator[tuple[Kernel, ...]]]]:
+  """Yields each key with its kernels: for each group, the one of each path.
+
+  Those of a key that stands alone are made as they are taken.
+  """
   keys_of: dict[str, list[Key]] = {}
   for key in keys:
     for name in names_of(key):
       keys_of.setdefault(name, []).append(key)
-  waiting: dict[Key, dict[str, list[Kernel]]] = {}
+  waiting: dict[Key, dict[str, Iterator[Kernel]]] = {}
   for path, members in kernels(
     params, moments, centered=centered, only=keys_of
   ):
-    for key in keys_of[path]:
+    users = keys_of[path]
+    for key, own in zip(users, itertools.tee(members, len(users)), strict=True):
       found = waiting.setdefault(key, {})
-      found[path] = members
+      found[path] = own
       if len(found) == len(names_of(key)):
         del waiting[key]
         columns = [found[name] for name in names_of(key)]
-        yield key, list(zip(*columns, strict=True))
+        yield key, zip(*columns, strict=True)
 
 
 def family(group: Sequence[Kernel], method: str, damping: float) -> Family:
