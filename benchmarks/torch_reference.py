@@ -5,7 +5,9 @@
 
 ViT-B/16 with the same weights and images on the same cores; both sides collect
 the second moment of every linear layer's input and then make the rank-r factors
-of the least error at its outputs, of half of its parameters.
+of the least error at its outputs, of half of its parameters. Ours measures
+layers that are wider at their input from the output side (`from_outputs=`),
+which is all that those factors need.
 Bar: ours at least 2 x faster, end to end (with our compilation in it). Runs
 alternate; the least time of each side counts.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import time
 
 import jax
@@ -153,8 +156,9 @@ def torch_job(model, batches, ranks):
   return moments, factors, collected
 
 
-def our_job(fn, params, batches, ranks):
-  moments = ur.collect(fn, params, batches, progress=False)
+def our_job(fn, params, batches, ranks, wide):
+  rules = [(re.escape(path), True) for path in wide]
+  moments = ur.collect(fn, params, batches, from_outputs=rules, progress=False)
   collected = time.perf_counter()
   small = ur.factorize(
     params, moments, ranks, compensate_mean=False, progress=False
@@ -196,11 +200,12 @@ def main():
   kernels = ur.find_sites(fn, params, ours[0])
   shapes = {path: site.matrix_shape for path, site in kernels.items()}
   ranks = {path: d * m // (2 * (d + m)) for path, (d, m) in shapes.items()}
+  wide = [path for path, (d, m) in shapes.items() if d > m]
   of_layer = {layer: ranks[path] for layer, path in paths.items()}
   took: dict[str, list[tuple[float, float]]] = {'ours': [], 'torch': []}
   jobs = {
     'torch': lambda: torch_job(reference, theirs, of_layer),
-    'ours': lambda: our_job(fn, params, ours, ranks),
+    'ours': lambda: our_job(fn, params, ours, ranks, wide),
   }
   for _ in range(args.repeats):
     found = {}
@@ -219,13 +224,14 @@ def main():
   weights = ur.paths.flatten(params)[0]
   for layer, path in paths.items():
     want = found['torch'][0][layer].numpy()
-    got = np.asarray(found['ours'][0][path].second)
-    worst = max(worst, float(np.abs(got - want).max() / np.abs(want).max()))
+    if path not in wide:
+      got = np.asarray(found['ours'][0][path].second)
+      worst = max(worst, float(np.abs(got - want).max() / np.abs(want).max()))
     w = np.asarray(weights[path]).reshape(shapes[path])
     ((a, b),) = stored_pairs(named[path])
-    least = error(w, got, a, b)
-    worse = max(worse, error(w, got, *found['torch'][1][layer]) - least)
-  assert worst < 1e-3, worst
+    excess = error(w, want, a, b) - error(w, want, *found['torch'][1][layer])
+    worse = max(worse, excess)
+  assert worst < 1e-3 and worse < 1e-5, (worst, worse)
   best = {name: min(pairs) for name, pairs in took.items()}
   result = {
     'variant': args.variant,
@@ -233,7 +239,7 @@ def main():
     'seconds_total_and_collect': took,
     'speed_up': best['torch'][0] / best['ours'][0],
     'largest_difference_of_moments': worst,
-    'largest_excess_of_their_error': worse,
+    'largest_excess_of_error': worse,
   }
   print(json.dumps(result, indent=1))
   record.write(args.out, record.command('torch_reference'), result)
