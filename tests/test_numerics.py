@@ -267,3 +267,16 @@ def test_a_map_keeps_order_takes_few_at_a_time_and_passes_errors_on():
   assert list(threads.ordered_map(str, range(3), workers=1)) == ['0', '1', '2']
   with pytest.raises(ZeroDivisionError):
     list(threads.ordered_map(lambda i: 1 // i, [1, 0, 1], workers=2))
+
+
+@pytest.mark.parametrize('rank', [None, 3])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_the_smallest_solution_is_numpys(shape, rank):
+  rng = np.random.default_rng(0)
+  w = rng.normal(size=shape)
+  if rank is not None:
+    w = w[:, :rank] @ rng.normal(size=(rank, shape[1]))
+  y = rng.normal(size=(shape[0], 4))
+  want = np.linalg.lstsq(w, y, rcond=1e-9)[0]
+  # The Gram matrix squares the condition number, here below 1e3.
+  np.testing.assert_allclose(numerics.solve_least(w, y), want, atol=1e-9)

@@ -44,13 +44,12 @@ def check(
     FloatingPointError: they differ; names the kernel, its rank and both.
   """
   g = kernel.gradient if weighted else None
-  product = stored.a @ stored.b
   if kernel.from_outputs:
     # S is not known, but a b reads x as W does: D = W (I - Q), W Q = a b.
-    s, (q, *_) = kernel.out_second, np.linalg.lstsq(kernel.w, product)
-    difference = np.eye(len(q)) - q
+    s, q = kernel.out_second, numerics.solve_least(kernel.w, stored.a)
+    difference = np.eye(len(q)) - q @ stored.b
   else:
-    s, difference = kernel.second, kernel.w - product
+    s, difference = kernel.second, kernel.w - stored.a @ stored.b
   measured = _form(s @ difference, _times(difference, g))
   tolerance = numerics.EIGENVALUE_FLOOR * energy
   off = abs(max(measured, 0.0) - predicted)

@@ -82,6 +82,28 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   )
 
 
+def solve_least(w: np.ndarray, y: np.ndarray) -> np.ndarray:
+  """The smallest x of those for which w x is nearest to y.
+
+  From the Gram matrix of w's smaller side, several times faster than an SVD of
+  a long w; singular values below 1e-7 of the largest count as none.
+
+  Args:
+    w: (d, m), float64.
+    y: (d, n), float64.
+
+  Returns:
+    x (m, n).
+  """
+  wide = w.shape[0] < w.shape[1]
+  values, vectors = symmetric_eigh(w @ w.T if wide else w.T @ w)
+  seen = values > 1e-14 * values[-1]
+  inverse = lambda v: (
+    vectors[:, seen] @ ((vectors[:, seen].T @ v) / values[seen, None])
+  )
+  return w.T @ inverse(y) if wide else inverse(w.T @ y)
+
+
 def _eigh_by_svd(symmetric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   vectors, _, _ = np.linalg.svd(symmetric)
   values = np.sum(vectors * (symmetric @ vectors), axis=-2)

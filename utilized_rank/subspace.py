@@ -102,12 +102,18 @@ def output_basis(
 
 def measured_output_basis(w: np.ndarray, t: np.ndarray) -> Basis:
   """As `output_basis`, from a T (m, m) that was measured itself."""
-  # Outputs lie in the row space of W; there, W decides where no data does.
-  rows, _ = np.linalg.qr(w.T)
-  inner, turned = rows.T @ t @ rows, w @ rows
+  # Where no data does, W decides.
   floor = _FLOOR * (np.trace(t) or 1.0) / (np.sum(w * w) or 1.0)
-  _, vectors = np.linalg.eigh((inner + inner.T) / 2 + floor * turned.T @ turned)
-  vectors = rows @ vectors[:, ::-1]
+  d, m = w.shape
+  if m <= d:
+    _, vectors = numerics.symmetric_eigh(t + floor * (w.T @ w))
+    vectors = vectors[:, ::-1]
+  else:  # outputs lie in the row space of W
+    rows, _ = np.linalg.qr(w.T)
+    inner, turned = rows.T @ t @ rows, w @ rows
+    inner = (inner + inner.T) / 2 + floor * (turned.T @ turned)
+    _, vectors = numerics.symmetric_eigh(inner)
+    vectors = rows @ vectors[:, ::-1]
   values = np.sum(vectors * (t @ vectors), axis=0)
   return Basis(np.maximum(values, 0), vectors)
 
