@@ -114,8 +114,6 @@ def test_what_needs_the_inputs_is_refused(job):
   with refused:
     moments['layers/down'].covariance  # noqa: B018
   with refused:
-    ur.measure(params, moments)
-  with refused:
     ur.project(params, moments)
   with refused:
     ur.energy_ranks(params, moments)
@@ -127,6 +125,29 @@ def test_what_needs_the_inputs_is_refused(job):
     kernel.in_basis  # noqa: B018
   with pytest.raises(ValueError, match='of its inputs in the first .* outputs'):
     ur.merge_moments(collected(job), moments)
+
+
+def test_a_report_says_what_it_knows_from_the_outputs(job, tmp_path):
+  params, _ = job
+  moments = collected(job, from_outputs=RULES)
+  report = ur.measure(params, moments, energy=0.9, progress=False)
+  known = ur.measure(params, collected(job), energy=0.9, progress=False)
+  seen = [report[name] for name in report if report[name].k_in is None]
+  assert {layer.path for layer in seen} == {'layers/down'}
+  for layer in seen:
+    full = known[layer.name]
+    assert full.rank <= layer.rank == layer.k_out == full.k_out
+    # The same T, from sums of y y^T and of x x^T, both float32.
+    np.testing.assert_allclose(
+      layer.spectrum_out, full.spectrum_out, atol=1e-5 * full.spectrum_out[0]
+    )
+    assert layer.error_projected is None and layer.error_bound <= 0.1
+  text = '3 of 7 measured from the output side, where r is k_T: layers/down'
+  assert text in str(report)
+  assert text in report.html()
+  report.save(tmp_path / 'report.json')
+  assert str(ur.Report.load(tmp_path / 'report.json')) == str(report)
+  assert [one['side'] for one in report.json()['layers']].count('output') == 3
 
 
 def test_the_side_is_told_and_kept(job, tmp_path):

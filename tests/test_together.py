@@ -164,6 +164,8 @@ def test_passes_are_of_all_of_it():
   assert costs.sums_bytes - plain.sums_bytes == 4 * (18 + 4 + 12)
   limit = costs.peak_bytes - 1000
   got = collect(model, PARAMS, BATCHES, memory_limit=limit, **options)
+  report = str(ur.measure(PARAMS, got, progress=False))
+  assert 'collected in 2 passes over the batches' in report
   assert_equal(got, collect(model, PARAMS, BATCHES, **options))
 
 

@@ -47,6 +47,8 @@ class Entry:
     kind: 'dot' or 'conv'.
     side: 'input', or 'output' where the sums are of outputs y = x W: T is
       measured, S is not known.
+    number: in which pass over the batches it was collected, from 0; not looked
+      at where moments are compared or merged.
   """
 
   path: str
@@ -55,6 +57,7 @@ class Entry:
   bias: str | None
   kind: str
   side: str = 'input'
+  number: int = dataclasses.field(default=0, compare=False, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)

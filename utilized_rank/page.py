@@ -156,6 +156,7 @@ def _heading(
   if 'centered' in meta:
     facts.append('centred' if meta['centered'] else 'uncentred')
   facts.append(f'energy {energy:g}')
+  facts.extend(tables.how_collected(layers))
   line = ' · '.join(escape(fact) for fact in facts)
   return f'<header><h1>{escape(title)}</h1>\n<p class="sub">{line}</p></header>'
 
@@ -323,10 +324,13 @@ def _layer_section(layers: Sequence[LayerReport]) -> str:
   for layer, name in zip(layers, names, strict=True):
     counts = (layer.d_in, layer.d_out, layer.k_in, layer.k_out, layer.rank)
     share = 100 * layer.utilization
-    cells = ''.join(f'<td data-v="{v}">{v:,}</td>' for v in counts)
+    cells = ''.join(
+      f'<td data-v="{-1 if v is None else v}">{_number(v)}</td>' for v in counts
+    )
     errors = ''.join(
-      f'<td data-v="{value!r}">{_error(value)}</td>'
-      for value in map(float, (layer.error_projected, layer.error_bound))
+      f'<td data-v="{-1.0 if value is None else float(value)!r}">'
+      f'{_error(value)}</td>'
+      for value in (layer.error_projected, layer.error_bound)
     )
     # Breaks after the slashes only, so that names wrap on a phone.
     shown = escape(name).replace('/', '/<wbr>')
@@ -349,8 +353,14 @@ def _layer_section(layers: Sequence[LayerReport]) -> str:
   )
 
 
-def _error(value: float) -> str:
-  return tables.MISSING if np.isnan(value) else f'{100 * value:.2f}%'
+def _number(value: int | None) -> str:
+  return tables.MISSING if value is None else f'{value:,}'
+
+
+def _error(value: float | None) -> str:
+  if value is None or np.isnan(value):
+    return tables.MISSING
+  return f'{100 * value:.2f}%'
 
 
 def _details(meta: Mapping[str, Any]) -> str:

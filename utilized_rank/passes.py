@@ -46,7 +46,9 @@ def join(parts: Sequence[Moments], kernels: dict[str, SitePlan]) -> Moments:
     # What a selection of kernels cannot know, such as whose a bias is, the
     # sites of all kernels do.
     entry = {f.name: getattr(site, f.name) for f in dataclasses.fields(Entry)}
-    table.append(Entry(**{**entry, 'index': places[site.index]}))
+    table.append(
+      Entry(**{**entry, 'index': places[site.index], 'number': kernel.number})
+    )
     grads.append(moment.grad)
     rows.append(moment.row_grad)
   if len(counts) > 1:

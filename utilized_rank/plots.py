@@ -71,10 +71,10 @@ def utilization_by_depth(
       )
     if sides:
       for ratio, dashes in (
-        ([layer.k_in / layer.d_in for _, layer in points], (0, (1, 1.5))),
+        ([_share_in(layer) for _, layer in points], (0, (1, 1.5))),
         ([layer.k_out / layer.d_out for _, layer in points], (0, (4, 2))),
       ):
-        top = max(top, *ratio)
+        top = max(top, float(np.nanmax([0.0, *ratio])))
         axes.plot(
           x, ratio, color=color, alpha=0.4, linewidth=1.2, markersize=3,
           linestyle=dashes if line == '-' else 'none',
@@ -262,11 +262,20 @@ def _spectra_pair(
     both, ('inputs S', 'outputs T'), ('spectrum_in', 'spectrum_out'),
     strict=True,
   ):  # fmt: skip
+    curves = [
+      (place, spectrum)
+      for place, layer in points
+      if len(spectrum := getattr(layer, moment))
+    ]
+    if not curves:  # all were measured from the other side
+      axes.set_axis_off()
+      both[1].tick_params(labelleft=True)
+      continue
     look.style(axes)
-    for place, layer in points:
+    for place, spectrum in curves:
       color = look.depth_color(place.x / last if last else 0)
       axes.plot(
-        *_left_out(getattr(layer, moment), floor), color=color, zorder=3,
+        *_left_out(spectrum, floor), color=color, zorder=3,
         linewidth=width,
       )  # fmt: skip
     if left_out:
@@ -292,6 +301,10 @@ def _spectra_pair(
   figure.suptitle(
     look.label(kind, 40), x=0.02, ha='left', fontsize=10, color=look.INK
   )
+
+
+def _share_in(layer: LayerReport) -> float:
+  return np.nan if layer.k_in is None else layer.k_in / layer.d_in
 
 
 def _left_out(

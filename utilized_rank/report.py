@@ -41,13 +41,16 @@ class LayerReport:
     d_out: output features of the kernel seen as a matrix (m).
     count: rows (samples x positions) that the moments were taken over.
     energy: share of the spectrum that `k_in` and `k_out` keep.
-    k_in: k_S, directions of the input moment S that hold `energy`.
+    k_in: k_S, directions of the input moment S that hold `energy`; None of a
+      kernel that was measured from the output side, whose S is not known.
     k_out: k_T, directions of the output moment T that hold `energy`.
-    spectrum_in: eigenvalues of S, shape (d_in,), descending.
+    spectrum_in: eigenvalues of S, shape (d_in,), descending; (0,) if S is not
+      known.
     spectrum_out: eigenvalues of T, shape (d_out,), descending.
     error_projected: share of the output energy that the paper's
-      W' = P_S W P_T loses, E|x(W - W')|^2 / E|xW|^2.
+      W' = P_S W P_T loses, E|x(W - W')|^2 / E|xW|^2; None if S is not known.
     error_bound: the same share for the best factor pair of the same rank.
+    number: in which pass over the batches it was measured, from 0.
   """
 
   path: str
@@ -56,12 +59,13 @@ class LayerReport:
   d_out: int
   count: int
   energy: float
-  k_in: int
+  k_in: int | None
   k_out: int
   spectrum_in: np.ndarray
   spectrum_out: np.ndarray
-  error_projected: float
+  error_projected: float | None
   error_bound: float
+  number: int = 0
 
   @property
   def name(self) -> str:
@@ -70,8 +74,8 @@ class LayerReport:
 
   @property
   def rank(self) -> int:
-    """r = min(k_S, k_T), the utilized rank."""
-    return min(self.k_in, self.k_out)
+    """r = min(k_S, k_T), the utilized rank; without k_S no less than it."""
+    return self.k_out if self.k_in is None else min(self.k_in, self.k_out)
 
   @property
   def full_rank(self) -> int:
@@ -146,10 +150,13 @@ class Report(Mapping[str, LayerReport]):
   def __str__(self) -> str:
     about = 'about the mean' if self.centered else 'uncentred'
     least = min(self.layers, key=lambda layer: layer.rows_per_feature)
-    return (
-      f'{tables.layer_table(self.layers)}\n'
-      f'energy {self.energy}, spectra {about}; rows per input feature at '
-      f'least {least.rows_per_feature:.3g} ({least.name})'
+    return '\n'.join(
+      [
+        tables.layer_table(self.layers),
+        f'energy {self.energy}, spectra {about}; rows per input feature at '
+        f'least {least.rows_per_feature:.3g} ({least.name})',
+        *tables.how_collected(self.layers),
+      ]
     )
 
   def html(
@@ -201,6 +208,8 @@ class Report(Mapping[str, LayerReport]):
           'utilization': layer.utilization,
           'error_projected': layer.error_projected,
           'error_bound': layer.error_bound,
+          'side': 'output' if layer.k_in is None else 'input',
+          'pass': layer.number,
         }
         for layer in self.layers
       ],
@@ -254,9 +263,11 @@ class Report(Mapping[str, LayerReport]):
       ) from error
 
 
-def _ranks_at(layer: LayerReport, energy: float) -> tuple[int, int, int]:
-  k_in = subspace.energy_rank(layer.spectrum_in, energy)
+def _ranks_at(layer: LayerReport, energy: float) -> tuple[int | None, int, int]:
   k_out = subspace.energy_rank(layer.spectrum_out, energy)
+  if layer.k_in is None:
+    return None, k_out, k_out
+  k_in = subspace.energy_rank(layer.spectrum_in, energy)
   return k_in, k_out, min(k_in, k_out)
 
 
@@ -279,7 +290,9 @@ def measure(
     progress: show a progress bar.
 
   Returns:
-    A `Report` with k_S, k_T, r, utilization and spectra per layer.
+    A `Report` with k_S, k_T, r, utilization and spectra per layer. Of kernels
+    that were measured from the output side k_S is not known, and r is k_T,
+    which it cannot exceed.
 
   Raises:
     ValueError: the energy is outside (0, 1], or the moments are not of these
@@ -300,24 +313,28 @@ def measure(
     for _, members in kernels(params, moments, centered=centered)
     for kernel in members
   )
-  layers = threads.ordered_map(lambda kernel: _layer(kernel, energy), every)
+  layers = threads.ordered_map(
+    lambda kernel: _layer(kernel, energy, moments), every
+  )
   if progress:
     total = sum(moments[path].layout.num_groups for path in moments)
     layers = track(layers, total=total, desc='measure', unit='kernel')
   return Report(list(layers), energy, centered)
 
 
-def _layer(kernel: Kernel, energy: float) -> LayerReport:
+def _layer(kernel: Kernel, energy: float, moments: Moments) -> LayerReport:
   d, m = kernel.w.shape
-  s, t = kernel.in_basis, kernel.out_basis
-  k_in, k_out = kernel.ranks(energy, energy)
+  t = kernel.out_basis
+  k_out = subspace.energy_rank(t.values, energy)
   total = float(t.values.sum())
-  projected = bound = 0.0
-  if total > 0:
-    projected = (
-      subspace.projected_error(kernel.w, s, k_in, t.vectors[:, :k_out]) / total
-    )
-    bound = float(t.values[min(k_in, k_out) :].sum()) / total
+  k_in, spectrum_in = None, np.zeros(0)
+  projected = None
+  if not kernel.from_outputs:
+    s = kernel.in_basis
+    k_in, spectrum_in = subspace.energy_rank(s.values, energy), s.values
+    error = subspace.projected_error(kernel.w, s, k_in, t.vectors[:, :k_out])
+    projected = error / total if total > 0 else 0.0
+  rank = k_out if k_in is None else min(k_in, k_out)
   spectrum_out = np.zeros(m)
   spectrum_out[: len(t.values)] = t.values
   return LayerReport(
@@ -329,8 +346,9 @@ def _layer(kernel: Kernel, energy: float) -> LayerReport:
     energy,
     k_in,
     k_out,
-    s.values,
+    spectrum_in,
     spectrum_out,
     projected,
-    bound,
+    float(t.values[rank:].sum()) / total if total > 0 else 0.0,
+    moments[kernel.path].entry.number,
   )

@@ -44,7 +44,7 @@ def layer_table(layers: Sequence[LayerReport]) -> str:
   check_layers(layers)
   prefix, suffix, names = depth.relative_names(layers)
   counts = [
-    [f'{getattr(layer, key):d}' for layer in layers]
+    [_number(getattr(layer, key), 'd') for layer in layers]
     for key in ('d_in', 'd_out', 'k_in', 'k_out', 'rank')
   ]
   shares = [f'{100 * layer.utilization:.1f}%' for layer in layers]
@@ -77,6 +77,22 @@ def layer_table(layers: Sequence[LayerReport]) -> str:
       f'  ({len(layers)} {noun}, energy {energies(layers)})',
     ]
   )
+
+
+def how_collected(layers: Sequence[LayerReport]) -> list[str]:
+  """Lines that say from which side and in how many passes, if not plainly."""
+  lines = []
+  outputs = [layer.path for layer in layers if layer.k_in is None]
+  if outputs:
+    first, *others = dict.fromkeys(outputs)
+    lines.append(
+      f'{len(outputs)} of {len(layers)} measured from the output side, where r '
+      f'is k_T: {first}' + (', …' if others else '')
+    )
+  passes = len({layer.number for layer in layers})
+  if passes > 1:
+    lines.append(f'collected in {passes} passes over the batches')
+  return lines
 
 
 def run_table(runs: Sequence[Mapping[str, Any]]) -> str:
