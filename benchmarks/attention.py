@@ -1,14 +1,13 @@
 """Attention's kernels at equal parameters: jointly per head, or one by one.
 
-  python -m benchmarks.attention --data_root=DIR [--networks vit kwt1]
+  python -m benchmarks.attention --data_root=DIR [--networks kwt1 ...]
 
 The query, key, value and output kernels alone are cut to shares of their
 parameters; everything else stays dense. 'joint' narrows the heads
 (`ur.factorize_heads`), 'separate' gives every kernel a pair of its own
 (`ur.factorize`). Accuracy, cross-entropy and the KL divergence from the dense
-network are measured on data that calibrated nothing. `vit` is a small ViT that
-is trained here on scikit-learn's digits, some minutes; `kwt1` needs DIR (see
-`benchmarks/networks`). Writes attention.json.
+network are measured on data that calibrated nothing. DIR holds `networks/` and
+`data/` (see `benchmarks/networks`). Writes attention.json.
 """
 
 from __future__ import annotations
@@ -18,17 +17,14 @@ import dataclasses
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from sklearn import datasets
 
+from benchmarks import cache
 from benchmarks import networks
 from benchmarks import quality
 from benchmarks import record
 from benchmarks.networks import common
 import utilized_rank as ur
-from utilized_rank.models.vit import ViT
 
 FRACTIONS = (0.5, 0.35, 0.25, 0.15)
 # (how, method, allocation)
@@ -41,53 +37,6 @@ RECIPES = (
   ('separate', 'loss', 'uniform'),
   ('separate', 'loss', 'budget'),
 )
-STEPS, CALIBRATION, JUDGED = 3000, 512, 500
-
-
-def vit() -> common.Network:
-  """Four blocks of width 64, four heads of 16, on 8x8 digits."""
-  images, labels = datasets.load_digits(return_X_y=True)
-  images = (images.reshape(-1, 8, 8, 1) / 16 - 0.305) / 0.376
-  order = np.random.default_rng(0).permutation(len(labels))
-  x, y = images[order].astype(np.float32), labels[order].astype(np.int32)
-  held, rest = slice(0, JUDGED), slice(JUDGED, None)
-  model = ViT(10, patch_size=2, width=64, depth=4, heads=4, mlp_dim=256,
-              pool='gap')  # fmt: skip
-  params = model.init(jax.random.key(0), jnp.asarray(x[:1]))
-  optimiser = optax.adamw(
-    optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, STEPS), weight_decay=0.1
-  )
-
-  @jax.jit
-  def step(params, state, images, labels):
-    def loss(params):
-      logits = model.apply(params, images)
-      return optax.softmax_cross_entropy_with_integer_labels(
-        logits, labels
-      ).mean()
-
-    grads = jax.grad(loss)(params)
-    updates, state = optimiser.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-  state = optimiser.init(params)
-  rng = np.random.default_rng(1)
-  for _ in range(STEPS):
-    rows = rng.integers(JUDGED, len(y), 64)
-    shift = tuple(rng.integers(-1, 2, 2))
-    params, state = step(
-      params, state, np.roll(x[rows], shift, (1, 2)), y[rows]
-    )
-  calibration = {'x': x[rest][:CALIBRATION], 'y': y[rest][:CALIBRATION]}
-  return common.Network(
-    'vit',
-    lambda params, batch: model.apply(params, batch['x']),
-    params,
-    [],
-    [(calibration, {'x': x[held], 'y': y[held]})],
-    f'calibrated on {CALIBRATION} training images, judged on {JUDGED} others',
-    100,
-  )
 
 
 def run(network: common.Network, fractions) -> dict:
@@ -178,18 +127,17 @@ def _show(row: dict) -> None:
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--data_root')
-  parser.add_argument('--networks', nargs='+', default=['vit', 'kwt1'])
+  parser.add_argument('--data_root', required=True)
+  parser.add_argument('--networks', nargs='+', default=['digits_vit', 'kwt1'])
   parser.add_argument('--fractions', nargs='+', type=float, default=FRACTIONS)
   parser.add_argument('--out', default='benchmarks/results/attention.json')
   args = parser.parse_args()
-  if set(args.networks) - {'vit'} and args.data_root is None:
-    parser.error('all networks but vit need --data_root')
-  results = []
-  for name in args.networks:
-    network = vit() if name == 'vit' else networks.LOADERS[name](args.data_root)
-    results.append(run(network, tuple(args.fractions)))
-  seeds = {'sampled_cross_entropy': 0, 'vit': 0}
+  with cache.compilations():
+    results = [
+      run(networks.LOADERS[name](args.data_root), tuple(args.fractions))
+      for name in args.networks
+    ]
+  seeds = {'sampled_cross_entropy': 0, 'digits_vit': 0}
   record.write(
     args.out,
     record.command('attention'),
