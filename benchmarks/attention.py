@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import time
 
-import jax
 import numpy as np
 
 from benchmarks import cache
