@@ -191,8 +191,9 @@ def test_missing_sections_and_bad_values_are_named(tmp_path):
   for key, value, message in [
     ('compress.fractions', (0.5, 1.5), r'shares in \(0, 1\)'),
     ('compress.allocation', 'best', "allocation='best'"),
+    ('compress.method', 'output', "'compress' chooses the method itself"),
   ]:
-    config = get_config()
+    config = get_config(**{'compress.allocation': 'compress'})
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=message):
       pipeline.run(config, tmp_path / 'run')

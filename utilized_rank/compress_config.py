@@ -21,8 +21,9 @@ class CompressConfig:
     method: see `factorize`; 'loss' and 'fisher_rows' collect gradients too, of
       labels drawn from the model itself.
     compensate_mean: see `factorize`.
-    allocation: 'uniform' (`uniform_ranks`), or 'budget' (`budget_ranks`, in
-      nats of loss where the method is 'loss').
+    allocation: 'uniform' (`uniform_ranks`), 'budget' (`budget_ranks`, in nats
+      of loss where the method is 'loss'), or 'compress' (`ur.compress`, which
+      tries ranks and both of 'output' and 'loss' on calibration images).
     batch_size: images per batch of calibration and evaluation.
     calibration_images: images to collect moments over, drawn at random with
       the run's seed; 0 for one pass over the split as it is.
@@ -49,7 +50,16 @@ class CompressConfig:
         f'config.compress.fractions={self.fractions}: shares in (0, 1)'
       )
     methods.check_method(self.method)
-    if self.allocation not in ('uniform', 'budget'):
+    if self.allocation not in ('uniform', 'budget', 'compress'):
       raise ValueError(
-        f"config.compress.allocation={self.allocation!r}: 'uniform' or 'budget'"
+        f'config.compress.allocation={self.allocation!r}: '
+        "'uniform', 'budget' or 'compress'"
+      )
+    if self.allocation == 'compress' and not (
+      self.method == 'loss' and self.compensate_mean
+    ):
+      raise ValueError(
+        "config.compress.allocation='compress' chooses the method itself, from "
+        "moments of the loss: it takes method='loss' and compensate_mean=True, "
+        f'got {self.method!r} and {self.compensate_mean}'
       )

@@ -177,6 +177,28 @@ class Job:
     return {'model': repr(model)}
 
   def collect(self) -> dict[str, Any]:
+    examples, batches = self._calibration()
+    moments = ur.collect(
+      self._of_batch,
+      self.dense,
+      batches,
+      loss=self._loss if self.compress.method in methods.OF_LOSS else None,
+      fisher_rows=self.compress.method == 'fisher_rows',
+      select=self.compress.select,
+      checkpoint_dir=self.workdir.file('collect'),
+    )
+    ur.save(self.workdir.file('moments'), moments, overwrite=True)
+    return {'examples': examples, 'kernels': len(moments)}
+
+  def _of_batch(self, params: Any, batch: Mapping[str, Any]) -> jax.Array:
+    return self.forward(params, batch['image'])
+
+  @property
+  def _loss(self) -> Any:
+    return ur.sampled_cross_entropy(seed=self.seed)
+
+  def _calibration(self) -> tuple[int, Any]:
+    """How many images there are to calibrate on, and they in batches."""
     source = self.sources['calibration']
     size = self.compress.batch_size
     examples = self.compress.calibration_images or len(source)
@@ -187,20 +209,7 @@ class Job:
       )
     else:
       stream = source.epoch(size)
-    loss = None
-    if self.compress.method in methods.OF_LOSS:
-      loss = ur.sampled_cross_entropy(seed=self.seed)
-    moments = ur.collect(
-      lambda params, batch: self.forward(params, batch['image']),
-      self.dense,
-      _sized(itertools.islice(stream, steps), steps),
-      loss=loss,
-      fisher_rows=self.compress.method == 'fisher_rows',
-      select=self.compress.select,
-      checkpoint_dir=self.workdir.file('collect'),
-    )
-    ur.save(self.workdir.file('moments'), moments, overwrite=True)
-    return {'examples': examples, 'kernels': len(moments)}
+    return examples, _sized(itertools.islice(stream, steps), steps)
 
   def measure(self) -> dict[str, Any]:
     report = ur.measure(
@@ -215,19 +224,35 @@ class Job:
   def factorize(self) -> dict[str, Any]:
     chosen = {}
     for fraction in self.compress.fractions:
-      ranks = self._ranks(fraction)
-      small = ur.factorize(
-        self.dense,
-        self.moments,
-        ranks,
-        method=self.compress.method,
-        compensate_mean=self.compress.compensate_mean,
-      )
+      small, ranks = self._shrink(fraction)
       ur.save(
         self.workdir.file('factorized', str(fraction)), small, overwrite=True
       )
       chosen[str(fraction)] = ranks
     return {'ranks': chosen}
+
+  def _shrink(self, fraction: float) -> tuple[Any, dict[str, int]]:
+    """The dense tree with factors in it, and their ranks."""
+    if self.compress.allocation == 'compress':
+      small, report = ur.compress(
+        self._of_batch,
+        self.dense,
+        self._calibration()[1],
+        moments=self.moments,
+        params_fraction=fraction,
+        loss=self._loss,
+      )
+      assert report.recipe is not None
+      return small, dict(report.recipe.ranks)
+    ranks = self._ranks(fraction)
+    small = ur.factorize(
+      self.dense,
+      self.moments,
+      ranks,
+      method=self.compress.method,
+      compensate_mean=self.compress.compensate_mean,
+    )
+    return small, ranks
 
   def _ranks(self, fraction: float) -> dict[str, int]:
     if self.compress.allocation == 'uniform':
