@@ -16,7 +16,7 @@ LAYERS = [
   'accumulation compat progress files layout masks paths depth look processes '
   'svg divergence',
   'tracing numerics gram tables factors gauge',
-  'product axes',
+  'product axes factored',
   'axis_rules',
   'flow',
   'rows',
@@ -24,7 +24,7 @@ LAYERS = [
   'flops values sharded interpret control products',
   'moments subspace threads',
   'sites lowrank layers dense heads narrow',
-  'collector flatten readings spread',
+  'collector flatten readings spread substitution',
   'capture kernels allocation pairing follow',
   'checkpoint methods plots gradients fisher comparison_plots',
   'certify leaves attention measurement snapshots',

@@ -39,7 +39,6 @@ from utilized_rank.layers import unstack
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
 from utilized_rank.lowrank import count_params
-from utilized_rank.lowrank import low_rank
 from utilized_rank.lowrank import merge
 from utilized_rank.moments import Moment
 from utilized_rank.moments import Moments
@@ -59,6 +58,7 @@ from utilized_rank.search import SearchedRanks
 from utilized_rank.search import search_ranks
 from utilized_rank.sites import Sites
 from utilized_rank.snapshots import Preempted
+from utilized_rank.substitution import low_rank
 from utilized_rank.tune import TunedRanks
 from utilized_rank.tune import tune_ranks
 

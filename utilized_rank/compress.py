@@ -23,12 +23,12 @@ from utilized_rank.gauge import IDENTITY
 from utilized_rank.gradients import LossFn
 from utilized_rank.interpret import UnsupportedError
 from utilized_rank.kernels import ENOUGH_ROWS
-from utilized_rank.lowrank import low_rank
 from utilized_rank.moments import Moments
 from utilized_rank.recipe import Recipe
 from utilized_rank.report import Report
 from utilized_rank.report import measure
 from utilized_rank.streams import Streams
+from utilized_rank.substitution import low_rank
 from utilized_rank.tune import tune_ranks
 
 

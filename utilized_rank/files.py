@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import json
 import os
+from typing import Any, TypeVar
+
+T = TypeVar('T')
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -12,3 +17,28 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
   with open(beside, 'w', encoding='utf-8') as f:
     f.write(text)
   os.replace(beside, where)
+
+
+def read_json(
+  path: str | os.PathLike[str], what: str, make: Callable[[Any], T]
+) -> T:
+  """What `make` makes of a file of JSON.
+
+  Args:
+    path: the file.
+    what: what it should hold, for the error.
+    make: of what was parsed; its KeyError, TypeError and ValueError mean that
+      the file holds something else.
+
+  Raises:
+    FileNotFoundError: there is no file.
+    ValueError: it is damaged, or holds something else.
+  """
+  with open(path, encoding='utf-8') as f:
+    text = f.read()
+  try:
+    return make(json.loads(text))
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f'{os.fspath(path)!r} holds no {what}, or a damaged one: {error}'
+    ) from error

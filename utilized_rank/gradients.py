@@ -23,11 +23,11 @@ from utilized_rank.dense import Dense
 from utilized_rank.divergence import Divergence
 from utilized_rank.divergence import identity
 from utilized_rank.divergence import kl_divergence
+from utilized_rank.factored import Factored
 from utilized_rank.factors import Factors
 from utilized_rank.interpret import Walk
 from utilized_rank.layout import Layout
 from utilized_rank.layout import View
-from utilized_rank.lowrank import Factored
 from utilized_rank.rows import EVERY
 from utilized_rank.rows import Counting
 from utilized_rank.rows import Rows

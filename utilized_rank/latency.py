@@ -134,22 +134,15 @@ class LatencyTable:
     Raises:
       ValueError: the file is damaged, or holds something else.
     """
-    with open(path, encoding='utf-8') as f:
-      text = f.read()
-    try:
-      record = json.loads(text)
-      return cls(
-        {p: Product(*found) for p, found in record['products'].items()},
-        {
-          (d, m, rows): Curve(dense, tuple(ranks), tuple(seconds))
-          for d, m, rows, dense, ranks, seconds in record['curves']
-        },
-        record['about'],
-      )
-    except (KeyError, TypeError, ValueError) as error:
-      raise ValueError(
-        f'{os.fspath(path)!r} holds no latency table, or a damaged one'
-      ) from error
+    make = lambda record: cls(
+      {p: Product(*found) for p, found in record['products'].items()},
+      {
+        (d, m, rows): Curve(dense, tuple(ranks), tuple(seconds))
+        for d, m, rows, dense, ranks, seconds in record['curves']
+      },
+      record['about'],
+    )
+    return files.read_json(path, 'latency table', make)
 
 
 def measure_latency(

@@ -14,14 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from utilized_rank.factored import Factored
+from utilized_rank.factored import lay_out
 from utilized_rank.factors import Factors
 from utilized_rank.layout import Atoms
 from utilized_rank.layout import Layout
 from utilized_rank.layout import View
 from utilized_rank.layout import pieces_of
-from utilized_rank.lowrank import Factored
 from utilized_rank.lowrank import LowRank
-from utilized_rank.lowrank import lay_out
 from utilized_rank.product import Product
 
 

@@ -230,10 +230,8 @@ class Recipe:
       FileNotFoundError: there is no file.
       ValueError: it holds no recipe, or one of another format.
     """
-    with open(path, encoding='utf-8') as f:
-      text = f.read()
-    try:
-      record = json.loads(text)
+
+    def make(record: Any) -> Recipe:
       known = record['kind'], record['format']
       if known != (_KIND, _FORMAT):
         raise ValueError(f'it holds {known}, not {(_KIND, _FORMAT)}')
@@ -246,10 +244,8 @@ class Recipe:
         record['versions'],
         {name: _leaf(leaf) for name, leaf in record['leaves'].items()},
       )
-    except (KeyError, TypeError, ValueError) as error:
-      raise ValueError(
-        f'{os.fspath(path)!r} holds no recipe, or a damaged one: {error}'
-      ) from error
+
+    return files.read_json(path, 'recipe', make)
 
 
 def fingerprint(moments: Moments) -> str:

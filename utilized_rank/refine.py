@@ -19,11 +19,11 @@ from utilized_rank.blocks import Group
 from utilized_rank.blocks import State
 from utilized_rank.blocks import needs_of
 from utilized_rank.gradients import LossFn
-from utilized_rank.lowrank import low_rank
 from utilized_rank.methods import DAMPING
 from utilized_rank.progress import track
 from utilized_rank.streams import Leaves
 from utilized_rank.streams import Streams
+from utilized_rank.substitution import low_rank
 
 _TINY = float(np.finfo(np.float32).tiny)
 # Share of the batches on which a refined block must be better.

@@ -241,26 +241,20 @@ class Report(Mapping[str, LayerReport]):
     Raises:
       ValueError: the file is damaged, or holds something else.
     """
-    with open(path, encoding='utf-8') as f:
-      text = f.read()
-    try:
-      record = json.loads(text)
-      layers = [
-        LayerReport(
-          **{
-            **layer,
-            'index': tuple(layer['index']),
-            'spectrum_in': np.array(layer['spectrum_in']),
-            'spectrum_out': np.array(layer['spectrum_out']),
-          }
-        )
-        for layer in record['layers']
-      ]
-      return cls(layers, record['energy'], record['centered'])
-    except (KeyError, TypeError, ValueError) as error:
-      raise ValueError(
-        f'{os.fspath(path)!r} holds no utilization report, or a damaged one'
-      ) from error
+    layer_of = lambda layer: LayerReport(
+      **{
+        **layer,
+        'index': tuple(layer['index']),
+        'spectrum_in': np.array(layer['spectrum_in']),
+        'spectrum_out': np.array(layer['spectrum_out']),
+      }
+    )
+    make = lambda record: cls(
+      [layer_of(layer) for layer in record['layers']],
+      record['energy'],
+      record['centered'],
+    )
+    return files.read_json(path, 'utilization report', make)
 
 
 def _ranks_at(layer: LayerReport, energy: float) -> tuple[int | None, int, int]:

@@ -253,15 +253,9 @@ class _Search:
   def _restore(self) -> dict[str, float]:
     if self._checkpoint is None or not os.path.exists(self._checkpoint):
       return {}
-    with open(self._checkpoint, encoding='utf-8') as f:
-      text = f.read()
-    try:
-      record = json.loads(text)
-      settings, known = record['settings'], record['metrics']
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-      raise ValueError(
-        f'{os.fspath(self._checkpoint)!r} holds no search, or a damaged one'
-      ) from error
+    settings, known = files.read_json(
+      self._checkpoint, 'search', lambda r: (r['settings'], r['metrics'])
+    )
     if settings != self._settings:
       raise ValueError(
         f'{os.fspath(self._checkpoint)!r} belongs to a search over other '

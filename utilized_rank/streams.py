@@ -23,8 +23,8 @@ from utilized_rank.blocks import Program
 from utilized_rank.blocks import State
 from utilized_rank.gradients import LossFn
 from utilized_rank.layout import Layout
-from utilized_rank.lowrank import low_rank
 from utilized_rank.readings import PairSums
+from utilized_rank.substitution import low_rank
 
 Leaves = dict[str, Any]
 

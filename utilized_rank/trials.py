@@ -22,8 +22,8 @@ from utilized_rank.families import Families
 from utilized_rank.layers import pad_factors
 from utilized_rank.lowrank import LowRank
 from utilized_rank.lowrank import is_low_rank
-from utilized_rank.lowrank import low_rank
 from utilized_rank.moments import Moments
+from utilized_rank.substitution import low_rank
 
 # Path to (num_groups, R): 1 for the directions that count.
 Masks = dict[str, Any]

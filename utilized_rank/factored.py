@@ -1,0 +1,150 @@
+"""A pair of factors in place of a kernel, while a function is walked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from utilized_rank import compat
+from utilized_rank import gauge
+from utilized_rank.factors import Factors
+from utilized_rank.layout import Atoms
+from utilized_rank.layout import View
+from utilized_rank.layout import pieces_of
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Factored:
+  """A pair of factors inside a walk; `present` groups are still axes."""
+
+  factors: Factors
+
+  @property
+  def arrays(self) -> tuple[Any, ...]:
+    f = self.factors
+    return f.a, f.b, f.c, f.order
+
+  def _with(self, arrays: Any, present: Atoms) -> Factored:
+    a, b, c, order = arrays
+    layout = self.factors.layout
+    return Factored(Factors(a, b, c, layout, present, order))
+
+  def tree_flatten(self):
+    return self.arrays, (self.factors.layout, self.factors.present)
+
+  @classmethod
+  def tree_unflatten(cls, static, children) -> Factored:
+    (a, b, c, order), (layout, present) = children, static
+    return cls(Factors(a, b, c, layout, present, order))
+
+  def relayout(self, eqn: Any, view: View) -> Factored:
+    del view
+    if eqn.primitive.name not in compat.VARY:
+      return self
+    return jax.tree.map(lambda array: compat.bind(eqn, [array])[0], self)
+
+  def _group_axis(self, view: View, axis: int) -> int | None:
+    """Which axis of the factors a view's axis is, if it is a group's."""
+    factors = self.factors
+    pieces = pieces_of(factors.layout.atoms, view.atoms)
+    for i, group in enumerate(factors.present):
+      if view.axes[axis] == pieces[group]:
+        return i
+    return None
+
+  def _without(self, axis: int, pick: Callable[[Any], Any]) -> Factored:
+    present = self.factors.present
+    left: Atoms = present[:axis] + present[axis + 1 :]
+    return self._with(jax.tree.map(pick, self.arrays), left)
+
+  def index(self, cut: View, axis: int, at: Any) -> Factored | None:
+    group = self._group_axis(cut, axis)
+    if group is None:
+      return None
+    return self._without(
+      group,
+      lambda array: jax.lax.dynamic_index_in_dim(
+        array, at, group, keepdims=False
+      ),
+    )
+
+  def squeeze(self, axis: int) -> Factored:
+    del axis
+    return self
+
+  def unstack(self, view: View):
+    group = self._group_axis(view, 0)
+    if group is None:
+      return None
+    arrays = jax.tree.map(
+      lambda array: jnp.moveaxis(array, group, 0), self.arrays
+    )
+    present = self.factors.present
+    left = present[:group] + present[group + 1 :]
+    return arrays, lambda x: self._with(x, left)
+
+  def shard(self, cut: View, spec: Any, parts: dict[int, Any]):
+    del spec
+    present = self.factors.present
+    where = {self._group_axis(cut, axis): n for axis, n in parts.items()}
+    if None in where:
+      return None
+    specs = PartitionSpec(*(where.get(i) for i in range(len(present))))
+    left = tuple(g for i, g in enumerate(present) if i not in where)
+
+    def read(local):
+      # Each device holds one of as many groups as there are devices.
+      local = jax.tree.map(lambda v: jnp.squeeze(v, tuple(where)), local)
+      return self._with(local, left)
+
+    return self.arrays, jax.tree.map(lambda _: specs, self.arrays), read
+
+  def materialise(self, view: View) -> Any:
+    f = self.factors
+    sizes = f.layout.sizes
+    matrices = multiply(f)
+    order = f.present + f.layout.inputs + f.layout.outputs
+    left = sorted(order)
+    array = matrices.reshape(sizes(order))
+    array = array.transpose([order.index(a) for a in left])
+    return lay_out(array, f.layout.atoms, left, view)
+
+
+def lay_out(
+  array: Any, coarse: Atoms, left: Sequence[int], view: View
+) -> jax.Array:
+  """Lays out an array with one axis per atom of `left` as the view says."""
+  pieces = pieces_of(coarse, view.atoms)
+  names = [p for a in left for p in pieces[a]]
+  gone = {a for a, _ in view.taken}
+  array = array.reshape([view.atoms[a] for a in names])
+  array = jnp.squeeze(array, tuple(i for i, a in enumerate(names) if a in gone))
+  names = [a for a in names if a not in gone]
+  order = [a for axis in view.axes for a in axis]
+  array = array.transpose([names.index(a) for a in order])
+  array = array.reshape(
+    [
+      size if atoms else 1
+      for atoms, size in zip(view.axes, view.sizes, strict=True)
+    ]
+  )
+  return jnp.broadcast_to(array, view.sizes).astype(view.dtype)
+
+
+def multiply(factors: Factors) -> jax.Array:
+  """The matrices (*present, d, m) of a pair."""
+  f, (d, _) = factors, factors.layout.matrix_shape
+  groups = f.layout.sizes(f.present)
+  rank = f.b.shape[len(groups)]
+  a = f.a.reshape(*groups, d, rank)
+  b = f.b.reshape(*groups, rank, -1)
+  product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+  if f.order is None:
+    return product
+  return gauge.join(a, product, f.order, product.ndim - 1)

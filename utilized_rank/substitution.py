@@ -1,0 +1,160 @@
+"""Functions that run on trees with `LowRank` leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+from typing import Any
+import warnings
+
+import jax
+
+from utilized_rank import compat
+from utilized_rank import products
+from utilized_rank import tracing
+from utilized_rank.factored import Factored
+from utilized_rank.interpret import Walk
+from utilized_rank.layout import View
+from utilized_rank.lowrank import is_low_rank
+from utilized_rank.lowrank import with_left
+from utilized_rank.values import Loop
+from utilized_rank.values import Output
+from utilized_rank.values import Param
+
+
+def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes `fn` run on a tree with `LowRank` leaves, never multiplying out.
+
+  At every product of an activation x with such a kernel, x W becomes
+  (x A) B (+ c); a convolution becomes one with r outputs and a 1x1. Where
+  kernels share A, x A is computed once; an identity block is not multiplied
+  with (on meshes of explicit axes that is an error). Works
+  under and over `jit`, `grad`, `vmap`, `remat` and `scan`. A leaf that meets
+  anything but a product (an embedding's lookup, say) is multiplied out there,
+  and a warning says so once per place.
+
+  Args:
+    fn: `fn(params, *args, **kwargs)`, the dense model's own function.
+
+  Returns:
+    A function of the same signature. It re-reads the model's trace at every
+    call: jit it, or what calls it.
+
+  >>> layout = Layout.of((4, 3), inputs=(0,), outputs=(1,))
+  >>> w = LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), None, layout)
+  >>> low_rank(lambda params, x: x @ params['w'])({'w': w}, jnp.ones((2, 4)))
+  Array([[4., 4., 4.],
+         [4., 4., 4.]], dtype=float32)
+  """
+
+  @functools.wraps(fn)
+  def factored(params, *args, **kwargs):
+    traced = tracing.trace(
+      fn,
+      params,
+      args,
+      kwargs,
+      is_low_rank,
+      lambda leaf: (
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        if is_low_rank(leaf)
+        else leaf
+      ),
+    )
+    params = with_left(traced.params)
+    values = [
+      Param(
+        View.of_leaf(p, leaf.shape, leaf.dtype, leaf.layout.atoms),
+        leaf.payload(),
+      )
+      if is_low_rank(leaf)
+      else leaf
+      for p, leaf in params.items()
+    ]
+    lefts = {
+      p: leaf.left
+      for p, leaf in params.items()
+      if is_low_rank(leaf) and leaf.left is not None
+    }
+    lefts |= {p: p for p in lefts.values()}
+    walk = Walk(_Substitution(lefts))
+    outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
+    return jax.tree.unflatten(
+      traced.out_tree, [walk.materialise(v, 'output') for v in outs]
+    )
+
+  return factored
+
+
+def _token(by: Any) -> Any:
+  """What took an atom, without the traced value of an index."""
+  return by[0] if isinstance(by, tuple) else by
+
+
+class _Substitution:
+  """Visitor that runs products with factors.
+
+  `lefts` maps the paths of kernels that share an A to the one that holds it.
+  """
+
+  def __init__(self, lefts: dict[str, str]):
+    self._lefts = lefts
+
+  def wants(self, view: View) -> bool:
+    return True
+
+  def opaque(self, view: View, primitive: str) -> None:
+    pass  # it gets the dense kernel, and `dropped` says so
+
+  def dropped(self, view: View, reason: str) -> None:
+    warnings.warn(
+      f'{view.path!r} is low-rank but meets {reason!r}, which is no product '
+      'with an activation: it is multiplied out there',
+      stacklevel=2,
+    )
+
+  def product(self, eqn, operands, which, walk):
+    param = operands[which]
+    found = products.describe(eqn, param.view, which)
+    payload = param.payload
+    if isinstance(found, str):
+      reason = found
+    elif not isinstance(payload, Factored):  # it runs its products itself
+      out = payload.multiply(eqn, which, found, operands[1 - which])
+      if not isinstance(out, str):
+        return out
+      reason = out
+    elif not products.fits(payload.factors, found):
+      reason = f'{eqn.primitive.name} over other axes than it was factored for'
+    else:
+      x = operands[1 - which]
+      if payload.factors.order is not None and compat.has_explicit_axes(x):
+        raise ValueError(
+          f'{param.view.path!r} has an identity block, whose outputs are put '
+          'in order by a lookup; on AxisType.Explicit meshes JAX does not say '
+          'how that is sharded: use AxisType.Auto, or gauge=None'
+        )
+      left = self._lefts.get(param.view.path)
+      if left is None:
+        return found.factored(x, payload.factors, lambda make: make())
+      key = (
+        left,
+        tuple(_token(by) for a, by in sorted(param.view.taken)),
+        walk.origin(x),
+        found.key,
+        param.view.dtype,
+        which,
+        compat.params_key(eqn),
+      )
+      return found.factored(
+        x, payload.factors, lambda make: walk.once(key, make)
+      )
+    plain = list(operands)
+    plain[which] = walk.materialise(param, reason)
+    return compat.bind(eqn, plain)[0]
+
+  def biased(self, output: Output, bias: Param) -> bool:
+    raise AssertionError('no outputs are followed when factors run')
+
+  def stacked(self, use: Any, loop: Loop, size: int, is_stacked: bool) -> Any:
+    raise AssertionError('nothing is emitted when factors run')
