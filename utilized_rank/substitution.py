@@ -40,6 +40,8 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
     A function of the same signature. It re-reads the model's trace at every
     call: jit it, or what calls it.
 
+  >>> from utilized_rank.layout import Layout
+  >>> from utilized_rank.lowrank import LowRank
   >>> layout = Layout.of((4, 3), inputs=(0,), outputs=(1,))
   >>> w = LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), None, layout)
   >>> low_rank(lambda params, x: x @ params['w'])({'w': w}, jnp.ones((2, 4)))
