@@ -38,7 +38,7 @@ LAYERS = [
   'anchor',
   'refine',
   'page report tune',
-  'comparison comparison_page',
+  'comparison comparison_page holdout',
   'compress',
 ]
 # They need flax, optax, TFDS or absl, and are imported by name.

@@ -38,6 +38,15 @@ def test_uniform_ranks_stay_below_the_budget_and_come_close(measured, fraction):
   assert kept > fraction * total - one_rank
 
 
+def test_uniform_ranks_can_be_multiples(measured):
+  params, moments = measured
+  plain = ur.uniform_ranks(params, moments, params_fraction=0.5)
+  even = ur.uniform_ranks(params, moments, params_fraction=0.5, multiple_of=2)
+  assert even == {path: rank // 2 * 2 for path, rank in plain.items()}
+  with pytest.raises(ValueError, match='multiple_of must be at least 1'):
+    ur.uniform_ranks(params, moments, params_fraction=0.5, multiple_of=0)
+
+
 def test_uniform_ranks_of_everything_is_dense(measured):
   assert ur.uniform_ranks(*measured, params_fraction=1.0) == {}
 

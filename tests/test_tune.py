@@ -262,6 +262,60 @@ def test_compress_reads_an_iterator_once_and_keeps_the_budget(problem):
   assert shapes(abstract) == shapes(results[0])
 
 
+def scarce(seed, examples, rank):
+  """A linear function of inputs in a subspace, or everywhere alike."""
+  rng = np.random.default_rng(seed)
+  params = {'w': jnp.asarray(rng.normal(size=(24, 16)), jnp.float32)}
+  directions = rng.normal(size=(rank, 24)) if rank < 24 else np.eye(24)
+  rows = rng.normal(size=(examples, rank)) @ directions
+  return lambda p, x: x @ p['w'], params, jnp.asarray(rows, jnp.float32)
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('split', [1, 2])
+def test_few_rows_that_say_nothing_leave_the_truncated_svd(seed, split):
+  """White inputs: the best factors are those of W, not of 12 examples."""
+  fn, params, x = scarce(seed, 12, 24)
+  small, report = ur.compress(
+    fn, params, jnp.split(x, split), params_fraction=0.5, progress=False
+  )
+  moments = ur.collect(fn, params, [x], progress=False)
+  ranks = ur.uniform_ranks(
+    params, moments, params_fraction=0.5, gauge='identity'
+  )
+  want = ur.factorize(
+    params,
+    moments,
+    ranks,
+    method='weight',
+    compensate_mean=False,
+    gauge='identity',
+    progress=False,
+  )
+  jax.tree.map(np.testing.assert_array_equal, small, want)
+  assert report.recipe.method == 'weight'
+  assert not report.recipe.compensate_mean
+
+
+def test_few_rows_that_say_something_are_followed():
+  """Inputs in two of 24 dimensions: no other direction of W is needed."""
+  fn, params, x = scarce(0, 12, 2)
+  small, report = ur.compress(
+    fn, params, [x], params_fraction=0.25, progress=False
+  )
+  assert report.recipe.method == 'output'
+  other = scarce(0, 200, 2)[2]
+  want = fn(params, other)
+  error = np.linalg.norm(ur.low_rank(fn)(small, other) - want)
+  assert error < 1e-3 * np.linalg.norm(want)  # float32 sums
+
+
+def test_one_example_is_not_believed():
+  fn, params, x = scarce(0, 1, 2)
+  _, report = ur.compress(fn, params, [x], params_fraction=0.5, progress=False)
+  assert report.recipe.method == 'weight'
+
+
 def test_moments_have_their_kernels_already(problem):
   fn, params, moments, batches = problem
   with pytest.raises(ValueError, match='give one of them'):

@@ -7,9 +7,7 @@ import itertools
 import re
 from typing import Any
 
-import jax
-import numpy as np
-
+from utilized_rank import holdout
 from utilized_rank import paths
 from utilized_rank.anchor import anchor
 from utilized_rank.capture import find_sites
@@ -23,12 +21,13 @@ from utilized_rank.gauge import IDENTITY
 from utilized_rank.gradients import LossFn
 from utilized_rank.interpret import UnsupportedError
 from utilized_rank.kernels import ENOUGH_ROWS
+from utilized_rank.kernels import scarce
 from utilized_rank.moments import Moments
+from utilized_rank.ranks import uniform_ranks
 from utilized_rank.recipe import Recipe
 from utilized_rank.report import Report
 from utilized_rank.report import measure
 from utilized_rank.streams import Streams
-from utilized_rank.substitution import low_rank
 from utilized_rank.tune import tune_ranks
 
 
@@ -55,7 +54,10 @@ def compress(
   Factors of least error at the kernels' outputs and, with a loss, of least
   predicted loss are tried with the ranks that several predictions ask for;
   the best are corrected by what is seen at the outputs (`tune_ranks`), and
-  their factors fitted one behind the other (`anchor`) where that helps.
+  their factors fitted one behind the other (`anchor`) where that helps. Where
+  a kernel has fewer than four rows for every feature, that is done for each
+  half of the examples first; if it does not beat the truncated SVD of the
+  weights on the other half, the latter is what is returned.
 
   Args:
     fn: `fn(params, batch) -> outputs`.
@@ -123,30 +125,40 @@ def compress(
     )
   if divergence is None:
     divergence = getattr(loss, 'divergence', squared_error)
+  report = measure(params, moments, energy=energy, progress=progress)
+  budget: dict[str, Any] = dict(
+    params_fraction=params_fraction,
+    flops_fraction=flops_fraction,
+    multiple_of=multiple_of,
+    gauge=gauge,
+  )
   ranks = tune_ranks(
     fn,
     params,
     moments,
     kept,
     divergence=divergence,
-    params_fraction=params_fraction,
-    flops_fraction=flops_fraction,
-    multiple_of=multiple_of,
-    gauge=gauge,
     progress=progress,
+    **budget,
   )
+  if scarce(moments, moments):
+    blind, blind_ranks = _blind(params, moments, **budget)
+    if not holdout.generalises(
+      fn,
+      params,
+      moments,
+      kept,
+      blind,
+      loss=loss,
+      divergence=divergence,
+      budget=budget,
+    ):
+      report.recipe = Recipe.of(
+        blind, moments, blind_ranks, method='weight', compensate_mean=False
+      )
+      return blind, report
+  small = holdout.factorized(params, moments, ranks, gauge, progress)
   families = ranks.families
-  small = factorize(
-    params,
-    moments,
-    ranks,
-    method=families.method,
-    damping=families.damping,
-    families=families,
-    gauge=gauge,
-    progress=progress,
-  )
-  report = measure(params, moments, energy=energy)
   enough = ENOUGH_ROWS * check_batch(kept[0], 0) / examples  # in one batch
   if anchored and _can_anchor(fn, params, kept[0], ranks, enough):
     other = anchor(
@@ -160,7 +172,7 @@ def compress(
       gauge=gauge,
       progress=progress,
     )
-    after = _divergences(fn, params, other, kept, divergence)
+    after = holdout.divergences(fn, params, other, kept, divergence)
     if comes_closer(ranks.divergences, after):
       small = other
   report.recipe = Recipe.of(
@@ -202,18 +214,35 @@ def _can_anchor(
   return True
 
 
-def _divergences(
-  fn: Callable[[Any, Any], Any],
+def _blind(
   params: Any,
-  tree: Any,
-  batches: list[Any],
-  divergence: Divergence,
-) -> np.ndarray:
-  """Of every example."""
-  small = low_rank(fn)
-  each = jax.jit(
-    lambda params, tree, batch: divergence(
-      fn(params, batch), small(tree, batch), batch
-    )
+  moments: Moments,
+  *,
+  params_fraction: float | None,
+  flops_fraction: float | None,
+  multiple_of: int,
+  gauge: str | None,
+) -> tuple[Any, dict[str, int]]:
+  """Truncated SVDs of one share of every kernel, and their ranks.
+
+  The same share of every kernel's parameters is that share of its FLOPs.
+  """
+  fraction = flops_fraction if params_fraction is None else params_fraction
+  assert fraction is not None  # else no ranks were tuned
+  ranks = uniform_ranks(
+    params,
+    moments,
+    params_fraction=fraction,
+    multiple_of=multiple_of,
+    gauge=gauge,
   )
-  return np.concatenate([np.asarray(each(params, tree, b)) for b in batches])
+  tree = factorize(
+    params,
+    moments,
+    ranks,
+    method='weight',
+    compensate_mean=False,
+    gauge=gauge,
+    progress=False,
+  )
+  return tree, ranks

@@ -284,18 +284,30 @@ def _check(path: str, named: dict[str, Any], moments: Moments) -> None:
     )
 
 
-def _warn_if_few(moments: Moments, wanted: list[str]) -> None:
-  """One warning for all kernels that were measured on few rows."""
+def scarce(
+  moments: Moments, wanted: Iterable[str]
+) -> list[tuple[float, str, int, int]]:
+  """The kernels with less than `ENOUGH_ROWS` rows for every feature.
+
+  Returns:
+    Of each: rows per feature, path, rows, features.
+  """
   few = []
   for path in wanted:
     rows = int(np.min(np.asarray(moments[path].count)))
     from_outputs = moments[path].entry.side == 'output'
     d = moments[path].layout.matrix_shape[from_outputs]
     if rows < ENOUGH_ROWS * d:
-      side = moments[path].entry.side
-      few.append((rows / d, path, rows, d, side))
+      few.append((rows / d, path, rows, d))
+  return few
+
+
+def _warn_if_few(moments: Moments, wanted: list[str]) -> None:
+  """One warning for all kernels that were measured on few rows."""
+  few = scarce(moments, wanted)
   if few:
-    _, path, rows, d, side = min(few)
+    _, path, rows, d = min(few)
+    side = moments[path].entry.side
     warnings.warn(
       f'{path!r} was measured on {rows} rows for {d} {side} features; '
       f'below {ENOUGH_ROWS} rows each ({len(few)} of {len(wanted)} kernels) '

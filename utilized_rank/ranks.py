@@ -81,6 +81,7 @@ def uniform_ranks(
   moments: Moments,
   *,
   params_fraction: float,
+  multiple_of: int = 1,
   gauge: str | None = None,
 ) -> dict[str, int]:
   """Every kernel keeps the same share of its own parameters.
@@ -90,14 +91,17 @@ def uniform_ranks(
     moments: moments of the kernels to shrink.
     params_fraction: share of the kernels' parameters to keep, in (0, 1]; the
       pairs never have more.
+    multiple_of: ranks are multiples of this.
     gauge: as for `factorize`; the same share then holds higher ranks.
 
   Returns:
     Path to the highest rank whose pair keeps no more than the share, at least
-    1: without a gauge floor(fraction d m / (d + m)). Empty for 1.
+    `multiple_of`: without a gauge floor(fraction d m / (d + m)). Empty for a
+    fraction of 1.
 
   Raises:
-    ValueError: the fraction is outside (0, 1], or below what rank 1 costs.
+    ValueError: the fraction is outside (0, 1], or below what the least ranks
+      cost; a multiple below 1.
 
   >>> import jax.numpy as jnp, utilized_rank as ur
   >>> w = jnp.ones((8, 8))
@@ -112,6 +116,8 @@ def uniform_ranks(
     raise ValueError(
       f'params_fraction is a share in (0, 1], got {params_fraction!r}'
     )
+  if multiple_of < 1:
+    raise ValueError(f'multiple_of must be at least 1, got {multiple_of!r}')
   if params_fraction == 1:
     return {}
   ranks = {}
@@ -119,8 +125,8 @@ def uniform_ranks(
   for path in moments:
     layout = moments[path].layout
     dense = math.prod(layout.matrix_shape)
-    rank = 1
-    for higher in range(2, layout.full_rank + 1):
+    rank = min(multiple_of, layout.full_rank)
+    for higher in range(rank, layout.full_rank + 1, multiple_of):
       if pair_cost(layout, higher, gauge) <= params_fraction * dense:
         rank = higher
     pair = pair_cost(layout, rank, gauge)
@@ -131,7 +137,7 @@ def uniform_ranks(
   if cost > params_fraction * total:
     raise ValueError(
       f'params_fraction={params_fraction} keeps {params_fraction * total:.0f}'
-      f' of {total} parameters; rank 1 everywhere needs {cost}'
+      f' of {total} parameters; rank {multiple_of} everywhere needs {cost}'
     )
   return ranks
 
