@@ -193,7 +193,8 @@ class Fold:
     return ur.factorize(network.params, moments, ranks, **options)
 
 
-def _kept(tree, moments) -> float:
+def share_kept(tree, moments) -> float:
+  """Numbers in the kernels' place, as a share of the kernels'."""
   named, _ = ur.paths.flatten(tree, lambda v: isinstance(v, ur.LowRank))
   left = sum(ur.count_params(named[p]) for p in moments)
   return left / sum(int(np.prod(moments[p].layout.shape)) for p in moments)
@@ -210,7 +211,9 @@ def measure_recipes(folds: list[Fold], fractions) -> list[dict]:
       if recipe == DEFAULT and fraction == fractions[-1]:
         folds[0].judge.check_padding(trees[0])
       found = _pool([f.judge(t) for f, t in zip(folds, trees, strict=True)])
-      kept = [_kept(t, f.moments) for f, t in zip(folds, trees, strict=True)]
+      kept = [
+        share_kept(t, f.moments) for f, t in zip(folds, trees, strict=True)
+      ]
       default = found if default is None else default
       rows.append(_row(recipe, fraction, float(np.mean(kept)), found, default))
     _print_rows(rows[-len(RECIPES) :])

@@ -34,7 +34,7 @@ LAYERS = [
   'offers recipe',
   'ranks trials joint',
   'collect factorize search anchoring blocks factorize_heads',
-  'streams',
+  'streams narrowed',
   'anchor',
   'refine',
   'page report tune',

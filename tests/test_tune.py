@@ -361,3 +361,67 @@ def test_compress_leaves_out_what_is_not_selected():
     progress=False,
   )
   assert small['w'].rank < 8
+
+
+def attention(width=12):
+  """Queries and keys of rank 7 whose heads have 2 directions in common."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape) / width**0.5
+  params = {name: draw(width, width) for name in ('q', 'k', 'v', 'o', 'up')}
+  features = np.linalg.qr(draw(width, width))[0]
+  for name, own in (('q', range(7)), ('k', [0, 1, *range(7, 12)])):
+    basis = features[:, list(own)]
+    params[name] = params[name] @ basis @ basis.T
+  params['head'] = draw(width, 4)
+
+  def fn(p, x):
+    scores = (x @ p['q']) @ jnp.swapaxes(x @ p['k'], 1, 2)
+    y = x + (jax.nn.softmax(scores) @ (x @ p['v'])) @ p['o']
+    y = y + jax.nn.relu(y @ p['up'])
+    return 4 * y.mean(1) @ p['head']
+
+  x = rng.normal(size=(4, 16, 8, width)).astype(np.float32)
+  return (
+    fn,
+    jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), params),
+    list(x),
+  )
+
+
+def test_heads_are_narrowed_where_that_is_nearer(tmp_path):
+  fn, params, batches = attention()
+  select = [('head', False), ('.*', True)]
+  options = dict(
+    params_fraction=0.6,
+    loss=ur.sampled_cross_entropy(),
+    select=select,
+    progress=False,
+  )
+  plain, _ = ur.compress(fn, params, batches, **options)
+  small, report = ur.compress(fn, params, batches, heads=True, **options)
+  assert isinstance(small['q'], ur.NarrowHeads)
+  assert small['q'].rank == small['k'].rank <= 6
+  kernels = [n for n in params if n != 'head']
+  left = sum(ur.count_params(small[n]) for n in kernels)
+  assert left <= 0.6 * sum(params[n].size for n in kernels)
+  before, after = (measured(fn, params, t, batches) for t in (plain, small))
+  assert after < before
+  report.recipe.save(tmp_path / 'recipe.json')
+  recipe = ur.Recipe.load(tmp_path / 'recipe.json')
+  shapes = lambda tree: jax.tree.map(lambda v: (v.shape, v.dtype), tree)
+  abstract = recipe.abstract(jax.eval_shape(lambda: params))
+  assert shapes(abstract) == shapes(small)
+  assert recipe.ranks['q'] == small['q'].rank
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'params_fraction': 0.6},
+    {'flops_fraction': 0.6, 'loss': ur.sampled_cross_entropy()},
+  ],
+)
+def test_heads_need_a_loss_and_a_share_of_parameters(options):
+  fn, params, batches = attention()
+  with pytest.raises(ValueError, match='heads=True needs loss='):
+    ur.compress(fn, params, batches, heads=True, progress=False, **options)

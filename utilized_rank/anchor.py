@@ -45,6 +45,7 @@ def anchor(
   ranks: Ranks,
   *,
   moments: Moments | None = None,
+  start: Any = None,
   method: str = 'output',
   ridge: float = 0.2,
   compensate_mean: bool = True,
@@ -70,6 +71,8 @@ def anchor(
     ranks: path to rank, as for `factorize`. Other kernels stay dense. A scan
       over a stack of such kernels is written out, step by step.
     moments: for 'loss', moments of the dense network with gradients.
+    start: what the compressed network starts from: dense parameters of which
+      other kernels are changed already. Default `params`.
     method: 'output', the least error at the kernel's outputs, or 'loss', that
       error in the metric of the loss's gradient.
     ridge: weight of staying near the dense kernel, as a share of the mean of
@@ -116,7 +119,7 @@ def anchor(
   sites = find_kernels(fn, params, first, ranks)
   check_ranks(ranks, sites)
   gradients = _gradients(sites, moments, method)
-  named, treedef = paths.flatten(params)
+  named, treedef = paths.flatten(params if start is None else start)
   streams = Streams(
     fn,
     params,
@@ -136,8 +139,13 @@ def anchor(
     )
     for path, site in sites.items()
   }
-  dense = {k: jnp.asarray(v) for k, v in named.items() if tracing.is_array(v)}
-  small = dict(dense)
+  arrays = lambda tree: {
+    path: jnp.asarray(leaf)
+    for path, leaf in paths.flatten(tree)[0].items()
+    if tracing.is_array(leaf)
+  }
+  dense = arrays(params)
+  small = arrays(start) if start is not None else dict(dense)
   count = len(streams.blocks)
   numbers: Iterable[int] = range(count)
   if progress:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sized
+import functools
 import itertools
 import re
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from utilized_rank import holdout
+from utilized_rank import narrowed
 from utilized_rank import paths
 from utilized_rank.anchor import anchor
+from utilized_rank.attention import find_attention
 from utilized_rank.capture import find_sites
 from utilized_rank.collect import check_batch
 from utilized_rank.collect import collect
@@ -17,11 +22,13 @@ from utilized_rank.divergence import Divergence
 from utilized_rank.divergence import comes_closer
 from utilized_rank.divergence import squared_error
 from utilized_rank.factorize import factorize
+from utilized_rank.families import Families
 from utilized_rank.gauge import IDENTITY
 from utilized_rank.gradients import LossFn
 from utilized_rank.interpret import UnsupportedError
 from utilized_rank.kernels import ENOUGH_ROWS
 from utilized_rank.kernels import scarce
+from utilized_rank.lowrank import merge
 from utilized_rank.moments import Moments
 from utilized_rank.ranks import uniform_ranks
 from utilized_rank.recipe import Recipe
@@ -45,6 +52,7 @@ def compress(
   multiple_of: int = 1,
   gauge: str | None = IDENTITY,
   anchored: bool = True,
+  heads: bool = False,
   trial_examples: int = 1024,
   energy: float = 0.99,
   progress: bool = True,
@@ -82,6 +90,10 @@ def compress(
     anchored: fit the factors anew behind compressed kernels, if the examples
       kept give four rows for every input feature; kept where outputs then
       are closer by more than the standard error of the difference.
+    heads: try narrower attention heads as well, where data flow shows query
+      and key, value and output kernels (`factorize_heads`); kept where outputs
+      then are closer. Needs a loss and a share of parameters, and the time of
+      a second search.
     trial_examples: as many of the first examples are kept in memory, to try
       ranks on and to anchor with.
     energy: share of the spectra that the report's ranks are at.
@@ -92,8 +104,8 @@ def compress(
     `recipe` can be written down: it rebuilds the tree's shapes.
 
   Raises:
-    ValueError: both moments and rules; else as `collect`, `tune_ranks` and
-      `factorize`.
+    ValueError: both moments and rules, or heads without a loss or a share of
+      parameters; else as `collect`, `tune_ranks` and `factorize`.
 
   >>> fn = lambda params, x: x @ params['w']
   >>> params = {'w': jnp.eye(8)}
@@ -132,15 +144,16 @@ def compress(
     multiple_of=multiple_of,
     gauge=gauge,
   )
-  ranks = tune_ranks(
+  try_on = functools.partial(
+    _tuned,
     fn,
     params,
-    moments,
-    kept,
+    batches=kept,
     divergence=divergence,
+    anchored=anchored,
     progress=progress,
-    **budget,
   )
+  best = try_on(params, moments, budget=budget)
   if scarce(moments, moments):
     blind, blind_ranks = _blind(params, moments, **budget)
     if not holdout.generalises(
@@ -157,28 +170,104 @@ def compress(
         blind, moments, blind_ranks, method='weight', compensate_mean=False
       )
       return blind, report
-  small = holdout.factorized(params, moments, ranks, gauge, progress)
-  families = ranks.families
-  enough = ENOUGH_ROWS * check_batch(kept[0], 0) / examples  # in one batch
-  if anchored and _can_anchor(fn, params, kept[0], ranks, enough):
-    other = anchor(
-      fn,
+  if heads:
+    if moments.grads is None or params_fraction is None:
+      raise ValueError(
+        'heads=True needs loss=, whose nats a head and a pair of factors have '
+        'in common, and params_fraction='
+      )
+    pairs = find_attention(fn, params, kept[0])
+    less = narrowed.narrow(
       params,
-      kept,
-      ranks,
-      moments=moments,
-      method=families.method,
-      damping=families.damping,
+      moments,
+      pairs,
+      params_fraction=params_fraction,
+      multiple_of=multiple_of,
       gauge=gauge,
-      progress=progress,
     )
-    after = holdout.divergences(fn, params, other, kept, divergence)
-    if comes_closer(ranks.divergences, after):
-      small = other
+    if less is not None and less.rest:
+      budget |= {'params_fraction': less.params_fraction}
+      other = try_on(merge(less.tree), less.rest, budget=budget)
+      if comes_closer(best.divergences, other.divergences):
+        tree = narrowed.put_back(other.tree, less)
+        best = other._replace(tree=tree, ranks=other.ranks | less.ranks)
   report.recipe = Recipe.of(
-    small, moments, ranks, method=families.method, damping=families.damping
+    best.tree,
+    moments,
+    best.ranks,
+    method=best.families.method,
+    damping=best.families.damping,
   )
-  return small, report
+  return best.tree, report
+
+
+class _Compressed(NamedTuple):
+  """A tree, the ranks and factors in it, and how far its outputs are."""
+
+  tree: Any
+  ranks: dict[str, int]
+  families: Families
+  divergences: np.ndarray
+
+
+def _tuned(
+  fn: Callable[[Any, Any], Any],
+  params: Any,
+  start: Any,
+  moments: Moments,
+  *,
+  batches: list[Any],
+  budget: dict[str, Any],
+  divergence: Divergence,
+  anchored: bool,
+  progress: bool,
+) -> _Compressed:
+  """`start` with the kernels that have moments compressed.
+
+  Args:
+    fn: the function.
+    params: parameters to stay near to.
+    start: the same, but for kernels that have no moments here.
+    moments: of the kernels to compress.
+    batches: to try ranks on and to anchor with.
+    budget: for `tune_ranks`.
+    divergence: for `tune_ranks`.
+    anchored: as for `compress`.
+    progress: show progress bars.
+  """
+  ranks = tune_ranks(
+    fn,
+    start,
+    moments,
+    batches,
+    divergence=divergence,
+    reference=params,
+    progress=progress,
+    **budget,
+  )
+  gauge, families = budget['gauge'], ranks.families
+  tree = holdout.factorized(start, moments, ranks, gauge, progress)
+  found = _Compressed(tree, dict(ranks), families, ranks.divergences)
+  size, examples = check_batch(batches[0], 0), len(ranks.divergences)
+  enough = ENOUGH_ROWS * size / examples  # in one batch
+  if not anchored or not _can_anchor(fn, params, batches[0], ranks, enough):
+    return found
+  other = anchor(
+    fn,
+    params,
+    batches,
+    ranks,
+    moments=moments,
+    start=start,
+    method=families.method,
+    damping=families.damping,
+    gauge=gauge,
+    progress=progress,
+  )
+  after = holdout.divergences(fn, params, other, batches, divergence)
+  if comes_closer(found.divergences, after):
+    return found._replace(tree=other, divergences=after)
+  return found
 
 
 def _can_anchor(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 import dataclasses
 from typing import Any
 
@@ -221,6 +221,18 @@ class Moments(Mapping[str, Moment]):
 
   def __len__(self) -> int:
     return len(self._places)
+
+  def only(self, wanted: Collection[str]) -> Moments:
+    """The same for some of the kernels."""
+    places = [i for i, e in enumerate(self.table) if e.path in wanted]
+    pick = lambda v: None if v is None else tuple(v[i] for i in places)
+    return Moments(
+      tuple(self.table[i] for i in places),
+      self.sums,
+      pick(self.grads),
+      self.examples,
+      pick(self.row_grads),
+    )
 
   def __repr__(self) -> str:
     return f'Moments({len(self)} kernels, {len(self.sums)} distinct inputs)'

@@ -28,6 +28,7 @@ from utilized_rank.gauge import Order
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
 from utilized_rank.moments import Moments
+from utilized_rank.narrow import NarrowHeads
 
 _FORMAT = 1
 _KIND = 'utilized_rank recipe'
@@ -35,18 +36,24 @@ _KIND = 'utilized_rank recipe'
 
 @dataclasses.dataclass(frozen=True)
 class FactoredLeaf:
-  """The static part of a `LowRank` leaf; see there."""
+  """The static part of a `LowRank` leaf, or of `NarrowHeads`; see there."""
 
   layout: Layout
   rank: int
   has_constant: bool
   order: Order | None
   left: str | None
+  head: int | None = None
 
   @classmethod
   def of(cls, leaf: LowRank) -> FactoredLeaf:
     return cls(
-      leaf.layout, leaf.rank, leaf.c is not None, leaf.order, leaf.left
+      leaf.layout,
+      leaf.rank,
+      leaf.c is not None,
+      leaf.order,
+      leaf.left,
+      leaf.head if isinstance(leaf, NarrowHeads) else None,
     )
 
   def abstract(self, dtype: Any) -> LowRank:
@@ -57,6 +64,10 @@ class FactoredLeaf:
     if self.order is not None:
       own = (layout.matrix_shape[1] - self.rank,)
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+    if self.head is not None:
+      order = layout.groups + layout.inputs + layout.outputs
+      sizes = (self.rank if i == self.head else layout.atoms[i] for i in order)
+      return NarrowHeads(shape(*sizes), None, None, layout, head=self.head)
     return LowRank(
       None
       if self.left is not None
@@ -74,7 +85,8 @@ class Recipe:
   """How a tree was compressed, enough to know its structure.
 
   Attributes:
-    ranks: as they were given to `factorize`.
+    ranks: as they were given to `factorize`; of kernels with narrower heads,
+      the features that a head keeps.
     method: as it was given to `factorize`.
     compensate_mean: as it was given to `factorize`.
     damping: as it was given to `factorize`.
@@ -268,6 +280,7 @@ def _record(leaf: FactoredLeaf) -> dict[str, Any]:
     'has_constant': leaf.has_constant,
     'order': None if leaf.order is None else leaf.order.array.tolist(),
     'left': leaf.left,
+    'head': leaf.head,
   }
 
 
@@ -280,6 +293,7 @@ def _leaf(record: dict[str, Any]) -> FactoredLeaf:
     record['has_constant'],
     None if order is None else Order(order),
     record['left'],
+    record.get('head'),
   )
 
 

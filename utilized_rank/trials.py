@@ -48,6 +48,7 @@ class Trials:
     batches: Sequence[Any],
     divergence: Divergence,
     *,
+    reference: Any = None,
     at_once: int = 1,
   ):
     """Evaluates the dense function on the batches.
@@ -58,6 +59,7 @@ class Trials:
       moments: moments of the kernels.
       batches: the data to judge by; batches of one size compile once.
       divergence: `divergence(dense, outputs, batch) -> (B,)`.
+      reference: parameters of the dense function; default `params`.
       at_once: sets of ranks that are tried in one call; more need more memory
         and fill a large accelerator.
     """
@@ -65,7 +67,8 @@ class Trials:
     self._moments = moments
     self._at_once = at_once
     dense = jax.jit(fn)
-    self._data = [(batch, dense(params, batch)) for batch in batches]
+    of = params if reference is None else reference
+    self._data = [(batch, dense(of, batch)) for batch in batches]
     self._examples = sum(len(jax.tree.leaves(b)[0]) for b in batches)
     small = low_rank(fn)
 

@@ -100,6 +100,7 @@ def tune_ranks(
   multiple_of: int = 1,
   limits: Sequence[tuple[str, tuple[int, int]]] = (),
   gauge: str | None = None,
+  reference: Any = None,
   rounds: int = 4,
   at_once: int = 1,
   progress: bool = True,
@@ -120,6 +121,8 @@ def tune_ranks(
     multiple_of: as for `budget_ranks`.
     limits: as for `budget_ranks`.
     gauge: as for `factorize`.
+    reference: parameters of the dense function to stay near to; default
+      `params`, other kernels of which may be compressed already.
     rounds: corrections of the best allocation; each takes one backward pass
       and up to three trials, and ends the search if it brings nothing.
     at_once: sets of ranks tried in one call; more fill a large accelerator.
@@ -145,7 +148,15 @@ def tune_ranks(
     gauge=gauge,
     progress=False,
   )
-  trials = Trials(fn, params, moments, batches, divergence, at_once=at_once)
+  trials = Trials(
+    fn,
+    params,
+    moments,
+    batches,
+    divergence,
+    reference=reference,
+    at_once=at_once,
+  )
   search = _Search(trials, allocate)
   recipes = [('output', methods.DAMPING)]
   if moments.grads is not None:

@@ -1,0 +1,120 @@
+"""One budget for narrower attention heads and for pairs of factors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from utilized_rank import allocation
+from utilized_rank import heads
+from utilized_rank import lowrank
+from utilized_rank import offers
+from utilized_rank import paths
+from utilized_rank.factorize_heads import factorize_heads
+from utilized_rank.factorize_heads import head_damages
+from utilized_rank.families import decompose
+from utilized_rank.moments import Moments
+
+
+class Narrowed(NamedTuple):
+  """Parameters with narrower heads, and what is left to spend.
+
+  Attributes:
+    tree: with `NarrowHeads` leaves.
+    ranks: of the narrowed kernels, by path.
+    rest: moments of the kernels that are in no pair.
+    params_fraction: share of their parameters that the budget leaves.
+  """
+
+  tree: Any
+  ranks: dict[str, int]
+  rest: Moments
+  params_fraction: float
+
+
+def narrow(
+  params: Any,
+  moments: Moments,
+  pairs: heads.Attention,
+  *,
+  params_fraction: float,
+  multiple_of: int,
+  gauge: str | None,
+) -> Narrowed | None:
+  """Narrows heads as far as a joint budget asks for.
+
+  Every pair of attention's kernels offers its ranks, every other kernel pairs
+  of factors; damages of both are nats per example, and what is taken is the
+  optimum (`allocation.allocate`).
+
+  Args:
+    params: dense parameters.
+    moments: of the kernels, with gradients.
+    pairs: as `find_attention` found them; those count whose kernels both have
+      moments.
+    params_fraction: share of all kernels' parameters to keep.
+    multiple_of: ranks are multiples of this.
+    gauge: of the pairs of factors.
+
+  Returns:
+    None where no head would be narrower.
+  """
+  found = heads.Attention(
+    {
+      name: pair
+      for name, pair in pairs.items()
+      if pair.left.path in moments and pair.right.path in moments
+    },
+    pairs.unseen,
+  )
+  if not found:
+    return None
+  paired = {s.path for p in found.values() for s in (p.left, p.right)}
+  rest = moments.only([path for path in moments if path not in paired])
+  damages = head_damages(params, moments, found)
+  families = decompose(
+    params, rest, method='loss', keep_factors=False, progress=False
+  )
+  terms = offers.Terms(
+    rest, 'loss', gauge, False, None, True, multiple_of, limits={}
+  )
+  choices, kept = [], []
+  for name, pair in found.items():
+    ranks = np.arange(multiple_of, pair.full_rank, multiple_of)
+    ranks = np.append(ranks, pair.width)  # such a pair stays as it is
+    kept.append(ranks)
+    choices.append(allocation.Choices(pair.cost * ranks, damages[name][ranks]))
+  choices += [offers.offer(terms, path, families).choices for path in rest]
+  whole = [terms.dense_cost(path) for path in rest]
+  total = sum(pair.cost * pair.width for pair in found.values()) + sum(whole)
+  picks = allocation.allocate(choices, int(params_fraction * total)).picks
+  narrow_ranks = {
+    name: int(ranks[pick])
+    for (name, pair), ranks, pick in zip(found.items(), kept, picks)
+    if ranks[pick] < pair.full_rank
+  }
+  if not narrow_ranks:
+    return None
+  spent = sum(
+    int(choice.costs[pick])
+    for choice, pick in zip(choices[len(kept) :], picks[len(kept) :])
+  )
+  return Narrowed(
+    factorize_heads(params, moments, found, narrow_ranks, method='loss'),
+    {
+      side.path: rank
+      for name, rank in narrow_ranks.items()
+      for side in (found[name].left, found[name].right)
+    },
+    rest,
+    min(1.0, spent / sum(whole)) if whole else 1.0,
+  )
+
+
+def put_back(tree: Any, narrowed: Narrowed) -> Any:
+  """A tree that `merge` padded, its narrow leaves narrow again."""
+  named, treedef = paths.flatten(tree, lowrank.is_low_rank)
+  small, _ = paths.flatten(narrowed.tree, lowrank.is_low_rank)
+  named |= {path: small[path] for path in narrowed.ranks}
+  return paths.unflatten(treedef, named)
