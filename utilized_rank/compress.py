@@ -120,6 +120,12 @@ def compress(
       'select= chooses the kernels to collect, and moments= has kernels '
       'already: give one of them'
     )
+  has_loss = loss is not None if moments is None else moments.grads is not None
+  if heads and (params_fraction is None or not has_loss):
+    raise ValueError(
+      'heads=True needs loss=, whose nats a head and a pair of factors have in '
+      'common, and params_fraction='
+    )
   rest = iter(batches)
   kept: list[Any] = []
   examples = 0
@@ -171,16 +177,11 @@ def compress(
       )
       return blind, report
   if heads:
-    if moments.grads is None or params_fraction is None:
-      raise ValueError(
-        'heads=True needs loss=, whose nats a head and a pair of factors have '
-        'in common, and params_fraction='
-      )
-    pairs = find_attention(fn, params, kept[0])
+    assert params_fraction is not None  # looked at above
     less = narrowed.narrow(
       params,
       moments,
-      pairs,
+      find_attention(fn, params, kept[0]),
       params_fraction=params_fraction,
       multiple_of=multiple_of,
       gauge=gauge,
