@@ -188,13 +188,17 @@ def test_missing_sections_and_bad_values_are_named(tmp_path):
   del config['finetune']
   with pytest.raises(ValueError, match="lacks the key 'finetune'"):
     pipeline.run(config, tmp_path / 'run')
-  for key, value, message in [
-    ('compress.fractions', (0.5, 1.5), r'shares in \(0, 1\)'),
-    ('compress.allocation', 'best', "allocation='best'"),
-    ('compress.method', 'output', "'compress' chooses the method itself"),
+  for options, message in [
+    ({'fractions': (0.5, 1.5)}, r'shares in \(0, 1\)'),
+    ({'allocation': 'best'}, "allocation='best'"),
+    (
+      {'allocation': 'compress', 'method': 'output'},
+      "'compress' chooses the method itself",
+    ),
+    ({'heads': True}, "allocation='compress', got 'budget'"),
   ]:
-    config = get_config(**{'compress.allocation': 'compress'})
-    config.update_from_flattened_dict({key: value})
+    config = get_config()
+    config.compress.update(options)
     with pytest.raises(ValueError, match=message):
       pipeline.run(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()

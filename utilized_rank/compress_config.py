@@ -24,6 +24,7 @@ class CompressConfig:
     allocation: 'uniform' (`uniform_ranks`), 'budget' (`budget_ranks`, in nats
       of loss where the method is 'loss'), or 'compress' (`ur.compress`, which
       tries ranks and both of 'output' and 'loss' on calibration images).
+    heads: with 'compress', try narrower attention heads as well.
     batch_size: images per batch of calibration and evaluation.
     calibration_images: images to collect moments over, drawn at random with
       the run's seed; 0 for one pass over the split as it is.
@@ -39,6 +40,7 @@ class CompressConfig:
   method: str = 'loss'
   compensate_mean: bool = True
   allocation: str = 'budget'
+  heads: bool = False
   batch_size: int = 64
   calibration_images: int = 0
   calibration_augment: bool = True
@@ -62,4 +64,9 @@ class CompressConfig:
         "config.compress.allocation='compress' chooses the method itself, from "
         "moments of the loss: it takes method='loss' and compensate_mean=True, "
         f'got {self.method!r} and {self.compensate_mean}'
+      )
+    if self.heads and self.allocation != 'compress':
+      raise ValueError(
+        'config.compress.heads=True is tried by '
+        f"config.compress.allocation='compress', got {self.allocation!r}"
       )

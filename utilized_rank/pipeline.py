@@ -241,6 +241,7 @@ class Job:
         moments=self.moments,
         params_fraction=fraction,
         loss=self._loss,
+        heads=self.compress.heads,
       )
       assert report.recipe is not None
       return small, dict(report.recipe.ranks)
