@@ -108,7 +108,8 @@ def narrow(
       for side in (found[name].left, found[name].right)
     },
     rest,
-    min(1.0, spent / sum(whole)) if whole else 1.0,
+    # Half a number more, so that rounding does not lose one.
+    min(1.0, (spent + 0.5) / sum(whole)) if whole else 1.0,
   )
 
 
