@@ -23,15 +23,6 @@ import utilized_rank as ur
 FRACTIONS = (0.25, 0.15)
 
 
-def padded(tree):
-  """The same function, with narrow heads as dense kernels again."""
-  named, treedef = ur.paths.flatten(tree, lambda v: isinstance(v, ur.LowRank))
-  for path, leaf in named.items():
-    if isinstance(leaf, ur.NarrowHeads):
-      named[path] = leaf.dense()
-  return ur.paths.unflatten(treedef, named)
-
-
 def measure(network, fractions) -> list[dict]:
   folds = [quality.Fold(network, *fold) for fold in network.folds]
   rows = []
@@ -52,7 +43,7 @@ def measure(network, fractions) -> list[dict]:
         leaves = report.recipe.leaves.values()
         narrow.append(sum(leaf.head is not None for leaf in leaves))
         kept.append(quality.share_kept(tree, fold.moments))
-        found.append(fold.judge(padded(tree)))
+        found.append(fold.judge(tree))
       pooled = {k: np.concatenate([f[k] for f in found]) for k in found[0]}
       rows.append(
         {

@@ -50,7 +50,8 @@ class Recipe(NamedTuple):
 DEFAULT = Recipe('all steps', 'compress')
 COMPRESS = {
   DEFAULT: {},
-  Recipe('no gauge', 'compress'): {'gauge': None},
+  Recipe('no heads', 'compress'): {'heads': False},
+  Recipe('no gauge', 'compress'): {'heads': False, 'gauge': None},
 }
 RECIPES = (
   *COMPRESS,
@@ -104,6 +105,8 @@ def _padded(tree, moments):
   named, treedef = ur.paths.flatten(tree, lambda v: isinstance(v, ur.LowRank))
   for path in moments:
     leaf, layout = named[path], moments[path].layout
+    if isinstance(leaf, ur.NarrowHeads):
+      leaf = leaf.dense()
     d, m = layout.matrix_shape
     c = None
     if isinstance(leaf, ur.LowRank):

@@ -41,7 +41,8 @@ PANELS = (
 # What `ur.compress` does, for comparison in every panel.
 COMPRESS = (
   ('all steps', 'compress', '-'),
-  ('no gauge', 'compress without the gauge', '--'),
+  ('no heads', 'compress without narrower heads', ':'),
+  ('no gauge', 'compress without the gauge either', '--'),
 )
 
 
@@ -127,6 +128,8 @@ def _value(row: dict, key: str) -> float:
 def _line(axis, rows, key, recipe, **style) -> None:
   keys = ('method', 'allocation')
   found = [r for r in rows if tuple(r[k] for k in keys) == recipe]
+  if not found:  # of a run before there was this recipe
+    return
   axis.plot(
     [100 * r['kept'] for r in found], [_value(r, key) for r in found], **style
   )

@@ -91,7 +91,6 @@ def test_the_whole_pipeline(name, checkpoint, kernels, folder, tmp_path):
   config = config_of(name, folder, checkpoint)
   if name == 'imagenet_vit_l16':  # in place of a budget of predicted damage
     config.compress.allocation = 'compress'
-    config.compress.heads = True
   result = pipeline.run(config, tmp_path / 'run')
   assert len(result['layers']) == kernels
   first = 'restore' if checkpoint else 'train'

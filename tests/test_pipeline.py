@@ -195,7 +195,6 @@ def test_missing_sections_and_bad_values_are_named(tmp_path):
       {'allocation': 'compress', 'method': 'output'},
       "'compress' chooses the method itself",
     ),
-    ({'heads': True}, "allocation='compress', got 'budget'"),
   ]:
     config = get_config()
     config.compress.update(options)

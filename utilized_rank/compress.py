@@ -25,6 +25,7 @@ from utilized_rank.factorize import factorize
 from utilized_rank.families import Families
 from utilized_rank.gauge import IDENTITY
 from utilized_rank.gradients import LossFn
+from utilized_rank.heads import Attention
 from utilized_rank.interpret import UnsupportedError
 from utilized_rank.kernels import ENOUGH_ROWS
 from utilized_rank.kernels import scarce
@@ -52,7 +53,7 @@ def compress(
   multiple_of: int = 1,
   gauge: str | None = IDENTITY,
   anchored: bool = True,
-  heads: bool = False,
+  heads: bool = True,
   trial_examples: int = 1024,
   energy: float = 0.99,
   progress: bool = True,
@@ -90,10 +91,10 @@ def compress(
     anchored: fit the factors anew behind compressed kernels, if the examples
       kept give four rows for every input feature; kept where outputs then
       are closer by more than the standard error of the difference.
-    heads: try narrower attention heads as well, where data flow shows query
-      and key, value and output kernels (`factorize_heads`); kept where outputs
-      then are closer. Needs a loss and a share of parameters, and the time of
-      a second search.
+    heads: try narrower attention heads as well (`factorize_heads`), within the
+      same share of parameters, where there is a loss, rows are not few, and
+      data flow shows query and key, value and output kernels; kept where
+      outputs then are closer. It is a second search.
     trial_examples: as many of the first examples are kept in memory, to try
       ranks on and to anchor with.
     energy: share of the spectra that the report's ranks are at.
@@ -104,8 +105,8 @@ def compress(
     `recipe` can be written down: it rebuilds the tree's shapes.
 
   Raises:
-    ValueError: both moments and rules, or heads without a loss or a share of
-      parameters; else as `collect`, `tune_ranks` and `factorize`.
+    ValueError: both moments and rules; else as `collect`, `tune_ranks` and
+      `factorize`.
 
   >>> fn = lambda params, x: x @ params['w']
   >>> params = {'w': jnp.eye(8)}
@@ -119,12 +120,6 @@ def compress(
     raise ValueError(
       'select= chooses the kernels to collect, and moments= has kernels '
       'already: give one of them'
-    )
-  has_loss = loss is not None if moments is None else moments.grads is not None
-  if heads and (params_fraction is None or not has_loss):
-    raise ValueError(
-      'heads=True needs loss=, whose nats a head and a pair of factors have in '
-      'common, and params_fraction='
     )
   rest = iter(batches)
   kept: list[Any] = []
@@ -176,12 +171,12 @@ def compress(
         blind, moments, blind_ranks, method='weight', compensate_mean=False
       )
       return blind, report
-  if heads:
-    assert params_fraction is not None  # looked at above
+  elif heads and params_fraction is not None and moments.grads is not None:
+    # Damages of heads and of pairs have nats alone in common.
     less = narrowed.narrow(
       params,
       moments,
-      find_attention(fn, params, kept[0]),
+      _attention(fn, params, kept[0]),
       params_fraction=params_fraction,
       multiple_of=multiple_of,
       gauge=gauge,
@@ -269,6 +264,16 @@ def _tuned(
   if comes_closer(found.divergences, after):
     return found._replace(tree=other, divergences=after)
   return found
+
+
+def _attention(
+  fn: Callable[[Any, Any], Any], params: Any, batch: Any
+) -> Attention:
+  """Pairs of attention's kernels; none where the function hides them."""
+  try:
+    return find_attention(fn, params, batch)
+  except UnsupportedError:
+    return Attention({}, {})
 
 
 def _can_anchor(

@@ -40,7 +40,7 @@ class CompressConfig:
   method: str = 'loss'
   compensate_mean: bool = True
   allocation: str = 'budget'
-  heads: bool = False
+  heads: bool = True
   batch_size: int = 64
   calibration_images: int = 0
   calibration_augment: bool = True
@@ -64,9 +64,4 @@ class CompressConfig:
         "config.compress.allocation='compress' chooses the method itself, from "
         "moments of the loss: it takes method='loss' and compensate_mean=True, "
         f'got {self.method!r} and {self.compensate_mean}'
-      )
-    if self.heads and self.allocation != 'compress':
-      raise ValueError(
-        'config.compress.heads=True is tried by '
-        f"config.compress.allocation='compress', got {self.allocation!r}"
       )

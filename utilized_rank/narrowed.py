@@ -52,7 +52,7 @@ def narrow(
     params: dense parameters.
     moments: of the kernels, with gradients.
     pairs: as `find_attention` found them; those count whose kernels both have
-      moments.
+      moments of their inputs.
     params_fraction: share of all kernels' parameters to keep.
     multiple_of: ranks are multiples of this.
     gauge: of the pairs of factors.
@@ -64,7 +64,10 @@ def narrow(
     {
       name: pair
       for name, pair in pairs.items()
-      if pair.left.path in moments and pair.right.path in moments
+      if all(
+        side.path in moments and moments[side.path].entry.side == 'input'
+        for side in (pair.left, pair.right)
+      )
     },
     pairs.unseen,
   )
