@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import time
 
 import jax
@@ -157,8 +156,9 @@ def torch_job(model, batches, ranks):
 
 
 def our_job(fn, params, batches, ranks, wide):
-  rules = [(re.escape(path), True) for path in wide]
-  moments = ur.collect(fn, params, batches, from_outputs=rules, progress=False)
+  moments = ur.collect(
+    fn, params, batches, from_outputs=ur.paths.only(wide), progress=False
+  )
   collected = time.perf_counter()
   small = ur.factorize(
     params, moments, ranks, compensate_mean=False, progress=False

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 import itertools
 import math
-import re
 from typing import Any
 
 import jax
@@ -205,7 +204,7 @@ def find_kernels(
       raise ValueError(
         f'{path!r} is low-rank already; give the dense parameters'
       )
-  rules = [(re.escape(path), True) for path in only]
+  rules = paths.only(only)
   if not rules:
     raise ValueError('no kernel is named: there is no rank to have')
   sites = find_sites(fn, params, batch, select=rules)

@@ -27,7 +27,6 @@ from utilized_rank.measurement import Measurement
 from utilized_rank.moments import Moments
 from utilized_rank.plan import Plan
 from utilized_rank.plan import plan
-from utilized_rank.plan import rules_for
 from utilized_rank.progress import track
 from utilized_rank.rows import is_explicit
 from utilized_rank.running import RunningSums
@@ -210,7 +209,7 @@ def collect(
         accumulate=accumulate,
         progress=progress,
       )
-      parts = [again(select=rules_for(members)) for members in costs.passes]
+      parts = [again(select=paths.only(members)) for members in costs.passes]
       return passes.join(parts, costs.kernels)
   spread = _spread(values, mesh, batch_axes, pmap_axis)
   sites = spread.sites(

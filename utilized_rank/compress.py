@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sized
 import functools
 import itertools
-import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,11 +30,13 @@ from utilized_rank.kernels import ENOUGH_ROWS
 from utilized_rank.kernels import scarce
 from utilized_rank.lowrank import merge
 from utilized_rank.moments import Moments
+from utilized_rank.ranks import one_fraction
 from utilized_rank.ranks import uniform_ranks
 from utilized_rank.recipe import Recipe
 from utilized_rank.report import Report
 from utilized_rank.report import measure
 from utilized_rank.streams import Streams
+from utilized_rank.trials import divergences
 from utilized_rank.tune import tune_ranks
 
 
@@ -121,6 +122,7 @@ def compress(
       'select= chooses the kernels to collect, and moments= has kernels '
       'already: give one of them'
     )
+  fraction = one_fraction(params_fraction, flops_fraction)
   rest = iter(batches)
   kept: list[Any] = []
   examples = 0
@@ -150,28 +152,30 @@ def compress(
     fn,
     params,
     batches=kept,
+    budget=budget,
     divergence=divergence,
     anchored=anchored,
     progress=progress,
   )
-  best = try_on(params, moments, budget=budget)
-  if scarce(moments, moments):
-    blind, blind_ranks = _blind(params, moments, **budget)
+  is_scarce = bool(scarce(moments, moments))
+  if is_scarce:
+    blind, blind_ranks = _blind(params, moments, fraction, multiple_of, gauge)
     if not holdout.generalises(
       fn,
       params,
       moments,
       kept,
       blind,
+      lambda few, part: try_on(params, few, batches=part, progress=False).tree,
       loss=loss,
       divergence=divergence,
-      budget=budget,
     ):
       report.recipe = Recipe.of(
         blind, moments, blind_ranks, method='weight', compensate_mean=False
       )
       return blind, report
-  elif heads and params_fraction is not None and moments.grads is not None:
+  best = try_on(params, moments)
+  if heads and not is_scarce and params_fraction and moments.grads is not None:
     # Damages of heads and of pairs have nats alone in common.
     less = narrowed.narrow(
       params,
@@ -182,8 +186,8 @@ def compress(
       gauge=gauge,
     )
     if less is not None and less.rest:
-      budget |= {'params_fraction': less.params_fraction}
-      other = try_on(merge(less.tree), less.rest, budget=budget)
+      left = budget | {'params_fraction': less.params_fraction}
+      other = try_on(merge(less.tree), less.rest, budget=left)
       if comes_closer(best.divergences, other.divergences):
         tree = narrowed.put_back(other.tree, less)
         best = other._replace(tree=tree, ranks=other.ranks | less.ranks)
@@ -242,7 +246,16 @@ def _tuned(
     **budget,
   )
   gauge, families = budget['gauge'], ranks.families
-  tree = holdout.factorized(start, moments, ranks, gauge, progress)
+  tree = factorize(
+    start,
+    moments,
+    ranks,
+    method=families.method,
+    damping=families.damping,
+    families=families,
+    gauge=gauge,
+    progress=progress,
+  )
   found = _Compressed(tree, dict(ranks), families, ranks.divergences)
   size, examples = check_batch(batches[0], 0), len(ranks.divergences)
   enough = ENOUGH_ROWS * size / examples  # in one batch
@@ -260,7 +273,7 @@ def _tuned(
     gauge=gauge,
     progress=progress,
   )
-  after = holdout.divergences(fn, params, other, batches, divergence)
+  after = divergences(fn, params, other, batches, divergence)
   if comes_closer(found.divergences, after):
     return found._replace(tree=other, divergences=after)
   return found
@@ -292,7 +305,7 @@ def _can_anchor(
     kernels: their paths.
     enough: rows that one batch must give for every input feature.
   """
-  only = [(re.escape(path), True) for path in kernels]
+  only = paths.only(kernels)
   if not only:
     return False
   sites = find_sites(fn, params, batch, select=only)
@@ -312,9 +325,7 @@ def _can_anchor(
 def _blind(
   params: Any,
   moments: Moments,
-  *,
-  params_fraction: float | None,
-  flops_fraction: float | None,
+  fraction: float,
   multiple_of: int,
   gauge: str | None,
 ) -> tuple[Any, dict[str, int]]:
@@ -322,8 +333,6 @@ def _blind(
 
   The same share of every kernel's parameters is that share of its FLOPs.
   """
-  fraction = flops_fraction if params_fraction is None else params_fraction
-  assert fraction is not None  # else no ranks were tuned
   ranks = uniform_ranks(
     params,
     moments,

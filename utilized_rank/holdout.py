@@ -2,60 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from utilized_rank import paths
 from utilized_rank.collect import check_batch
 from utilized_rank.collect import collect
 from utilized_rank.divergence import Divergence
 from utilized_rank.divergence import comes_closer
-from utilized_rank.factorize import factorize
 from utilized_rank.gradients import LossFn
 from utilized_rank.moments import Moments
-from utilized_rank.substitution import low_rank
-from utilized_rank.tune import TunedRanks
-from utilized_rank.tune import tune_ranks
-
-
-def factorized(
-  params: Any,
-  moments: Moments,
-  ranks: TunedRanks,
-  gauge: str | None,
-  progress: bool,
-) -> Any:
-  """The tree with the factors that the ranks were tried with."""
-  return factorize(
-    params,
-    moments,
-    ranks,
-    method=ranks.families.method,
-    damping=ranks.families.damping,
-    families=ranks.families,
-    gauge=gauge,
-    progress=progress,
-  )
-
-
-def divergences(
-  fn: Callable[[Any, Any], Any],
-  params: Any,
-  tree: Any,
-  batches: Sequence[Any],
-  divergence: Divergence,
-) -> np.ndarray:
-  """Of every example, (B,): how far `tree` is from the dense function."""
-  small = low_rank(fn)
-  each = jax.jit(
-    lambda params, tree, batch: divergence(
-      fn(params, batch), small(tree, batch), batch
-    )
-  )
-  return np.concatenate([np.asarray(each(params, tree, b)) for b in batches])
+from utilized_rank.trials import divergences
 
 
 def generalises(
@@ -64,12 +24,12 @@ def generalises(
   moments: Moments,
   batches: Sequence[Any],
   blind: Any,
+  fit: Callable[[Moments, list[Any]], Any],
   *,
   loss: LossFn | None,
   divergence: Divergence,
-  budget: Mapping[str, Any],
 ) -> bool:
-  """Whether tuned factors beat a tree made without data, on other data.
+  """Whether a tree fitted to data beats one made without, on other data.
 
   Each half of the examples is compressed for, and judged on the other one.
 
@@ -79,9 +39,9 @@ def generalises(
     moments: of the kernels; only which they are, and whether with gradients.
     batches: the examples.
     blind: the tree to beat, such as truncated SVDs.
+    fit: `fit(moments, batches)`, the tree that is made of some of the data.
     loss: as for `collect`.
     divergence: as for `tune_ranks`.
-    budget: what `tune_ranks` is to keep to.
 
   Returns:
     Whether outputs are closer to the dense ones by more than the standard
@@ -90,19 +50,15 @@ def generalises(
   halves = _halves(batches)
   if halves is None:
     return False
-  select = [(re.escape(path), True) for path in moments]
+  select = paths.only(moments)
   with_loss = loss if moments.grads is not None else None
   before: list[np.ndarray] = []
   after: list[np.ndarray] = []
-  for fit, judge in (halves, halves[::-1]):
+  for part, judge in (halves, halves[::-1]):
     few = collect(
-      fn, params, fit, loss=with_loss, select=select, progress=False
+      fn, params, part, loss=with_loss, select=select, progress=False
     )
-    ranks = tune_ranks(
-      fn, params, few, fit, divergence=divergence, progress=False, **budget
-    )
-    small = factorized(params, few, ranks, budget['gauge'], False)
-    for tree, found in ((blind, before), (small, after)):
+    for tree, found in ((blind, before), (fit(few, part), after)):
       found.append(divergences(fn, params, tree, judge, divergence))
   return comes_closer(np.concatenate(before), np.concatenate(after))
 

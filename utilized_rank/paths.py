@@ -78,6 +78,11 @@ def select(paths: Iterable[str], rules: Rules) -> dict[str, bool]:
   return selected
 
 
+def only(names: Iterable[str]) -> Rules:
+  """Selection rules for these paths and no others."""
+  return [(re.escape(name), True) for name in names]
+
+
 def unknown(path: str, known: Iterable[str]) -> str:
   """The part of an error message that helps with a mistyped path."""
   known = list(known)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import functools
-import re
 from typing import Any
 
 import jax
@@ -269,14 +268,9 @@ def _packed(weight, room, inputs, number) -> list[int]:
   return loads
 
 
-def rules_for(members: Sequence[str]) -> paths.Rules:
-  """Selection rules for these paths and no others."""
-  return [(re.escape(p), True) for p in members]
-
-
 def _step_bytes(what, params, batch, sites, accumulate, members) -> int:
   """Peak of the program that adds a batch to the sums of some kernels."""
-  some = dataclasses.replace(what, select=rules_for(members))
+  some = dataclasses.replace(what, select=paths.only(members))
   sums = some.sums({p: sites[p].layout for p in members})
   on_arrays, arrays = _on_arrays(sums, params, batch)
   state = jax.eval_shape(on_arrays, *arrays)

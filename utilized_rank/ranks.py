@@ -208,17 +208,7 @@ def budget_ranks(
       ranks exceed, rules that match nothing, moments without the gradients
       that the method or metric needs, or families made with other options.
   """
-  fractions = [
-    f
-    for f in (params_fraction, flops_fraction, latency_fraction)
-    if f is not None
-  ]
-  if len(fractions) != 1 or not 0 < fractions[0] <= 1:
-    raise ValueError(
-      f'params_fraction={params_fraction}, flops_fraction={flops_fraction}, '
-      f'latency_fraction={latency_fraction}: give one of them, a share in '
-      '(0, 1]'
-    )
+  fraction = one_fraction(params_fraction, flops_fraction, latency_fraction)
   if (latency_fraction is None) != (latency is None):
     raise ValueError(
       'latency_fraction= and latency= go together: a share of the time, and '
@@ -270,12 +260,36 @@ def budget_ranks(
   found = [offers.offer(terms, key, families) for key in keys]
   total = sum(terms.dense_cost(key) for key in keys)
   solution = allocation.allocate(
-    [o.choices for o in found], int(fractions[0] * total)
+    [o.choices for o in found], int(fraction * total)
   )
   ranks: dict[Any, int] = {}
   for choices, pick in zip(found, solution.picks, strict=True):
     ranks.update(choices.ranks[pick])
   return ranks
+
+
+def one_fraction(
+  params_fraction: float | None,
+  flops_fraction: float | None,
+  latency_fraction: float | None = None,
+) -> float:
+  """The one that is given.
+
+  Raises:
+    ValueError: it is not one, or no share in (0, 1].
+  """
+  fractions = [
+    f
+    for f in (params_fraction, flops_fraction, latency_fraction)
+    if f is not None
+  ]
+  if len(fractions) != 1 or not 0 < fractions[0] <= 1:
+    raise ValueError(
+      f'params_fraction={params_fraction}, flops_fraction={flops_fraction}, '
+      f'latency_fraction={latency_fraction}: give one of them, a share in '
+      '(0, 1]'
+    )
+  return fractions[0]
 
 
 def _known(

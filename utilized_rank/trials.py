@@ -171,3 +171,20 @@ class Trials:
         layout,
       )
     return paths.unflatten(self._treedef, named)
+
+
+def divergences(
+  fn: Callable[[Any, Any], Any],
+  params: Any,
+  tree: Any,
+  batches: Sequence[Any],
+  divergence: Divergence,
+) -> np.ndarray:
+  """Of every example, (B,): how far `tree` is from the dense function."""
+  small = low_rank(fn)
+  each = jax.jit(
+    lambda params, tree, batch: divergence(
+      fn(params, batch), small(tree, batch), batch
+    )
+  )
+  return np.concatenate([np.asarray(each(params, tree, b)) for b in batches])
