@@ -212,9 +212,7 @@ def factorize(
     ),
   )
   if progress:
-    total = sum(
-      moments[shared.names_of(key)[0]].layout.num_groups for key in ranks
-    )
+    total = shared.count_units(ranks, moments)
     made = track(made, total=total, desc='factorize', unit='kernel')
   for key, members in itertools.groupby(made, lambda member: member.key):
     found = list(members)

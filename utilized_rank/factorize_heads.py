@@ -14,7 +14,9 @@ from utilized_rank import heads
 from utilized_rank import joint
 from utilized_rank import lowrank
 from utilized_rank import methods
+from utilized_rank import offers
 from utilized_rank import paths
+from utilized_rank import shared
 from utilized_rank import subspace
 from utilized_rank.kernels import kernels
 from utilized_rank.moments import Moments
@@ -126,19 +128,34 @@ def budget_head_ranks(
     compensate_mean=compensate_mean,
     damping=damping,
   )
-  offers, choices, total = [], [], 0
+  found = head_offers(pairs, damages, multiple_of)
+  total = sum(pair.cost * pair.width for pair in pairs.values())
+  ranks: dict[Any, int] = {}
+  for taken, _ in offers.spend(found, int(params_fraction * total)):
+    ranks |= taken
+  return ranks
+
+
+def head_offers(
+  pairs: heads.Attention,
+  damages: Mapping[str, np.ndarray],
+  multiple_of: int,
+) -> list[offers.Offer]:
+  """What each pair offers a budget: its ranks, or to stay as it is.
+
+  Args:
+    pairs: as `find_attention` found them.
+    damages: as `head_damages` found them.
+    multiple_of: ranks are multiples of this.
+  """
+  found = []
   for name, pair in pairs.items():
     ranks = np.arange(multiple_of, pair.full_rank, multiple_of)
-    ranks = np.append(ranks, pair.width)  # such a pair stays as it is
-    offers.append(allocation.Choices(pair.cost * ranks, damages[name][ranks]))
-    choices.append(ranks)
-    total += pair.cost * pair.width
-  solution = allocation.allocate(offers, int(params_fraction * total))
-  picked = {
-    name: int(ranks[i])
-    for name, ranks, i in zip(pairs, choices, solution.picks, strict=True)
-  }
-  return {n: r for n, r in picked.items() if r < pairs[n].full_rank}
+    taken: list[dict[shared.Key, int]] = [{name: int(r)} for r in ranks]
+    ranks = np.append(ranks, pair.width)
+    choices = allocation.Choices(pair.cost * ranks, damages[name][ranks])
+    found.append(offers.Offer([*taken, {}], choices))
+  return found
 
 
 def factorize_heads(

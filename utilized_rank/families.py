@@ -160,9 +160,7 @@ def decompose(
 
   made = threads.ordered_map(make, every)
   if progress:
-    total = sum(
-      moments[shared.names_of(key)[0]].layout.num_groups for key in keys
-    )
+    total = shared.count_units(keys, moments)
     made = track(made, total=total, desc='decompose', unit='kernel')
   found: dict[Key, list[Family]] = {}
   for key, family in made:

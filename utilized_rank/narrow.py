@@ -77,6 +77,11 @@ class NarrowHeads(LowRank):
     return cls(children[0], None, None, layout, head=head)
 
 
+def narrow_shape(layout: Layout, head: int, rank: int) -> tuple[int, ...]:
+  """Shape of `NarrowHeads.a`: r in place of the width of the heads."""
+  return tuple(rank if i == head else layout.atoms[i] for i in _order(layout))
+
+
 def _order(layout: Layout, groups: Atoms | None = None) -> Atoms:
   """Atoms of a narrow kernel's axes."""
   groups = layout.groups if groups is None else groups

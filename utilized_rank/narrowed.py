@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from utilized_rank import allocation
 from utilized_rank import heads
 from utilized_rank import lowrank
 from utilized_rank import offers
 from utilized_rank import paths
 from utilized_rank.factorize_heads import factorize_heads
 from utilized_rank.factorize_heads import head_damages
+from utilized_rank.factorize_heads import head_offers
 from utilized_rank.families import decompose
 from utilized_rank.moments import Moments
 
@@ -46,7 +44,7 @@ def narrow(
 
   Every pair of attention's kernels offers its ranks, every other kernel pairs
   of factors; damages of both are nats per example, and what is taken is the
-  optimum (`allocation.allocate`).
+  optimum (`offers.spend`).
 
   Args:
     params: dense parameters.
@@ -82,37 +80,27 @@ def narrow(
   terms = offers.Terms(
     rest, 'loss', gauge, False, None, True, multiple_of, limits={}
   )
-  choices, kept = [], []
-  for name, pair in found.items():
-    ranks = np.arange(multiple_of, pair.full_rank, multiple_of)
-    ranks = np.append(ranks, pair.width)  # such a pair stays as it is
-    kept.append(ranks)
-    choices.append(allocation.Choices(pair.cost * ranks, damages[name][ranks]))
-  choices += [offers.offer(terms, path, families).choices for path in rest]
-  whole = [terms.dense_cost(path) for path in rest]
-  total = sum(pair.cost * pair.width for pair in found.values()) + sum(whole)
-  picks = allocation.allocate(choices, int(params_fraction * total)).picks
-  narrow_ranks = {
-    name: int(ranks[pick])
-    for (name, pair), ranks, pick in zip(found.items(), kept, picks)
-    if ranks[pick] < pair.full_rank
-  }
-  if not narrow_ranks:
+  of_heads = head_offers(found, damages, multiple_of)
+  of_rest = [offers.offer(terms, path, families) for path in rest]
+  whole = sum(terms.dense_cost(path) for path in rest)
+  total = whole + sum(pair.cost * pair.width for pair in found.values())
+  spent = offers.spend([*of_heads, *of_rest], int(params_fraction * total))
+  ranks: dict[Any, int] = {}
+  for taken, _ in spent[: len(of_heads)]:
+    ranks |= taken
+  if not ranks:
     return None
-  spent = sum(
-    int(choice.costs[pick])
-    for choice, pick in zip(choices[len(kept) :], picks[len(kept) :])
-  )
+  left = sum(cost for _, cost in spent[len(of_heads) :])
   return Narrowed(
-    factorize_heads(params, moments, found, narrow_ranks, method='loss'),
+    factorize_heads(params, moments, found, ranks, method='loss'),
     {
       side.path: rank
-      for name, rank in narrow_ranks.items()
+      for name, rank in ranks.items()
       for side in (found[name].left, found[name].right)
     },
     rest,
     # Half a number more, so that rounding does not lose one.
-    min(1.0, (spent + 0.5) / sum(whole)) if whole else 1.0,
+    min(1.0, (left + 0.5) / whole) if whole else 1.0,
   )
 
 

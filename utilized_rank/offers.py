@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -12,6 +12,7 @@ import numpy as np
 
 from utilized_rank import shared
 from utilized_rank.allocation import Choices
+from utilized_rank.allocation import allocate
 from utilized_rank.families import Families
 from utilized_rank.gauge import pair_cost
 from utilized_rank.latency import LatencyTable
@@ -121,6 +122,21 @@ def _ranks(terms: Terms, key: Key, families: Families) -> Offer:
   return Offer(
     [{key: int(r)} if r else {} for r in ranks], Choices(costs, damages)
   )
+
+
+def spend(
+  found: Sequence[Offer], budget: int
+) -> list[tuple[dict[Key, int], int]]:
+  """The choices of least total damage within a budget.
+
+  Returns:
+    For each offer the ranks that it stands for, and its cost.
+  """
+  picks = allocate([o.choices for o in found], budget).picks
+  return [
+    (offer.ranks[pick], int(offer.choices.costs[pick]))
+    for offer, pick in zip(found, picks, strict=True)
+  ]
 
 
 def _both(one: Offer, two: Offer) -> Offer:

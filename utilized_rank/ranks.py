@@ -7,7 +7,6 @@ import math
 import re
 from typing import Any
 
-from utilized_rank import allocation
 from utilized_rank import methods
 from utilized_rank import offers
 from utilized_rank import shared
@@ -259,12 +258,9 @@ def budget_ranks(
   )
   found = [offers.offer(terms, key, families) for key in keys]
   total = sum(terms.dense_cost(key) for key in keys)
-  solution = allocation.allocate(
-    [o.choices for o in found], int(fraction * total)
-  )
   ranks: dict[Any, int] = {}
-  for choices, pick in zip(found, solution.picks, strict=True):
-    ranks.update(choices.ranks[pick])
+  for taken, _ in offers.spend(found, int(fraction * total)):
+    ranks |= taken
   return ranks
 
 

@@ -29,6 +29,7 @@ from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
 from utilized_rank.moments import Moments
 from utilized_rank.narrow import NarrowHeads
+from utilized_rank.narrow import narrow_shape
 
 _FORMAT = 1
 _KIND = 'utilized_rank recipe'
@@ -65,8 +66,7 @@ class FactoredLeaf:
       own = (layout.matrix_shape[1] - self.rank,)
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype)
     if self.head is not None:
-      order = layout.groups + layout.inputs + layout.outputs
-      sizes = (self.rank if i == self.head else layout.atoms[i] for i in order)
+      sizes = narrow_shape(layout, self.head, self.rank)
       return NarrowHeads(shape(*sizes), None, None, layout, head=self.head)
     return LowRank(
       None

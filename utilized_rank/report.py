@@ -75,7 +75,7 @@ class LayerReport:
   @property
   def rank(self) -> int:
     """r = min(k_S, k_T), the utilized rank; without k_S no less than it."""
-    return self.k_out if self.k_in is None else min(self.k_in, self.k_out)
+    return _rank(self.k_in, self.k_out)
 
   @property
   def full_rank(self) -> int:
@@ -258,11 +258,14 @@ class Report(Mapping[str, LayerReport]):
 
 
 def _ranks_at(layer: LayerReport, energy: float) -> tuple[int | None, int, int]:
-  k_out = subspace.energy_rank(layer.spectrum_out, energy)
-  if layer.k_in is None:
-    return None, k_out, k_out
-  k_in = subspace.energy_rank(layer.spectrum_in, energy)
-  return k_in, k_out, min(k_in, k_out)
+  k_in, k_out = None, subspace.energy_rank(layer.spectrum_out, energy)
+  if layer.k_in is not None:
+    k_in = subspace.energy_rank(layer.spectrum_in, energy)
+  return k_in, k_out, _rank(k_in, k_out)
+
+
+def _rank(k_in: int | None, k_out: int) -> int:
+  return k_out if k_in is None else min(k_in, k_out)
 
 
 def measure(
@@ -328,7 +331,7 @@ def _layer(kernel: Kernel, energy: float, moments: Moments) -> LayerReport:
     k_in, spectrum_in = subspace.energy_rank(s.values, energy), s.values
     error = subspace.projected_error(kernel.w, s, k_in, t.vectors[:, :k_out])
     projected = error / total if total > 0 else 0.0
-  rank = k_out if k_in is None else min(k_in, k_out)
+  rank = _rank(k_in, k_out)
   spectrum_out = np.zeros(m)
   spectrum_out[: len(t.values)] = t.values
   return LayerReport(

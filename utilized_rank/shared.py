@@ -44,6 +44,11 @@ def sets(moments: Mapping[str, Any]) -> list[tuple[str, ...]]:
   return [tuple(names) for names in found.values() if len(names) > 1]
 
 
+def count_units(keys: Iterable[Key], moments: Mapping[str, Any]) -> int:
+  """How many groups of kernels `units` yields under some keys, together."""
+  return sum(moments[names_of(key)[0]].layout.num_groups for key in keys)
+
+
 def matrix_shape(key: Key, moments: Mapping[str, Any]) -> tuple[int, int]:
   """(d, m_1 + m_2 + ...) of the kernels side by side."""
   shapes = [moments[name].layout.matrix_shape for name in names_of(key)]

@@ -86,8 +86,7 @@ def output_basis(
   floor = _floor(np.trace(s))
   if m <= d:
     t = w.T @ (s @ w) if t is None else t
-    _, vectors = numerics.symmetric_eigh(t + floor * (w.T @ w))
-    vectors = vectors[:, ::-1]
+    vectors = _leading(t + floor * (w.T @ w))
     values = np.sum(vectors * (t @ vectors), axis=0)
   else:
     basis = input_basis(s) if of_s is None else of_s
@@ -106,16 +105,18 @@ def measured_output_basis(w: np.ndarray, t: np.ndarray) -> Basis:
   floor = _FLOOR * (np.trace(t) or 1.0) / (np.sum(w * w) or 1.0)
   d, m = w.shape
   if m <= d:
-    _, vectors = numerics.symmetric_eigh(t + floor * (w.T @ w))
-    vectors = vectors[:, ::-1]
+    vectors = _leading(t + floor * (w.T @ w))
   else:  # outputs lie in the row space of W
     rows, _ = np.linalg.qr(w.T)
     inner, turned = rows.T @ t @ rows, w @ rows
-    inner = (inner + inner.T) / 2 + floor * (turned.T @ turned)
-    _, vectors = numerics.symmetric_eigh(inner)
-    vectors = rows @ vectors[:, ::-1]
+    vectors = rows @ _leading(inner + floor * (turned.T @ turned))
   values = np.sum(vectors * (t @ vectors), axis=0)
   return Basis(np.maximum(values, 0), vectors)
+
+
+def _leading(moment: np.ndarray) -> np.ndarray:
+  """Eigenvectors, those of the largest eigenvalues first."""
+  return numerics.symmetric_eigh(moment)[1][:, ::-1]
 
 
 def project(w: np.ndarray, v: np.ndarray, u: np.ndarray) -> np.ndarray:
