@@ -45,7 +45,7 @@ def run(network: common.Network, fractions) -> dict:
   print(f'\n== {network.name}: {str(pairs).splitlines()[-1]}')
   paths = [s.path for p in pairs.values() for s in (p.left, p.right)]
   network = dataclasses.replace(network, select=[(p, True) for p in paths])
-  moments = [_calibrate(network, batch) for batch, _ in network.folds]
+  moments = [quality.calibrate(network, batch) for batch, _ in network.folds]
   judges = [
     quality.Judge(network, m, batch)
     for m, (_, batch) in zip(moments, network.folds, strict=True)
@@ -57,7 +57,7 @@ def run(network: common.Network, fractions) -> dict:
       found, kept = [], []
       for of_fold, judge in zip(moments, judges, strict=True):
         small = _compressed(network.params, of_fold, pairs, recipe, fraction)
-        kept.append(_kept(small, paths))
+        kept.append(quality.share_kept(small, paths))
         # The judge compiles once, for pairs; narrow heads it gets padded.
         found.append(judge(ur.merge(small) if recipe[0] == 'joint' else small))
       rows.append(_row(recipe, fraction, float(np.mean(kept)), found))
@@ -70,19 +70,6 @@ def run(network: common.Network, fractions) -> dict:
     'seconds': round(time.perf_counter() - start, 1),
     'rows': rows,
   }
-
-
-def _calibrate(network: common.Network, batch: common.Batch) -> ur.Moments:
-  size = network.batch_size
-  starts = range(0, len(batch['x']), size)
-  return ur.collect(
-    network.fn,
-    network.params,
-    [{'x': batch['x'][i : i + size]} for i in starts],
-    loss=ur.sampled_cross_entropy(),
-    select=network.select,
-    progress=False,
-  )
 
 
 def _compressed(params, moments, pairs, recipe, fraction):
@@ -99,19 +86,12 @@ def _compressed(params, moments, pairs, recipe, fraction):
   return ur.factorize(params, moments, ranks, method=method)
 
 
-def _kept(tree, paths) -> float:
-  named, _ = ur.paths.flatten(tree, lambda v: isinstance(v, ur.LowRank))
-  left = sum(ur.count_params(named[p]) for p in paths)
-  return left / sum(int(np.prod(named[p].shape)) for p in paths)
-
-
 def _row(recipe, fraction, kept, found) -> dict:
-  pooled = {k: np.concatenate([f[k] for f in found]) for k in found[0]}
   return {
     **dict(zip(('how', 'method', 'allocation'), recipe, strict=True)),
     'asked': fraction,
     'kept': round(kept, 4),
-    **{k: round(float(v.mean()), 5) for k, v in pooled.items()},
+    **{k: round(float(v.mean()), 5) for k, v in quality.pool(found).items()},
   }
 
 

@@ -44,14 +44,15 @@ def measure(network, fractions) -> list[dict]:
         narrow.append(sum(leaf.head is not None for leaf in leaves))
         kept.append(quality.share_kept(tree, fold.moments))
         found.append(fold.judge(tree))
-      pooled = {k: np.concatenate([f[k] for f in found]) for k in found[0]}
       rows.append(
         {
           'heads': heads,
           'asked': fraction,
           'kept': round(float(np.mean(kept)), 4),
           'narrow_kernels': narrow,
-          **{k: round(float(v.mean()), 5) for k, v in pooled.items()},
+          **{
+            k: round(float(v.mean()), 5) for k, v in quality.pool(found).items()
+          },
         }
       )
       print(rows[-1], flush=True)

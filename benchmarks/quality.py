@@ -196,16 +196,16 @@ class Fold:
     return ur.factorize(network.params, moments, ranks, **options)
 
 
-def share_kept(tree, moments) -> float:
+def share_kept(tree, kernels) -> float:
   """Numbers in the kernels' place, as a share of the kernels'."""
   named, _ = ur.paths.flatten(tree, lambda v: isinstance(v, ur.LowRank))
-  left = sum(ur.count_params(named[p]) for p in moments)
-  return left / sum(int(np.prod(moments[p].layout.shape)) for p in moments)
+  left = sum(ur.count_params(named[p]) for p in kernels)
+  return left / sum(int(np.prod(named[p].shape)) for p in kernels)
 
 
 def measure_recipes(folds: list[Fold], fractions) -> list[dict]:
   """One row per recipe and fraction, the folds pooled."""
-  dense = _pool([fold.judge(fold.network.params) for fold in folds])
+  dense = pool([fold.judge(fold.network.params) for fold in folds])
   rows = [_row(Recipe('dense', 'none', False), 1, 1.0, dense, dense)]
   for fraction in fractions:
     default = None
@@ -213,7 +213,7 @@ def measure_recipes(folds: list[Fold], fractions) -> list[dict]:
       trees = [fold.cut(recipe, fraction) for fold in folds]
       if recipe == DEFAULT and fraction == fractions[-1]:
         folds[0].judge.check_padding(trees[0])
-      found = _pool([f.judge(t) for f, t in zip(folds, trees, strict=True)])
+      found = pool([f.judge(t) for f, t in zip(folds, trees, strict=True)])
       kept = [
         share_kept(t, f.moments) for f, t in zip(folds, trees, strict=True)
       ]
@@ -223,7 +223,8 @@ def measure_recipes(folds: list[Fold], fractions) -> list[dict]:
   return rows
 
 
-def _pool(parts: list[dict]) -> dict[str, np.ndarray]:
+def pool(parts: list[dict]) -> dict[str, np.ndarray]:
+  """Judgements of several folds as those of one."""
   return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 

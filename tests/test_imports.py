@@ -62,6 +62,7 @@ OUTER = {
   'prepared',
   'preprocess',
   'resume',
+  'shrink',
   'tfrecord',
   'train',
   'workdir',

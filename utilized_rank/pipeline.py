@@ -30,6 +30,7 @@ from utilized_rank import train
 from utilized_rank.compress_config import CompressConfig
 from utilized_rank.lowrank import is_low_rank
 from utilized_rank.report import Report
+from utilized_rank.shrink import shrink
 from utilized_rank.workdir import Workdir
 
 # A run with a checkpoint has 'restore' in place of the first.
@@ -224,51 +225,20 @@ class Job:
   def factorize(self) -> dict[str, Any]:
     chosen = {}
     for fraction in self.compress.fractions:
-      small, ranks = self._shrink(fraction)
+      small, ranks = shrink(
+        self._of_batch,
+        self.dense,
+        self.moments,
+        lambda: self._calibration()[1],
+        self._loss,
+        fraction,
+        self.compress,
+      )
       ur.save(
         self.workdir.file('factorized', str(fraction)), small, overwrite=True
       )
       chosen[str(fraction)] = ranks
     return {'ranks': chosen}
-
-  def _shrink(self, fraction: float) -> tuple[Any, dict[str, int]]:
-    """The dense tree with factors in it, and their ranks."""
-    if self.compress.allocation == 'compress':
-      small, report = ur.compress(
-        self._of_batch,
-        self.dense,
-        self._calibration()[1],
-        moments=self.moments,
-        params_fraction=fraction,
-        loss=self._loss,
-        heads=self.compress.heads,
-      )
-      assert report.recipe is not None
-      return small, dict(report.recipe.ranks)
-    ranks = self._ranks(fraction)
-    small = ur.factorize(
-      self.dense,
-      self.moments,
-      ranks,
-      method=self.compress.method,
-      compensate_mean=self.compress.compensate_mean,
-    )
-    return small, ranks
-
-  def _ranks(self, fraction: float) -> dict[str, int]:
-    if self.compress.allocation == 'uniform':
-      return ur.uniform_ranks(
-        self.dense, self.moments, params_fraction=fraction
-      )
-    # The paper's form has no ranks of its own under a budget.
-    method = self.compress.method
-    return ur.budget_ranks(
-      self.dense,
-      self.moments,
-      params_fraction=fraction,
-      method='output' if method == methods.UTILIZED else method,
-      compensate_mean=self.compress.compensate_mean,
-    )
 
   def finetune(self) -> dict[str, Any]:
     validation: dict[str, Any] = {}

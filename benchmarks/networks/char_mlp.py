@@ -57,27 +57,16 @@ def train(text: np.ndarray, seed: int = 0):
   optimizer = optax.adamw(rates, weight_decay=DECAY, mask=decayed)
   text = jnp.asarray(text)
 
-  def loss(params, rows):
+  def loss(params, key):
+    at = jax.random.randint(key, (BATCH, 1), 0, len(text) - CONTEXT)
+    rows = text[at + jnp.arange(CONTEXT + 1)]
     logits = fn(params, {'x': rows[:, :-1]})
     return optax.softmax_cross_entropy_with_integer_labels(
       logits, rows[:, -1]
     ).mean()
 
-  def step(state, key):
-    params, moments = state
-    at = jax.random.randint(key, (BATCH, 1), 0, len(text) - CONTEXT)
-    gradient = jax.grad(loss)(params, text[at + jnp.arange(CONTEXT + 1)])
-    updates, moments = optimizer.update(gradient, moments, params)
-    return (optax.apply_updates(params, updates), moments), None
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def run(state, keys):
-    return jax.lax.scan(step, state, keys)[0]
-
-  params = _init(seed)
-  state = params, optimizer.init(params)
   keys = jax.random.split(jax.random.key(seed), STEPS)
-  return run(state, keys)[0]
+  return common.train(loss, _init(seed), optimizer, keys)
 
 
 def _rows(text: np.ndarray, at: np.ndarray) -> common.Batch:

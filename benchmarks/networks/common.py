@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 Batch = dict[str, np.ndarray]
 
@@ -84,3 +86,24 @@ def check_close(what: str, got: float, published: float, within: float) -> None:
 
 def accuracy(log_p: np.ndarray, y: np.ndarray) -> float:
   return float(np.mean(log_p.argmax(-1) == y))
+
+
+def train(
+  loss: Callable[[Any, jax.Array], jax.Array],
+  params: Any,
+  optimizer: optax.GradientTransformation,
+  keys: jax.Array,
+) -> Any:
+  """Minimises `loss(params, key)`, a step for each key; one compiled loop."""
+
+  def step(state, key):
+    params, moments = state
+    gradient = jax.grad(loss)(params, key)
+    updates, moments = optimizer.update(gradient, moments, params)
+    return (optax.apply_updates(params, updates), moments), None
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def run(state, keys):
+    return jax.lax.scan(step, state, keys)[0]
+
+  return run((params, optimizer.init(params)), keys)[0]

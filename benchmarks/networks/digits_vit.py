@@ -6,8 +6,6 @@ until its cross-entropy on other images is that of an earlier probe, about 0.35.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,26 +26,16 @@ def train(model: ViT, x: np.ndarray, y: np.ndarray, seed: int = 0):
   )
   images, labels = jnp.asarray(x), jnp.asarray(y)
 
-  def loss(params, rows):
+  def loss(params, key):
+    rows = jax.random.randint(key, (BATCH,), 0, len(images))
     logits = model.apply(params, images[rows])
     return optax.softmax_cross_entropy_with_integer_labels(
       logits, labels[rows]
     ).mean()
 
-  def step(state, key):
-    params, moments = state
-    rows = jax.random.randint(key, (BATCH,), 0, len(images))
-    gradient = jax.grad(loss)(params, rows)
-    updates, moments = optimizer.update(gradient, moments, params)
-    return (optax.apply_updates(params, updates), moments), None
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def run(state, keys):
-    return jax.lax.scan(step, state, keys)[0]
-
   params = jax.jit(model.init)(jax.random.key(seed), images[:1])
   keys = jax.random.split(jax.random.key(seed + 1), STEPS)
-  return run((params, optimizer.init(params)), keys)[0]
+  return common.train(loss, params, optimizer, keys)
 
 
 def load(root: str, seed: int = 0) -> common.Network:
