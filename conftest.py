@@ -24,6 +24,11 @@ def pytest_configure(config):
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
+def pytest_unconfigure(config):
+  del config
+  _CACHE.cleanup()
+
+
 @pytest.fixture(autouse=True)
 def _example_names(doctest_namespace):
   doctest_namespace.update(jax=jax, jnp=jnp, np=np)
