@@ -414,6 +414,27 @@ def test_heads_are_narrowed_where_that_is_nearer(tmp_path):
   assert recipe.ranks['q'] == small['q'].rank
 
 
+def test_attention_alone_is_narrowed():
+  fn, params, batches = attention()
+  kernels = ('q', 'k', 'v', 'o')
+  small, report = ur.compress(
+    fn,
+    params,
+    batches,
+    params_fraction=0.6,
+    gauge=None,
+    loss=ur.sampled_cross_entropy(),
+    select=[(f'({"|".join(kernels)})', True), ('.*', False)],
+    progress=False,
+  )
+  # Two directions are all that scores depend on: with them the rest may stay.
+  assert report.recipe.ranks == {'q': 2, 'k': 2}
+  assert isinstance(small['q'], ur.NarrowHeads) and small['v'] is params['v']
+  left = sum(ur.count_params(small[name]) for name in kernels)
+  assert left <= 0.6 * sum(params[name].size for name in kernels)
+  assert measured(fn, params, small, batches) < 1e-6
+
+
 @pytest.mark.parametrize(
   'options',
   [

@@ -21,7 +21,6 @@ from utilized_rank.divergence import Divergence
 from utilized_rank.divergence import comes_closer
 from utilized_rank.divergence import squared_error
 from utilized_rank.factorize import factorize
-from utilized_rank.families import Families
 from utilized_rank.gauge import IDENTITY
 from utilized_rank.gradients import LossFn
 from utilized_rank.heads import Attention
@@ -29,6 +28,7 @@ from utilized_rank.interpret import UnsupportedError
 from utilized_rank.kernels import ENOUGH_ROWS
 from utilized_rank.kernels import scarce
 from utilized_rank.lowrank import merge
+from utilized_rank.methods import DAMPING
 from utilized_rank.moments import Moments
 from utilized_rank.ranks import one_fraction
 from utilized_rank.ranks import uniform_ranks
@@ -185,18 +185,18 @@ def compress(
       multiple_of=multiple_of,
       gauge=gauge,
     )
-    if less is not None and less.rest:
-      left = budget | {'params_fraction': less.params_fraction}
-      other = try_on(merge(less.tree), less.rest, budget=left)
+    if less is not None:
+      if less.rest:
+        left = budget | {'params_fraction': less.params_fraction}
+        other = try_on(merge(less.tree), less.rest, budget=left)
+        other = other._replace(tree=narrowed.put_back(other.tree, less))
+      else:  # attention's kernels are all there are
+        found = divergences(fn, params, less.tree, kept, divergence)
+        other = _Compressed(less.tree, {}, 'loss', DAMPING, found)
       if comes_closer(best.divergences, other.divergences):
-        tree = narrowed.put_back(other.tree, less)
-        best = other._replace(tree=tree, ranks=other.ranks | less.ranks)
+        best = other._replace(ranks=other.ranks | less.ranks)
   report.recipe = Recipe.of(
-    best.tree,
-    moments,
-    best.ranks,
-    method=best.families.method,
-    damping=best.families.damping,
+    best.tree, moments, best.ranks, method=best.method, damping=best.damping
   )
   return best.tree, report
 
@@ -206,7 +206,8 @@ class _Compressed(NamedTuple):
 
   tree: Any
   ranks: dict[str, int]
-  families: Families
+  method: str
+  damping: float
   divergences: np.ndarray
 
 
@@ -256,7 +257,9 @@ def _tuned(
     gauge=gauge,
     progress=progress,
   )
-  found = _Compressed(tree, dict(ranks), families, ranks.divergences)
+  found = _Compressed(
+    tree, dict(ranks), families.method, families.damping, ranks.divergences
+  )
   size, examples = check_batch(batches[0], 0), len(ranks.divergences)
   enough = ENOUGH_ROWS * size / examples  # in one batch
   if not anchored or not _can_anchor(fn, params, batches[0], ranks, enough):
