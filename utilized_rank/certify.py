@@ -69,6 +69,12 @@ def check(
     )
 
 
+def mean_energy(kernel: Kernel, weighted: bool) -> float:
+  """What the mean input adds to tr(W^T S W G) of a centred S."""
+  row = (kernel.mean @ kernel.w)[None]
+  return _form(row, _times(row, kernel.gradient if weighted else None))
+
+
 def _noise(
   stored: Factors, s: np.ndarray, g: np.ndarray | None, dtype: Any
 ) -> float:

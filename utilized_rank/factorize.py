@@ -188,17 +188,21 @@ def factorize(
       )
     ]
     pairs = [part.pair() for part in parts]
+    kernel = shared.joint(group)
+    energy = solution.energy
+    if centered:  # the sums were rounded before the mean was taken off
+      energy += certify.mean_energy(kernel, solution.weighted)
     certify.check(
-      shared.joint(group),
+      kernel,
       Factors(pairs[0].a, np.concatenate([f.b for f in pairs], axis=1)),
       solution.error,
       named[names[0]].dtype,
       solution.weighted,
-      solution.energy,
+      energy,
     )
     discarded = [
-      kernel.mean @ (kernel.w - f.a @ f.b)
-      for kernel, f in zip(group, pairs, strict=True)
+      member.mean @ (member.w - f.a @ f.b)
+      for member, f in zip(group, pairs, strict=True)
     ]
     return _Member(key, parts, discarded)
 
