@@ -18,15 +18,18 @@ RESULTS = pathlib.Path(__file__).parent / 'results'
 _PACKAGES = ('utilized_rank', 'jax', 'jaxlib', 'flax', 'numpy', 'torch')
 # Their values are places of one machine.
 _PLACES = {'--data_root': 'DIR', '--out': None, '--cache': None}
+# What decides on speed from outside of the program.
+_SETTINGS = ('GLIBC_TUNABLES', 'XLA_FLAGS')
 
 
 def command(module: str, argv: Sequence[str] | None = None) -> str:
-  """The command line, without the places of this machine.
+  """The command line, with settings, without the places of this machine.
 
   >>> command('gram', ['--repeats', '3', '--data_root=/d', '--out', 'x.json'])
   'python -m benchmarks.gram --repeats 3 --data_root=DIR'
   """
-  words = ['python', '-m', f'benchmarks.{module}']
+  words = [f'{k}={os.environ[k]}' for k in _SETTINGS if k in os.environ]
+  words += ['python', '-m', f'benchmarks.{module}']
   rest = iter(sys.argv[1:] if argv is None else argv)
   for word in rest:
     name, equals, _ = word.partition('=')
@@ -51,11 +54,21 @@ def conditions(line: str) -> dict[str, Any]:
   return {
     'command': line,
     'date': datetime.date.today().isoformat(),
-    'machine': f'{os.cpu_count()} cores, {platform.machine()}, '
+    'machine': f'{os.cpu_count()} cores, {_processor()}, '
     f'{jax.devices()[0].device_kind}',
     'load': [round(v, 1) for v in os.getloadavg()],
     'versions': versions,
   }
+
+
+def _processor() -> str:
+  """The processor's name, where Linux tells it, and what it is."""
+  cpus = pathlib.Path('/proc/cpuinfo')
+  lines = cpus.read_text().splitlines() if cpus.exists() else []
+  named = [v for v in lines if v.startswith('model name')]
+  return ', '.join(
+    [v.partition(':')[2].strip() for v in named[:1]] + [platform.machine()]
+  )
 
 
 def write(path: Any, line: str, result: dict[str, Any]) -> None:
