@@ -85,6 +85,16 @@ def grouped(p, x):
   return z.reshape(*x.shape[:2], 2 * H * E) @ p['o']
 
 
+def divided_behind(p, x):
+  """Weights are divided by their sum behind the values, as FlashAttention
+  does; values have a gate for each position, queries a learned temperature."""
+  q, k, v = (project(x, p[n]).swapaxes(1, 2) for n in 'qkv')  # (b, h, t, e)
+  v = v * jax.nn.sigmoid(x.sum(-1))[:, None, :, None]
+  weights = jnp.exp(q * p['temperature'] @ k.swapaxes(-1, -2))
+  z = weights @ v / weights.sum(-1, keepdims=True)
+  return out(z.swapaxes(1, 2), p['o'])
+
+
 def scanned(p, x):
   @jax.checkpoint
   def block(x, p):
@@ -107,6 +117,9 @@ POSITIVE = {
     shapes(q=(D, 6 * E), k=(D, 2 * E), v=(D, 2 * E), o=(6 * E, M)),
     2,
     E,
+  ),
+  'divided_behind': (
+    divided_behind, KERNELS | shapes(temperature=()), H, E,
   ),
   'scanned': (scanned, stacked(), H, E),
   'vmapped': (lambda p, x: jax.vmap(attention, (None, 0))(p, x), KERNELS, H, E),
@@ -293,6 +306,13 @@ NEGATIVE = {
   'scale': (
     with_(q=lambda q: q * jnp.arange(4.0)), KERNELS, 'q', 'meets mul',
   ),
+  'scale_behind': (
+    with_(z=lambda z: z / jnp.arange(1.0, 5.0)), KERNELS, 'v', 'meets div',
+  ),
+  'scale_of_heads': (
+    with_(q=lambda q: q * jnp.arange(3.0)[:, None]), KERNELS, 'q', 'meets mul',
+  ),
+  'divides': (with_(z=lambda z: 1 / z), KERNELS, 'v', 'meets div'),
   'dropout': (
     with_(v=lambda v: jnp.where(v[0, 0, 0, 0] > 0, v, 0)), KERNELS, 'v',
     'is used more than once',

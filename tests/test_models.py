@@ -172,3 +172,34 @@ def test_errors():
     abstract(GPT(7, 5, 8, 1, 2), 1, 6, dtype=jnp.int32)
   with pytest.raises(ValueError, match="activation='relu'"):
     blocks.BlockOptions(2, 8, activation='relu')
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('causal', [False, True])
+def test_attention_is_that_of_jax(causal, dtype):
+  rng = np.random.default_rng(0)
+  # Scores up to 100: exponentials that nothing is taken off would overflow.
+  sizes = (2, 7, 3, 4), (2, 7, 3, 4), (2, 7, 3, 4)
+  q, k, v = (jnp.asarray(8 * rng.normal(size=s), dtype) for s in sizes)
+  value = lambda attend: lambda *x: jnp.sum(
+    jnp.sin(attend(*x).astype(jnp.float32))
+  )
+  ours = lambda *x: blocks.attend(*x, causal=causal)
+  theirs = lambda *x: jax.nn.dot_product_attention(*x, is_causal=causal)
+  # bfloat16 resolves 2^-8, and weights are rounded before the division here
+  # and after it there.
+  close = {'rtol': 1e-5} if dtype == jnp.float32 else {'rtol': 2**-6}
+  size = lambda x: {'atol': close['rtol'] * float(jnp.abs(x).max())}
+  got, want = ours(q, k, v), theirs(q, k, v)
+  assert got.dtype == want.dtype == dtype
+  np.testing.assert_allclose(
+    got.astype(np.float32), want.astype(np.float32), **close, **size(want)
+  )
+  grads = zip(
+    jax.grad(value(ours), (0, 1, 2))(q, k, v),
+    jax.grad(value(theirs), (0, 1, 2))(q, k, v),
+    strict=True,
+  )
+  if dtype == jnp.float32:
+    for mine, other in grads:
+      np.testing.assert_allclose(mine, other, **close, **size(other))

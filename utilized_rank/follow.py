@@ -1,7 +1,8 @@
 """Follows the outputs of kernels to where two kernels meet.
 
 A kernel's output is followed through layout operations, its bias, casts and
-multiplication by a scalar, as long as nothing else reads it.
+factors that are one number for all features of a head (a scale, or one over the
+sum of attention's weights), as long as nothing else reads it.
 """
 
 from __future__ import annotations
@@ -79,6 +80,12 @@ class Follower(Walk):
 
   visitor: Recorder
 
+  def __init__(self, visitor: Recorder):
+    super().__init__(visitor)
+    # id of a value -> (axes along which it repeats itself, the value). The
+    # value is kept so that its id stays its own.
+    self._repeats: dict[int, tuple[set[int], Any]] = {}
+
   def shared(self, output: Output) -> Any:
     _stop(output, 'is used more than once')
     return output.value
@@ -87,6 +94,18 @@ class Follower(Walk):
     if isinstance(value, Output):
       _stop(value, f'ends in {reason}')
     return super().materialise(value, reason)
+
+  def _plain(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    results = super()._plain(eqn, operands)
+    if eqn.primitive.name == 'broadcast_in_dim':
+      kept = zip(
+        eqn.params['broadcast_dimensions'], operands[0].shape, strict=True
+      )
+      sizes = eqn.params['shape']
+      varies = {axis for axis, size in kept if size == sizes[axis]}
+      repeats = set(range(len(sizes))) - varies
+      self._repeats[id(results[0])] = (repeats, results[0])
+    return results
 
   def _equation(self, eqn: Any, operands: list[Any]) -> list[Any]:
     name = eqn.primitive.name
@@ -122,15 +141,21 @@ class Follower(Walk):
     return super()._equation(eqn, plain)
 
   def _keeps(self, eqn, operands, output: Output, params) -> bool:
-    """Whether a bias is added, or a scalar multiplied with."""
+    """Whether a bias is added, or all features get one factor."""
     name = eqn.primitive.name
     if name in ('add', 'add_any') and params:
       return self.visitor.biased(output, params[0])
     if name != 'mul' and (name != 'div' or operands[0] is not output):
       return False
-    (other,) = (a.aval for a, v in zip(eqn.invars, operands) if v is not output)
-    if other.size != 1 or eqn.outvars[0].aval.shape != output.view.sizes:
+    ((atom, other),) = (
+      (a, v) for a, v in zip(eqn.invars, operands) if v is not output
+    )
+    if eqn.outvars[0].aval.shape != output.view.sizes:
       return False
+    if atom.aval.size != 1:
+      repeats, _ = self._repeats.get(id(other), (set(), None))
+      if not pairing.feature_axes(output) <= repeats:
+        return False
     if isinstance(output.use, pairing.Projection):
       output.use.scaled = True
     return True

@@ -95,6 +95,21 @@ def _free(view: View, *used: Sequence[int]) -> list[int]:
   return [i for i in range(len(view.axes)) if i not in gone]
 
 
+def feature_axes(output: Output) -> set[int]:
+  """Axes of an output along which a head's features lie.
+
+  Which of the kernel's output axes are features is known behind a sum alone:
+  before it, all of them count.
+  """
+  view, use = output.view, output.use
+  if not isinstance(use, Mixed):
+    return {i for i in range(len(view.axes)) if _named(view, i)}
+  pieces = pieces_of(use.atoms, view.atoms)
+  named = zip(use.labels, pieces, strict=True)
+  features = {p for name, parts in named if name == use.head for p in parts}
+  return {i for i, atoms in enumerate(view.axes) if features & set(atoms)}
+
+
 def _layout(projection: Projection, view: View) -> Layout:
   return projection.product.layout.refine(view.atoms)
 

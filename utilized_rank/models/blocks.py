@@ -105,6 +105,42 @@ class SwiGLU(nn.Module):
     return dense(x.shape[-1], name='down')(hidden)
 
 
+def attend(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
+  """Attention with weights softmax(q k^T / sqrt(E)), in float32.
+
+  Weights are summed and divided by behind the product with the values, as
+  FlashAttention does (https://arxiv.org/abs/2205.14135), and heads lead in both
+  products. On two CPU cores XLA takes a quarter of the time that
+  `jax.nn.dot_product_attention` takes (`python -m benchmarks.attend`), which
+  divides every weight and has heads behind the positions.
+
+  Args:
+    q: (B, T, H, E).
+    k: (B, S, H, E).
+    v: (B, S, H, E).
+    causal: a position sees itself and those before it.
+
+  Returns:
+    (B, T, H, E) in the values' dtype.
+
+  >>> q = k = v = jnp.arange(24.0).reshape(1, 3, 2, 4) / 10
+  >>> expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+  >>> bool(jnp.allclose(attend(q, k, v, causal=True), expected, atol=1e-6))
+  True
+  """
+  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+  wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  scores = wide('bhte,bhse->bhts', q, k) * q.shape[-1] ** -0.5
+  if causal:
+    seen = jnp.tri(*scores.shape[-2:], dtype=bool)
+    scores = jnp.where(seen, scores, -jnp.inf)
+  most = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  weights = jnp.exp(scores - most)
+  y = wide('bhts,bhse->bhte', weights.astype(v.dtype), v)
+  y = y / weights.sum(-1, keepdims=True)
+  return y.astype(v.dtype).swapaxes(1, 2)
+
+
 class Attention(nn.Module):
   """Self-attention on `(B, N, D)`, with the tree of Flax's own module."""
 
@@ -126,18 +162,19 @@ class Attention(nn.Module):
     if o.qk_norm:
       norm = functools.partial(nn.LayerNorm, epsilon=o.epsilon, dtype=o.dtype)
       q, k = norm(name='query_norm')(q), norm(name='key_norm')(k)
-    drops = o.attention_dropout > 0 and not self.deterministic
-    y = nn.dot_product_attention(
-      q,
-      k,
-      v,
-      mask=nn.make_causal_mask(x[..., 0]) if o.causal else None,
-      dropout_rng=self.make_rng('dropout') if drops else None,
-      dropout_rate=o.attention_dropout,
-      broadcast_dropout=False,
-      deterministic=self.deterministic,
-      dtype=o.dtype,
-    )
+    if o.attention_dropout > 0 and not self.deterministic:
+      y = nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=nn.make_causal_mask(x[..., 0]) if o.causal else None,
+        dropout_rng=self.make_rng('dropout'),
+        dropout_rate=o.attention_dropout,
+        broadcast_dropout=False,
+        dtype=o.dtype,
+      )
+    else:
+      y = attend(q, k, v, causal=o.causal)
     return nn.DenseGeneral(
       width, axis=(-2, -1), kernel_init=_XAVIER, dtype=o.dtype, name='out'
     )(y)
