@@ -1,11 +1,13 @@
 """Decompositions that fail are tried again, and factors certify themselves."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
 
 import utilized_rank as ur
+from utilized_rank import anchoring
 from utilized_rank import certify
 from utilized_rank import kernels
 from utilized_rank import methods
@@ -208,6 +210,58 @@ def test_a_corrupted_family_is_noticed_by_name(monkeypatch, method):
   monkeypatch.setattr(methods, 'family', corrupted)
   with pytest.raises(FloatingPointError, match="rank-5 factors of 'layer/w'"):
     ur.factorize(params, moments, {'layer/w': 5}, method=method)
+
+
+def test_a_corrupted_anchor_is_noticed_by_name(monkeypatch):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(64, 12)).astype(np.float32)
+  params = {'v': rng.normal(size=(12, 12)), 'w': rng.normal(size=(12, 20))}
+  params = jax.tree.map(jnp.asarray, params)
+  fn = lambda p, x: jnp.tanh(x @ p['v']) @ p['w']
+  run = lambda: ur.anchor(fn, params, [x], {'v': 5, 'w': 5}, progress=False)
+  run()
+  real = anchoring.factors
+
+  def corrupted(*args):
+    a, b = real(*args)
+    return subspace.Factors(a, b * (1.01 if b.shape[1] == 20 else 1.0))
+
+  monkeypatch.setattr(anchoring, 'factors', corrupted)
+  with pytest.raises(FloatingPointError, match="rank-5 factors of 'w' leave"):
+    run()
+
+
+@pytest.mark.parametrize('broken', ['solution', 'product'])
+def test_a_corrupted_head_is_noticed_by_name(monkeypatch, broken):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(64, 6)).astype(np.float32)
+  params = {n: jnp.asarray(rng.normal(size=(6, 4)), jnp.float32) for n in 'qk'}
+  fn = lambda p, x: (x @ p['q']) @ (x @ p['k']).T
+  pairs = ur.find_attention(fn, params, x)
+  moments = ur.capture(fn)(params, x)[1]
+  run = lambda: ur.factorize_heads(
+    params, moments, pairs, {'q': 2}, method='output'
+  )
+  run()
+  place, name = (
+    (subspace, 'loss_factors')
+    if broken == 'solution'
+    else (subspace, 'balanced')
+  )
+  real = getattr(place, name)
+
+  def corrupted(*args):
+    found = real(*args)
+    if broken == 'solution':
+      (a, b), cross = found
+      return subspace.Factors(a, b * 1.01), cross
+    return subspace.Factors(found.a, found.b * 1.01)
+
+  monkeypatch.setattr(place, name, corrupted)
+  with pytest.raises(
+    FloatingPointError, match="rank-2 factors of 'q head 0,0'"
+  ):
+    run()
 
 
 def test_families_of_other_parameters_are_noticed():

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import anchoring
+from utilized_rank import certify
 from utilized_rank import lowrank
 from utilized_rank import methods
 from utilized_rank import paths
@@ -23,6 +24,8 @@ from utilized_rank.blocks import Group
 from utilized_rank.capture import find_sites
 from utilized_rank.collect import check_batch
 from utilized_rank.gauge import check_gauge
+from utilized_rank.kernels import member_name
+from utilized_rank.leaves import Stored
 from utilized_rank.leaves import assemble
 from utilized_rank.leaves import give_back
 from utilized_rank.leaves import store
@@ -274,7 +277,9 @@ class _Fit:
     self._compensate_mean = compensate_mean
     self._damping = damping
     self._gauge = gauge
-    self._pairs: list[Factors | None] = [None] * layout.num_groups
+    self._dtype = named[site.path].dtype
+    # Of all matrices, as their leaf holds them; None until one is fitted.
+    self._stored: list[Stored | None] = [None] * layout.num_groups
     self._constants = np.zeros((layout.num_groups, m))
 
   def fit(self, matrix: int, inputs: Inputs, ridge: float) -> None:
@@ -282,23 +287,43 @@ class _Fit:
     target = anchoring.target(w, inputs, ridge)
     gradient = None if self._gradients is None else self._gradients[matrix]
     factors = anchoring.factors(target, gradient, self._damping)
-    rank = self._ranks[matrix]
+    rank = int(self._ranks[matrix])
     pair = Factors(factors.a[:, :rank], factors.b[:rank])
-    self._pairs[matrix] = pair = subspace.balanced(pair)
+    stored = self._store(subspace.balanced(pair))
+    self._stored[matrix] = stored
+    pair = stored.pair()
+    cross = factors.a.T @ target.metric @ factors.a
+    (tails,) = subspace.tails(cross, factors.b, gradient)
+    energy = tails[0]
     if self._compensate_mean:
-      self._constants[matrix] = (
-        inputs.mean @ w - (inputs.mean_hat @ pair.a) @ pair.b
-      )
+      kept = (inputs.mean_hat @ pair.a) @ pair.b
+      self._constants[matrix] = inputs.mean @ w - kept
+      energy += certify.mean_energy(inputs.mean_hat, target.w, gradient)
+    certify.check_in(
+      self._name(matrix),
+      certify.Metric(target.w, target.metric, gradient),
+      pair,
+      float(tails[rank]),
+      self._dtype,
+      float(energy),
+    )
+
+  def _name(self, matrix: int) -> str:
+    groups = self._site.layout.group_shape
+    index = map(int, np.unravel_index(matrix, groups)) if groups else ()
+    return member_name(self._site.path, tuple(index))
+
+  def _store(self, pair: Factors) -> Stored:
+    rank = int(max(self._ranks))
+    return store(pair, self._site.layout, rank, self._dtype, self._gauge)
 
   def leaves(self) -> dict[str, Any]:
     """The kernel's leaf, and its bias with the constants; zeros where no
     factors are yet."""
     path, layout, bias = self._site.path, self._site.layout, self._site.bias
     d, m = layout.matrix_shape
-    none = Factors(np.zeros((d, 1)), np.zeros((1, m)))
-    pairs = [none if pair is None else pair for pair in self._pairs]
-    rank, dtype = max(p.a.shape[1] for p in pairs), self._named[path].dtype
-    stored = [store(p, layout, rank, dtype, self._gauge) for p in pairs]
+    none = self._store(Factors(np.zeros((d, 1)), np.zeros((1, m))))
+    stored = [none if s is None else s for s in self._stored]
     leaf = jax.tree.map(jnp.asarray, assemble(stored, layout))
     if not self._compensate_mean:
       return {path: leaf}
@@ -310,7 +335,7 @@ class _Fit:
     zeros = np.zeros((d, d))
     basis = subspace.input_basis(zeros)
     unseen = Inputs(zeros, zeros, np.zeros(d), np.zeros(d), basis)
-    for matrix, pair in enumerate(self._pairs):
-      if pair is None:
+    for matrix, stored in enumerate(self._stored):
+      if stored is None:
         self.fit(matrix, unseen, 0.0)
     return self.leaves()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,11 +28,6 @@ def check(
 ) -> None:
   """Raises unless stored factors leave the error that was predicted.
 
-  Measured is tr(D^T S D G) of D = W - a b. Rounding a and b to their dtype
-  moves its square root by no more than the same norm of what it adds to a b
-  (the triangle inequality), and that is known from the sizes of a and b. Apart
-  from it the two may differ by what float32 sums resolve of the whole energy.
-
   Args:
     kernel: the kernel with its moments.
     stored: the pair as it is in the tree, in float64.
@@ -44,35 +40,107 @@ def check(
     FloatingPointError: they differ; names the kernel, its rank and both.
   """
   g = kernel.gradient if weighted else None
-  if kernel.from_outputs:
-    # S is not known, but a b reads x as W does: D = W (I - Q), W Q = a b.
-    s, q = kernel.out_second, numerics.solve_least(kernel.w, stored.a)
-    difference = np.eye(len(q)) - q @ stored.b
-  else:
-    s, difference = kernel.second, kernel.w - stored.a @ stored.b
+  if not kernel.from_outputs:
+    check_in(
+      kernel.name,
+      Metric(kernel.w, kernel.second, g),
+      stored,
+      predicted,
+      dtype,
+      energy,
+    )
+    return
+  # S is not known, but a b reads x as W does: D = W (I - Q), W Q = a b.
+  q = numerics.solve_least(kernel.w, stored.a)
+  difference = np.eye(len(q)) - q @ stored.b
+  measured = _form(kernel.out_second @ difference, _times(difference, g))
+  noise = lambda: _DEVIATIONS * float(jnp.finfo(dtype).eps * np.sqrt(energy))
+  _compare(kernel.name, stored, measured, predicted, energy, noise)
+
+
+class Metric(NamedTuple):
+  """tr((W - W')^T S (W - W') G), of a W' that is to be near to W.
+
+  Attributes:
+    w: W (d, m).
+    s: S (d, d).
+    g: G (m, m); None for the identity.
+  """
+
+  w: np.ndarray
+  s: np.ndarray
+  g: np.ndarray | None
+
+
+def check_in(
+  name: str,
+  metric: Metric,
+  stored: Factors,
+  predicted: float,
+  dtype: Any,
+  energy: float,
+) -> None:
+  """`check` in any metric, `name` being what the error calls the kernel."""
+  w, s, g = metric
+  difference = w - stored.a @ stored.b
   measured = _form(s @ difference, _times(difference, g))
+  noise = lambda: _noise(stored, s, g, dtype)
+  _compare(name, stored, measured, predicted, energy, noise)
+
+
+def check_product(name: str, meant: Factors, pair: Factors, dtype: Any) -> None:
+  """Raises unless a pair, stored in `dtype`, has the product of another.
+
+  Args:
+    name: what the error calls the kernel.
+    meant: factors of the product that is meant.
+    pair: factors of the same shapes, in float64.
+    dtype: what they are to be stored in.
+
+  Raises:
+    FloatingPointError: the products differ by more than rounding.
+  """
+  stored = Factors(*(f.astype(dtype).astype(np.float64) for f in pair))
+  product = meant.a @ meant.b
+  metric = Metric(product, np.eye(len(product)), None)
+  check_in(name, metric, stored, 0.0, dtype, _form(product, product))
+
+
+def _compare(
+  name: str,
+  stored: Factors,
+  measured: float,
+  predicted: float,
+  energy: float,
+  noise: Callable[[], float],
+) -> None:
+  """Raises unless measured is what was predicted.
+
+  Measured is tr(D^T S D G) of D = W - a b. Rounding a and b to their dtype
+  moves its square root by no more than the same norm of what it adds to a b
+  (the triangle inequality), and that is known from the sizes of a and b: it is
+  what `noise` makes. Apart from it the two may differ by what float32 sums
+  resolve of the whole energy.
+  """
   tolerance = numerics.EIGENVALUE_FLOOR * energy
   off = abs(max(measured, 0.0) - predicted)
   if not off <= tolerance:  # rounding is looked at where it is needed
-    if kernel.from_outputs:
-      noise = _DEVIATIONS * float(jnp.finfo(dtype).eps * np.sqrt(energy))
-    else:
-      noise = _noise(stored, s, g, dtype)
-    tolerance += noise * (2 * np.sqrt(max(predicted, 0.0)) + noise)
+    added = noise()
+    tolerance += added * (2 * np.sqrt(max(predicted, 0.0)) + added)
   # Written so that NaN fails.
   if not off <= tolerance:
     raise FloatingPointError(
-      f'the rank-{stored.a.shape[1]} factors of {kernel.name!r} leave an error '
+      f'the rank-{stored.a.shape[1]} factors of {name!r} leave an error '
       f'of {measured:.6g} where {predicted:.6g} was predicted (tolerance '
       f'{tolerance:.2g}): they are wrong, or not of these parameters and '
       'moments'
     )
 
 
-def mean_energy(kernel: Kernel, weighted: bool) -> float:
+def mean_energy(mean: np.ndarray, w: np.ndarray, g: np.ndarray | None) -> float:
   """What the mean input adds to tr(W^T S W G) of a centred S."""
-  row = (kernel.mean @ kernel.w)[None]
-  return _form(row, _times(row, kernel.gradient if weighted else None))
+  row = (mean @ w)[None]
+  return _form(row, _times(row, g))
 
 
 def _noise(

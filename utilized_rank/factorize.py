@@ -191,7 +191,8 @@ def factorize(
     kernel = shared.joint(group)
     energy = solution.energy
     if centered:  # the sums were rounded before the mean was taken off
-      energy += certify.mean_energy(kernel, solution.weighted)
+      gradient = kernel.gradient if solution.weighted else None
+      energy += certify.mean_energy(kernel.mean, kernel.w, gradient)
     certify.check(
       kernel,
       Factors(pairs[0].a, np.concatenate([f.b for f in pairs], axis=1)),
@@ -201,7 +202,7 @@ def factorize(
       energy,
     )
     discarded = [
-      member.mean @ (member.w - f.a @ f.b)
+      member.mean @ member.w - (member.mean @ f.a) @ f.b
       for member, f in zip(group, pairs, strict=True)
     ]
     return _Member(key, parts, discarded)

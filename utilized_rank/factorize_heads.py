@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import allocation
+from utilized_rank import certify
 from utilized_rank import heads
 from utilized_rank import joint
 from utilized_rank import lowrank
@@ -200,6 +201,8 @@ def factorize_heads(
   Raises:
     ValueError: an unknown method or pair, a rank that it cannot have, or
       moments that lack a kernel, or the gradients.
+    FloatingPointError: heads do not leave the error that was predicted for
+      them; names the pair and the head.
 
   >>> import jax, utilized_rank as ur
   >>> def fn(p, x):
@@ -232,7 +235,8 @@ def factorize_heads(
     params, moments, pairs, ranks, method, compensate_mean, damping
   ):
     rank = int(ranks[name])
-    left, right, lost = _truncated(problem, rank)
+    dtype = named[pair.left.path].dtype
+    left, right, lost = _truncated(problem, rank, name, dtype)
     for side, array in ((pair.left, left), (pair.right, right)):
       leaf = named[side.path]
       a, bias = joint.leaves(side, array)
@@ -309,19 +313,34 @@ def _check_leaf(path: str, shape: Any, named: dict[str, Any]) -> None:
 
 
 def _truncated(
-  problem: joint.Problem, rank: int
+  problem: joint.Problem, rank: int, name: str, dtype: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Both kernels of rank r, and the mean output that is lost per loop."""
+  """Both kernels of rank r, and the mean output that is lost per loop.
+
+  Raises:
+    FloatingPointError: they do not leave the error that was predicted.
+  """
   left, right = problem.left, problem.right
   new = [np.empty((*w.shape[:-1], rank)) for w in (left, right)]
   lost = np.zeros((left.shape[0], right.shape[3]))
   for head in np.ndindex(*problem.sigma.shape[:2]):
-    full = problem.family(head)
+    full, tails = problem.family(head)
     p = subspace.Factors(full.a[:, :rank], full.b[:rank])
     flat = [w[head].reshape(-1, w.shape[-1]) for w in (left, right)]
-    pair = subspace.balanced(
-      subspace.Factors(flat[0] @ p.a, (flat[1] @ p.b.T).T)
+    product = subspace.Factors(flat[0] @ p.a, (flat[1] @ p.b.T).T)
+    pair = subspace.balanced(product)
+    place = f'{name} head {",".join(map(str, head))}'
+    certify.check_in(
+      place,
+      certify.Metric(
+        np.eye(len(p.a)), problem.sigma[head], problem.judged[head]
+      ),
+      p,
+      float(tails[rank]),
+      np.float64,
+      float(tails[0]),
     )
+    certify.check_product(place, product, pair, dtype)
     for array, factor in zip(new, (pair.a, pair.b.T), strict=True):
       array[head] = factor.reshape(array[head].shape)
     if problem.mean is not None:

@@ -66,24 +66,24 @@ class Problem:
   mean: np.ndarray | None = None
   nats: np.ndarray | None = None
 
-  def family(self, head: tuple[int, ...]) -> Factors:
-    """One head's P of every rank: a[:, :r] b[:r]."""
-    return self._solve(head)[0]
+  def family(self, head: tuple[int, ...]) -> tuple[Factors, np.ndarray]:
+    """One head's P of every rank, a[:, :r] b[:r], and (e + 1,) their errors.
 
-  def _solve(self, head: tuple[int, ...]) -> tuple[Factors, np.ndarray]:
+    Errors are tr((I - P)^T Sigma (I - P) N), N without damping.
+    """
     sigma, e = self.sigma[head], self.sigma.shape[-1]
-    return subspace.loss_factors(
+    factors, cross = subspace.loss_factors(
       np.eye(e), sigma, self.metric[head], _FLOOR, sigma
     )
+    (tails,) = subspace.tails(cross, factors.b, self.judged[head])
+    return factors, tails
 
   def damages(self) -> np.ndarray:
     """(e + 1,): what each rank costs, added up over heads."""
     scale = np.ones(self.sigma.shape[:2]) if self.nats is None else self.nats
     total = np.zeros(self.sigma.shape[-1] + 1)
     for head in np.ndindex(*self.sigma.shape[:2]):
-      factors, cross = self._solve(head)
-      (tail,) = subspace.tails(cross, factors.b, self.judged[head])
-      total += scale[head] * tail
+      total += scale[head] * self.family(head)[1]
     return total
 
 

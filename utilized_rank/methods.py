@@ -43,12 +43,12 @@ class Family(NamedTuple):
   damages: dict[str, np.ndarray]
 
 
-# Factors, and a^T S a of them.
+# Factors, and a^T S a of them as `subspace.tails` takes it.
 Solution = tuple[Factors, np.ndarray]
 
 
 def _solution(kernel: Kernel, factors: Factors) -> Solution:
-  """With a^T S a on the smaller side."""
+  """For factors that know nothing of S, worked out on the smaller side."""
   d, m = kernel.w.shape
   if d > m or kernel.from_outputs:  # b is orthogonal and a = W b^T
     return factors, factors.b @ kernel.out_second @ factors.b.T
@@ -81,10 +81,9 @@ def _output(kernel: Kernel, damping: float) -> Solution:
   del damping
   d, m = kernel.w.shape
   if d < m and not kernel.from_outputs:
-    factors = subspace.input_side_factors(kernel.w, kernel.in_basis, None, 0.0)
-  else:
-    factors = subspace.output_factors(kernel.w, kernel.out_basis.vectors)
-  return _solution(kernel, factors)
+    return _input_side(kernel, None, 0.0)
+  values, vectors = kernel.out_basis
+  return subspace.output_factors(kernel.w, vectors), values
 
 
 def _loss(kernel: Kernel, damping: float) -> Solution:
@@ -96,9 +95,17 @@ def _loss(kernel: Kernel, damping: float) -> Solution:
     return subspace.loss_factors(
       kernel.w, kernel.second, gradient, damping, kernel.out_second
     )
+  return _input_side(kernel, gradient, damping)
+
+
+def _input_side(
+  kernel: Kernel, gradient: np.ndarray | None, damping: float
+) -> Solution:
   factors = subspace.input_side_factors(
     kernel.w, kernel.in_basis, gradient, damping
   )
+  if subspace.is_full(kernel.in_basis):
+    return factors, np.ones(len(factors.b))
   return _solution(kernel, factors)
 
 

@@ -176,7 +176,7 @@ def loss_factors(
   Fisher (GFWSVD; IO-SVD). For d > m; truncate to any rank. `t` is T = W^T S W.
 
   Returns:
-    The factors, and a^T S a of them.
+    The factors, and a^T S a of them, see `tails`.
   """
   shift = _damping(g, damping)
   values, vectors = numerics.symmetric_eigh(g + shift * np.eye(len(g)))
@@ -196,7 +196,8 @@ def input_side_factors(
 
   S^(1/2) W R has the left singular vectors Q, the eigenvectors of
   S^(1/2) W G W^T S^(1/2), and W' = S^(-1/2) Q Q^T S^(1/2) W: no root of G is
-  needed, and kernels that share an input share the eigenvectors of S.
+  needed, and kernels that share an input share the eigenvectors of S. Where S
+  `is_full`, a^T S a is the identity.
   """
   turned = of_s.vectors.T @ w
   inner = turned @ turned.T
@@ -208,6 +209,11 @@ def input_side_factors(
   return Factors(
     of_s.vectors @ (q / root[:, None]), (q * root[:, None]).T @ turned
   )
+
+
+def is_full(of_s: Basis) -> bool:
+  """Whether data have every direction of S, so that no floor is needed."""
+  return bool(np.all(of_s.values > _floor(of_s.values.sum())))
 
 
 def _damping(g: np.ndarray, damping: float) -> float:
@@ -240,7 +246,8 @@ def tails(
   """tr(D^T S D G) for D = what each truncation leaves out; G = I if None.
 
   Args:
-    cross: a^T S a (R, R) of the factors.
+    cross: a^T S a (R, R) of the factors, or its diagonal (R,) where it has
+      nothing else.
     b: (R, m).
     *weights: each G (m, m).
 
@@ -249,10 +256,14 @@ def tails(
   """
   found = []
   for g in weights:
-    pairs = cross * ((b if g is None else b @ g) @ b.T)
-    # Sum of pairs[r:, r:], for every r.
-    tail = np.cumsum(np.cumsum(pairs[::-1, ::-1], axis=0), axis=1)
-    tail = np.diagonal(tail)[::-1]
+    weighed = b if g is None else b @ g
+    if cross.ndim == 1:
+      tail = np.cumsum((cross * np.sum(weighed * b, axis=1))[::-1])[::-1]
+    else:
+      pairs = cross * (weighed @ b.T)
+      # Sum of pairs[r:, r:], for every r.
+      tail = np.cumsum(np.cumsum(pairs[::-1, ::-1], axis=0), axis=1)
+      tail = np.diagonal(tail)[::-1]
     found.append(np.append(np.maximum(tail, 0.0), 0.0))
   return found
 
