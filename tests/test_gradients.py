@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 import pytest
 
@@ -205,3 +206,40 @@ def test_sampled_labels_give_the_true_fisher():
   )({'w': w}, x)[0]['w']
   first = np.asarray(moments['w'].grad_second) * 4000
   assert not np.array_equal(first, again)
+
+
+@pytest.mark.parametrize(
+  'form', [np.float32, jnp.bfloat16, np.int8, np.uint8, bool, np.float64]
+)
+def test_an_example_draws_the_same_labels_in_any_batch(form):
+  """One batch on all devices, and uneven batches on one."""
+  rng = np.random.default_rng(0)
+  data = {
+    'x': jnp.asarray(rng.normal(size=(64, 3)), jnp.float32),
+    'other': (20 * rng.normal(size=(64, 2, 5))).astype(form),
+  }
+  fn = lambda p, b: b['x'] @ p['w']
+  params = {'w': jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)}
+  run = lambda batches, **how: ur.collect(
+    fn,
+    params,
+    batches,
+    loss=ur.sampled_cross_entropy(),
+    progress=False,
+    **how,
+  )
+  whole = run([data])['w'].grad_second
+  cuts = [7, 8, 30]
+  apart = [
+    dict(zip(data, parts, strict=True))
+    for parts in zip(*(np.split(v, cuts) for v in data.values()), strict=True)
+  ]
+  one = Mesh(np.array(jax.devices()[:1]), ('one',))
+  again = run(apart, mesh=one)['w'].grad_second
+  # Sums of 64 in another order.
+  np.testing.assert_allclose(again, whole, rtol=1e-5, atol=1e-6)
+  # And examples do not share draws.
+  same = {**data, 'x': jnp.ones_like(data['x'])}
+  p = np.asarray(jax.nn.softmax(fn(params, same)), np.float64)
+  want = np.diag(p[0]) - np.outer(p[0], p[0])
+  np.testing.assert_allclose(run([same])['w'].grad_second, want, atol=0.3)
