@@ -137,6 +137,8 @@ def test_a_report_says_what_it_knows_from_the_outputs(job, tmp_path):
   for layer in seen:
     full = known[layer.name]
     assert full.rank <= layer.rank == layer.k_out == full.k_out
+    assert layer.rows_per_feature == layer.count / layer.d_out
+    assert full.rows_per_feature == full.count / full.d_in
     # The same T, from sums of y y^T and of x x^T, both float32.
     np.testing.assert_allclose(
       layer.spectrum_out, full.spectrum_out, atol=1e-5 * full.spectrum_out[0]

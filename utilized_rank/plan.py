@@ -215,7 +215,7 @@ def plan(
         f'{inputs[largest]} need {_bytes(base + rate * weight[largest])}: '
         f'{_bytes(base)} for the function on one batch and '
         f'{_bytes(rate * weight[largest])} for sums of {weight[largest]} '
-        f'bytes; memory_limit is {_bytes(memory_limit)}. Take smaller batches '
+        f'bytes; memory_limit is {_bytes(memory_limit)}. Take smaller batches, '
         'measure wide inputs from_outputs, or leave kernels out with select'
       )
     loads = _packed(weight, room, inputs, number)

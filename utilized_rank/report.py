@@ -83,8 +83,8 @@ class LayerReport:
 
   @property
   def rows_per_feature(self) -> float:
-    """N / d; below 4 the moments are noisy."""
-    return self.count / self.d_in
+    """N over the features that were measured; below 4 moments are noisy."""
+    return self.count / (self.d_out if self.k_in is None else self.d_in)
 
   @property
   def utilization(self) -> float:
