@@ -44,9 +44,7 @@ def measure(batch, repeats):
   runs['product'] = functools.partial(jax.jit(product), rows)
   took = timing.interleaved(runs, repeats)
   rate = _CHAINED * 2 * n * d * d / took.pop('product')['wall']
-  each = {
-    name: 1e3 * t['wall'] / _CHAINED / batch for name, t in took.items()
-  }
+  each = {name: 1e3 * t['wall'] / _CHAINED / batch for name, t in took.items()}
   floor = 1e3 * 4 * _HEADS * _TOKENS**2 * _WIDTH / rate
   row = {'batch': batch, 'milliseconds_per_image': each, 'floor': floor}
   print(row, flush=True)

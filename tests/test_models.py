@@ -181,8 +181,8 @@ def test_attention_is_that_of_jax(causal, dtype):
   # Scores up to 100: exponentials that nothing is taken off would overflow.
   sizes = (2, 7, 3, 4), (2, 7, 3, 4), (2, 7, 3, 4)
   q, k, v = (jnp.asarray(8 * rng.normal(size=s), dtype) for s in sizes)
-  value = lambda attend: lambda *x: jnp.sum(
-    jnp.sin(attend(*x).astype(jnp.float32))
+  value = lambda attend: (
+    lambda *x: jnp.sum(jnp.sin(attend(*x).astype(jnp.float32)))
   )
   ours = lambda *x: blocks.attend(*x, causal=causal)
   theirs = lambda *x: jax.nn.dot_product_attention(*x, is_causal=causal)

@@ -132,7 +132,7 @@ def attend(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
   wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   scores = wide('bhte,bhse->bhts', q, k) * q.shape[-1] ** -0.5
   if causal:
-    seen = jnp.tri(*scores.shape[-2:], dtype=bool)
+    seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
     scores = jnp.where(seen, scores, -jnp.inf)
   most = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
   weights = jnp.exp(scores - most)
