@@ -38,6 +38,14 @@ def test_a_plan_counts_by_hand():
   assert 'shared' in text and '1 pass (no limit)' in text
   with_loss = ur.plan(model, PARAMS, BATCHES[0], loss=mean_square)
   assert with_loss.kernels['up'].grad_bytes == 4 * 160 * 160
+  # Cotangents go back through what has kernels before it.
+  rows = len(BATCHES[0])
+  back = sum(d * m for d, m in (SHAPES['up'], SHAPES['down']))
+  assert with_loss.backward_flops == 2 * rows * back
+  of_gradients = sum(2 * rows * m * m for _, m in SHAPES.values())
+  assert with_loss.gram_flops == of_gradients + 2 * rows * (
+    64**2 + 32**2 + 160**2
+  )
 
 
 def mean_square(outputs, batch):

@@ -16,6 +16,7 @@ from utilized_rank import gram
 from utilized_rank import paths
 from utilized_rank import tracing
 from utilized_rank.gradients import LossFn
+from utilized_rank.gradients import gradient_sums
 from utilized_rank.measurement import Measurement
 from utilized_rank.sites import Site
 from utilized_rank.sites import Sites
@@ -29,7 +30,8 @@ class SitePlan:
     site: the kernel.
     sums_bytes: of its input's sums; 0 where an earlier kernel has paid.
     grad_bytes: of its gradients' sums.
-    flops: of its Gram matrix for one batch, upper triangle; 0 where shared.
+    flops: of its Gram matrices for one batch, upper triangles; that of its
+      input is 0 where shared.
     least_flops: the same with half of the products, n d (d + 1).
     number: in which pass it is collected, from 0.
   """
@@ -49,6 +51,7 @@ class Plan:
   Attributes:
     kernels: by path.
     forward_flops: of the function's products for one batch.
+    backward_flops: of those that gradients take; 0 without a loss.
     arguments_bytes: parameters and one batch.
     forward_bytes: peak of the plain function, its arguments with it, as XLA
       compiled it.
@@ -58,6 +61,7 @@ class Plan:
 
   kernels: dict[str, SitePlan]
   forward_flops: int
+  backward_flops: int
   arguments_bytes: int
   forward_bytes: int
   pass_bytes: tuple[int, ...]
@@ -73,9 +77,13 @@ class Plan:
 
   @property
   def floor(self) -> float:
-    """(forward FLOPs + symmetric Gram FLOPs) / forward FLOPs."""
+    """(all FLOPs, Gram matrices by half of their products) / forward FLOPs."""
     least = sum(k.least_flops for k in self.kernels.values())
-    return 1 + least / max(self.forward_flops, 1)
+    return self._over_forward(least)
+
+  def _over_forward(self, of_grams: int) -> float:
+    added = self.backward_flops + of_grams
+    return 1 + added / max(self.forward_flops, 1)
 
   @property
   def peak_bytes(self) -> int:
@@ -122,9 +130,10 @@ class Plan:
       f'{_bytes(self.forward_bytes)}; predicted peak '
       f'{_bytes(self.peak_bytes)} in {len(self.pass_bytes)} '
       f'pass{"es" if len(self.pass_bytes) > 1 else ""} ({limit})',
-      f'forward {self.forward_flops:.2e} FLOPs per batch, Gram matrices '
-      f'{self.gram_flops:.2e}: {1 + self.gram_flops / self.forward_flops:.2f}'
-      f' x the forward pass (no less than {self.floor:.2f} x)',
+      f'forward {self.forward_flops:.2e} FLOPs per batch, backward '
+      f'{self.backward_flops:.2e}, Gram matrices {self.gram_flops:.2e}: '
+      f'{self._over_forward(self.gram_flops):.2f} x the forward pass (no less '
+      f'than {self.floor:.2f} x)',
     ]
     return '\n'.join(lines)
 
@@ -221,12 +230,19 @@ def plan(
     loads = _packed(weight, room, inputs, number)
     pass_bytes = [int(base + rate * load) for load in loads]
   plain = _plain_bytes(fn, params, batch)
+  forward = flops.forward_flops(fn, params, batch)
+  backward = 0
+  if loss is not None:
+    layouts = {path: site.layout for path, site in sites.items()}
+    every = flops.forward_flops(gradient_sums(fn, loss, layouts), params, batch)
+    backward = every - forward - sum(map(_gradient_flops, sites.values()))
   return Plan(
     {
       path: SitePlan(site, *costs[path], number[path])
       for path, site in sites.items()
     },
-    flops.forward_flops(fn, params, batch),
+    forward,
+    backward,
     arguments,
     plain,
     tuple(pass_bytes),
@@ -249,10 +265,19 @@ def _site_costs(
     costs[path] = (
       first * groups * 4 * (wide * wide + d + 1),
       groups * 4 * (with_loss * m * m + with_fisher * d),
-      first * groups * gram.gram_flops(site.rows, wide),
-      first * groups * site.rows * wide * (wide + 1),
+      first * groups * gram.gram_flops(site.rows, wide)
+      + with_loss * _gradient_flops(site),
+      groups
+      * site.rows
+      * (first * wide * (wide + 1) + with_loss * m * (m + 1)),
     )
   return costs
+
+
+def _gradient_flops(site: Site) -> int:
+  """Of the Gram matrices of the gradients at a kernel's outputs."""
+  m = site.matrix_shape[1]
+  return site.layout.num_groups * gram.gram_flops(site.rows, m)
 
 
 def _packed(weight, room, inputs, number) -> list[int]:
