@@ -125,9 +125,10 @@ def test_an_interrupted_search_gives_the_same_result(problem, tmp_path):
   assert again == want
   assert again.trials == want.trials
   calls.clear()
-  other = {**params, 'a': params['a'] * 2}
-  with pytest.raises(ValueError, match='other parameters'):
-    ur.search_ranks(stops, other, moments, checkpoint=file, progress=False)
+  unsearched = {**params, 'bias': jnp.ones(2)}
+  for other in ({**params, 'a': params['a'] * 2}, unsearched):
+    with pytest.raises(ValueError, match='other parameters'):
+      ur.search_ranks(stops, other, moments, checkpoint=file, progress=False)
   file.write_text(file.read_text()[:40])
   with pytest.raises(ValueError, match='damaged'):
     ur.search_ranks(stops, params, moments, checkpoint=file, progress=False)

@@ -10,6 +10,10 @@ import math
 import os
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from utilized_rank import files
 from utilized_rank import paths
 from utilized_rank.gauge import check_gauge
@@ -155,7 +159,7 @@ def search_ranks(
     params,
     moments,
     members,
-    _fingerprint(members),
+    _fingerprint(params, members),
     checkpoint,
     bar,
   )
@@ -270,11 +274,18 @@ class _Search:
     files.write_text(self._checkpoint, json.dumps(record))
 
 
-def _fingerprint(members: Mapping[str, list[Kernel]]) -> str:
-  """What metrics depend on besides `evaluate`: kernels and their moments."""
+def _fingerprint(params: Any, members: Mapping[str, list[Kernel]]) -> str:
+  """What metrics depend on besides `evaluate`: parameters, and moments."""
   digest = hashlib.sha256()
+  for path, leaf in paths.flatten(params, is_low_rank)[0].items():
+    for part in jax.tree.leaves(leaf):
+      is_plain = hasattr(part, 'dtype') and not jnp.issubdtype(
+        part.dtype, jax.dtypes.extended
+      )
+      if is_plain:  # no random key, flag or function
+        digest.update(path.encode() + np.asarray(part).tobytes())
   for path, group in members.items():
     digest.update(path.encode())
     for kernel in group:
-      digest.update(kernel.w.tobytes() + kernel.second.tobytes())
+      digest.update(kernel.second.tobytes())
   return digest.hexdigest()
