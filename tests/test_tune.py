@@ -446,3 +446,10 @@ def test_heads_want_a_loss_and_a_share_of_parameters(options):
   fn, params, batches = attention()
   small, _ = ur.compress(fn, params, batches, progress=False, **options)
   assert not any(isinstance(leaf, ur.NarrowHeads) for leaf in small.values())
+
+
+def test_several_processes_are_refused(monkeypatch):
+  fn, params, batches = attention()
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(ValueError, match='there are 2: collect'):
+    ur.compress(fn, params, batches, params_fraction=0.5, progress=False)

@@ -7,6 +7,7 @@ import functools
 import itertools
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from utilized_rank import holdout
@@ -106,7 +107,8 @@ def compress(
     `recipe` can be written down: it rebuilds the tree's shapes.
 
   Raises:
-    ValueError: both moments and rules; else as `collect`, `tune_ranks` and
+    ValueError: both moments and rules; several processes, which would each
+      decide on the examples that they see; else as `collect`, `tune_ranks` and
       `factorize`.
 
   >>> fn = lambda params, x: x @ params['w']
@@ -117,6 +119,12 @@ def compress(
   >>> small['w'].rank, report['w'].rank  # about their mean, rows differ in one
   (1, 2)
   """
+  if jax.process_count() > 1:
+    raise ValueError(
+      f'compress tries ranks on what one process sees, and there are '
+      f'{jax.process_count()}: collect(...) with all of them, ur.save the '
+      'moments, and give them to compress(moments=...) in a single process'
+    )
   if moments is not None and select is not None:
     raise ValueError(
       'select= chooses the kernels to collect, and moments= has kernels '
