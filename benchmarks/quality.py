@@ -203,13 +203,21 @@ def share_kept(tree, kernels) -> float:
   return left / sum(int(np.prod(named[p].shape)) for p in kernels)
 
 
+def recipes_for(fold: Fold) -> list[Recipe]:
+  """All of them; without attention narrower heads are none."""
+  network = fold.network
+  pairs = ur.find_attention(network.fn, network.params, fold.batches[0])
+  return [r for r in RECIPES if pairs or r.method != 'no heads']
+
+
 def measure_recipes(folds: list[Fold], fractions) -> list[dict]:
   """One row per recipe and fraction, the folds pooled."""
+  recipes = recipes_for(folds[0])
   dense = pool([fold.judge(fold.network.params) for fold in folds])
   rows = [_row(Recipe('dense', 'none', False), 1, 1.0, dense, dense)]
   for fraction in fractions:
     default = None
-    for recipe in RECIPES:
+    for recipe in recipes:
       trees = [fold.cut(recipe, fraction) for fold in folds]
       if recipe == DEFAULT and fraction == fractions[-1]:
         folds[0].judge.check_padding(trees[0])
@@ -219,7 +227,7 @@ def measure_recipes(folds: list[Fold], fractions) -> list[dict]:
       ]
       default = found if default is None else default
       rows.append(_row(recipe, fraction, float(np.mean(kept)), found, default))
-    _print_rows(rows[-len(RECIPES) :])
+    _print_rows(rows[-len(recipes) :])
   return rows
 
 
