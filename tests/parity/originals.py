@@ -19,6 +19,8 @@ def _declare_operators():
 
 try:
   import torchvision  # noqa: F401
+except ModuleNotFoundError:
+  pytest.skip('torchvision is not installed', allow_module_level=True)
 except RuntimeError:
   _LIBRARY = _declare_operators()
 
