@@ -42,7 +42,7 @@ PANELS = (
 COMPRESS = (
   ('all steps', 'compress', '-'),
   ('no heads', 'compress without narrower heads', ':'),
-  ('no gauge', 'compress without the gauge either', '--'),
+  ('no gauge', 'compress, pairs alone', '--'),
 )
 
 
