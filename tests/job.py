@@ -115,6 +115,7 @@ def joint(index):
   run = lambda x, **more: ur.collect(
     model, spread, x, mesh=mesh, loss=loss, progress=False, **more
   )
+  own = jax.sharding.Mesh(np.array(jax.local_devices()), ('data',))
   x = [b[:16] for b in EVEN[index]]
   uneven = EVEN[index][: 1 + index]
   return {
@@ -122,8 +123,9 @@ def joint(index):
     'uneven': refusal(lambda: run(uneven)),
     'folder': refusal(lambda: run(x, checkpoint_dir='sums')),
     'low': refusal(lambda: run(x, accumulate='compensated')),
+    'unsaid': numbers(ur.collect(model, spread, x, loss=loss, progress=False)),
     'elsewhere': refusal(
-      lambda: ur.collect(model, spread, x, loss=loss, progress=False)
+      lambda: ur.collect(model, spread, x, mesh=own, progress=False)
     ),
   }
 

@@ -99,6 +99,7 @@ def test_parameters_spread_over_processes(tmp_path):
   want = job.numbers(job.collect(every, loss=job.loss))
   for out in found:
     assert_equal(out['moments'], want)
+    assert_equal(out['unsaid'], want)
     assert 'have [0, 16] examples in batch 1' in out['uneven']
     assert 'checkpoint_dir cannot be used' in out['folder']
     assert "accumulate='compensated' cannot be used" in out['low']

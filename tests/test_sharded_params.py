@@ -105,6 +105,33 @@ def test_spread_parameters_give_the_same_moments(params, layout, kind):
   assert_equal(got, want)
 
 
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_the_mesh_that_parameters_are_spread_over_is_theirs(
+  params, layout, monkeypatch
+):
+  """Nobody has to say it, and no device gets all of them."""
+  used = []
+  real = Sharded.__init__
+
+  def init(self, values, mesh, names):
+    used.append(mesh)
+    real(self, values, mesh, names)
+
+  monkeypatch.setattr(Sharded, '__init__', init)
+  x = batches([8, 8, 4])
+  mesh, placed = spread(params, layout, AxisType.Auto)
+  got = collect(run, placed, x, loss=squares)
+  assert used == [mesh]
+  assert_equal(got, collect(run, params, x, loss=squares, mesh=alone()))
+
+
+def test_parameters_on_several_meshes_are_refused(params):
+  placed = spread(params, 'fsdp', AxisType.Auto)[1]
+  placed |= {'out': spread(params, 'tensor', AxisType.Auto)[1]['out']}
+  with pytest.raises(ValueError, match='spread over several meshes'):
+    collect(run, placed, batches([8]))
+
+
 def alone():
   return jax.sharding.Mesh(np.array(jax.devices()[:1]), ('x',))
 

@@ -37,6 +37,7 @@ from utilized_rank.snapshots import place_of
 from utilized_rank.spread import Devices
 from utilized_rank.spread import Pmapped
 from utilized_rank.spread import Sharded
+from utilized_rank.spread import mesh_of
 
 _SPREAD = 'parameters that are spread over a mesh'
 _JOINT = 'parameters that are spread over processes'
@@ -93,9 +94,10 @@ def collect(
       are measured from the output side, by T (m, m) in place of S (d, d),
       for inputs much wider than outputs. 'output' factors need no more;
       what needs S (k_S, the other methods) raises an error.
-    mesh: devices to use, all axes flattened; default every device. Parameters
-      that are spread over this mesh stay as they are (fully sharded, tensor
-      parallel), and `fn` runs on whole arrays, as under `jax.jit`.
+    mesh: devices to use, all axes flattened; default the mesh that parameters
+      are spread over, else every device. Parameters that are spread over this
+      mesh stay as they are (fully sharded, tensor parallel), and `fn` runs on
+      whole arrays, as under `jax.jit`.
     batch_axes: for such parameters, the mesh axes over which batches are
       spread; default the mesh's first.
     pmap_axis: for code that is built on `jax.pmap`: the name of its axis.
@@ -149,14 +151,17 @@ def collect(
   """
   what = Measurement(fn, loss, fisher_rows, select, on_opaque, from_outputs)
   accumulation.check(accumulate)
+  leaves, treedef = jax.tree.flatten(params)
+  arrays = {i: v for i, v in enumerate(leaves) if tracing.is_array(v)}
+  values = list(arrays.values())
+  if mesh is None and pmap_axis is None:
+    mesh = _mesh_of(values)
   total = len(batches) if isinstance(batches, Sized) else None
   everywhere = jax.process_count() > 1 and (mesh is None or _crosses(mesh))
   stream = iter(batches)
   first = next(stream, None)
   _agree_on_first(first is not None, everywhere)
   check_batch(first, 0)
-  leaves, treedef = jax.tree.flatten(params)
-  arrays = {i: v for i, v in enumerate(leaves) if tracing.is_array(v)}
 
   def tree_of(values):
     # Flags and functions among the leaves stay what they are.
@@ -165,7 +170,6 @@ def collect(
       treedef, [moving.get(i, v) for i, v in enumerate(leaves)]
     )
 
-  values = list(arrays.values())
   is_spread = _is_spread(values, mesh, batch_axes, pmap_axis)
   joint = everywhere and is_spread
   _check_together(
@@ -332,6 +336,14 @@ def _spread(params, mesh, batch_axes, pmap_axis) -> Devices:
   if _is_spread(params, mesh, batch_axes, pmap_axis):
     return Sharded(params, mesh, batch_axes or mesh.axis_names[:1])
   return Devices(params, mine)
+
+
+def _mesh_of(params: Sequence[Any]) -> Mesh | None:
+  """The mesh that parameters are spread over, if all processes are on it."""
+  mesh = mesh_of(params)
+  if mesh is None or jax.process_count() == 1 or _crosses(mesh):
+    return mesh
+  return None  # a process's own: those of the others count too
 
 
 def _crosses(mesh: Mesh) -> bool:

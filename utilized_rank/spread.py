@@ -315,6 +315,26 @@ class Sharded(Devices):
     return processes.reducer(self.mesh, specs, self.names)
 
 
+def mesh_of(params: Sequence[Any]) -> Mesh | None:
+  """The mesh that parameters are spread over; None where none is.
+
+  Raises:
+    ValueError: there are several.
+  """
+  found: dict[Mesh, Any] = {}
+  for v in params:
+    spread = isinstance(v, jax.Array) and not v.is_fully_replicated
+    if spread and isinstance(v.sharding, NamedSharding):
+      found.setdefault(v.sharding.mesh, v.sharding)
+  if len(found) > 1:
+    raise ValueError(
+      'parameters are spread over several meshes, '
+      f'{[str(s) for s in found.values()]}; put them on one, or pass the one '
+      'to use as mesh='
+    )
+  return next(iter(found), None)
+
+
 class _InMesh:
   """A jitted function whose bare partition specs are of one mesh."""
 

@@ -21,6 +21,9 @@ from utilized_rank import numerics
 # full-rank factorization gives W back. It moves no error by more than that
 # share of the trace.
 _FLOOR = 1e-9
+# Cosines below this are of orthogonal rows: factors are stored in float32,
+# a thousand times coarser.
+_ORTHOGONAL = 1e-11
 
 
 class Basis(NamedTuple):
@@ -86,16 +89,14 @@ def output_basis(
   floor = _floor(np.trace(s))
   if m <= d:
     t = w.T @ (s @ w) if t is None else t
-    vectors = _leading(t + floor * (w.T @ w))
-    values = np.sum(vectors * (t @ vectors), axis=0)
-  else:
-    basis = input_basis(s) if of_s is None else of_s
-    turned = basis.vectors.T @ w
-    root = np.sqrt(np.maximum(basis.values, floor))
-    _, _, right = numerics.svd(root[:, None] * turned)
-    vectors = right.T
-    values = basis.values @ (turned @ vectors) ** 2
+    return _basis_of_outputs(t, w, floor)
+  basis = input_basis(s) if of_s is None else of_s
+  turned = basis.vectors.T @ w
+  root = np.sqrt(np.maximum(basis.values, floor))
+  _, _, right = numerics.svd(root[:, None] * turned)
+  vectors = right.T
   # The floor chose the directions; the values are the data's own.
+  values = basis.values @ (turned @ vectors) ** 2
   return Basis(np.maximum(values, 0), vectors)
 
 
@@ -105,18 +106,31 @@ def measured_output_basis(w: np.ndarray, t: np.ndarray) -> Basis:
   floor = _FLOOR * (np.trace(t) or 1.0) / (np.sum(w * w) or 1.0)
   d, m = w.shape
   if m <= d:
-    vectors = _leading(t + floor * (w.T @ w))
-  else:  # outputs lie in the row space of W
-    rows, _ = np.linalg.qr(w.T)
-    inner, turned = rows.T @ t @ rows, w @ rows
-    vectors = rows @ _leading(inner + floor * (turned.T @ turned))
-  values = np.sum(vectors * (t @ vectors), axis=0)
-  return Basis(np.maximum(values, 0), vectors)
+    return _basis_of_outputs(t, w, floor)
+  rows, _ = np.linalg.qr(w.T)  # outputs lie in the row space of W
+  found = _basis_of_outputs(rows.T @ t @ rows, w @ rows, floor)
+  return Basis(found.values, rows @ found.vectors)
 
 
-def _leading(moment: np.ndarray) -> np.ndarray:
-  """Eigenvectors, those of the largest eigenvalues first."""
-  return numerics.symmetric_eigh(moment)[1][:, ::-1]
+def _basis_of_outputs(t: np.ndarray, w: np.ndarray, floor: float) -> Basis:
+  """Eigenbasis of T; where no data does, floor W^T W chooses directions.
+
+  It moves no eigenvalue by more than its own largest, so that it is left out
+  of the directions whose eigenvalues are far above that.
+  """
+  values, vectors = numerics.symmetric_eigh(t)
+  values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
+  first = int(np.sum(values > floor * np.sum(w * w)))
+  if first < len(values):
+    turned = w @ vectors[:, first:]
+    _, turn = numerics.symmetric_eigh(
+      np.diag(values[first:]) + floor * (turned.T @ turned)
+    )
+    turn = turn[:, ::-1]
+    # The floor chose the directions; the values are the data's own.
+    vectors = np.hstack([vectors[:, :first], vectors[:, first:] @ turn])
+    values = np.append(values[:first], values[first:] @ turn**2)
+  return Basis(values, vectors)
 
 
 def project(w: np.ndarray, v: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -234,10 +248,27 @@ def balanced(factors: Factors) -> Factors:
   learning rate, and rounds it in low precision, treats both alike.
   """
   q_a, r_a = np.linalg.qr(factors.a)
-  q_b, r_b = np.linalg.qr(factors.b.T)
-  left, sigma, right = numerics.svd(r_a @ r_b.T)
+  r_b, q_b = _orthogonal_rows(factors.b)
+  left, sigma, right = numerics.svd(r_a @ r_b)
   root = np.sqrt(sigma)
-  return Factors(q_a @ (left * root), (root[:, None] * right) @ q_b.T)
+  return Factors(q_a @ (left * root), (root[:, None] * right) @ q_b)
+
+
+def _orthogonal_rows(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """b = R Q with orthonormal rows of Q.
+
+  Rows that are orthogonal already, as those of most methods are, need but
+  their lengths, a fraction of a QR decomposition's time.
+  """
+  gram = b @ b.T
+  lengths = np.sqrt(np.diagonal(gram))
+  if np.all(lengths > 0):
+    cosines = gram / np.outer(lengths, lengths)
+    np.fill_diagonal(cosines, 0.0)
+    if np.abs(cosines).max() < _ORTHOGONAL:
+      return np.diag(lengths), b / lengths[:, None]
+  q, r = np.linalg.qr(b.T)
+  return r.T, q.T
 
 
 def tails(
