@@ -20,7 +20,7 @@ LAYERS = [
   'axis_rules',
   'flow',
   'rows',
-  'contraction convolution',
+  'contraction convolution padding',
   'flops values sharded interpret control products',
   'moments subspace threads',
   'sites lowrank layers dense heads narrow',

@@ -95,8 +95,14 @@ def assert_equal(got, want, tolerance=1e-6):
       )
 
 
+def careless_loss(outputs, batch):
+  """As `token_loss`, of a user who does not think of padding."""
+  return token_loss(outputs, {**batch, 'real': jnp.ones_like(batch['real'])})
+
+
+@pytest.mark.parametrize('token_loss', [token_loss, careless_loss])
 @pytest.mark.parametrize('devices', [1, 4])
-def test_padded_tokens_do_not_count(params, devices):
+def test_padded_tokens_do_not_count(params, devices, token_loss):
   """Equal to one sequence at a time; the last batch is uneven."""
   parts = sequences()
   want = collect(transformer, params, parts, loss=token_loss)
@@ -272,3 +278,33 @@ def test_a_mask_of_another_shape_is_refused(small):
   for shape in [(3,), (5, 4), (4, 5, 6)]:
     with pytest.raises(ValueError, match=r'mask of batch 0 has shape'):
       collect(mlp, small, [x], mask=lambda batch, s=shape: np.ones(s))
+
+
+def test_compress_does_not_see_padding(small):
+  """Whatever is in it, and few data or many, the tree is the same."""
+
+  def fn(params, batch):
+    return mlp(params, batch['x'])
+
+  rng = np.random.default_rng(4)
+  x = rng.normal(size=(4, 8, T, 5)).astype(np.float32)
+  real = rng.uniform(size=x.shape[:-1]) < 0.7
+  trees = []
+  for seed in range(2):
+    other = np.random.default_rng(seed).normal(size=x.shape) * 10
+    dirty = np.where(real[..., None], x, other).astype(np.float32)
+    batches = [{'x': a, 'real': b} for a, b in zip(dirty, real, strict=True)]
+    few = [{k: v[:4] for k, v in batches[0].items()}]
+    for given in (batches, few):
+      tree, _ = ur.compress(
+        fn,
+        small,
+        given,
+        mask='real',
+        params_fraction=0.7,
+        loss=squares,
+        progress=False,
+      )
+      trees.append(tree)
+  for one, two in zip(trees[:2], trees[2:], strict=True):
+    jax.tree.map(np.testing.assert_array_equal, one, two)

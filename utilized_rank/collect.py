@@ -83,10 +83,11 @@ def collect(
       three more forward passes.
     mask: which examples, (B,), or tokens, (B, T), are real and not padding:
       a function of the batch, or the batch's key for it. What is padding is
-      left out of every sum and count, of the gradients' too, exactly. Tokens
-      are followed from axis 1 of the batch's arrays to the products' rows; a
-      row per example counts if its token, or any token, is real. With a mask
-      an uneven batch is filled up, so that one compiled step serves all.
+      left out of every sum and count, of the gradients' too, exactly: the loss
+      sees zeros in place of padded outputs. Tokens are followed from axis 1 of
+      the batch's arrays to the products' rows and the outputs; a row per
+      example counts if its token, or any token, is real. With a mask an uneven
+      batch is filled up, so that one compiled step serves all.
     select: ordered `(regex, bool)` rules over leaf paths; default all kernels.
     on_opaque: 'error', or 'report' to pass over parameters that enter a
       primitive which hides its computation, with a warning that names them.

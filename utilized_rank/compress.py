@@ -12,6 +12,7 @@ import numpy as np
 
 from utilized_rank import holdout
 from utilized_rank import narrowed
+from utilized_rank import padding
 from utilized_rank import paths
 from utilized_rank.anchor import anchor
 from utilized_rank.attention import find_attention
@@ -29,6 +30,8 @@ from utilized_rank.interpret import UnsupportedError
 from utilized_rank.kernels import ENOUGH_ROWS
 from utilized_rank.kernels import scarce
 from utilized_rank.lowrank import merge
+from utilized_rank.masks import Mask
+from utilized_rank.masks import Masked
 from utilized_rank.methods import DAMPING
 from utilized_rank.moments import Moments
 from utilized_rank.ranks import one_fraction
@@ -51,6 +54,7 @@ def compress(
   flops_fraction: float | None = None,
   loss: LossFn | None = None,
   divergence: Divergence | None = None,
+  mask: Mask | str | None = None,
   select: paths.Rules | None = None,
   multiple_of: int = 1,
   gauge: str | None = IDENTITY,
@@ -85,6 +89,9 @@ def compress(
     divergence: how far outputs are from the dense ones, see `tune_ranks`;
       default the KL divergence of the loss's logits for
       `sampled_cross_entropy`, else `squared_error`.
+    mask: which examples or tokens are real and not padding, as for `collect`.
+      Loss and divergence then see zeros in place of padded outputs, and
+      factors are not fitted anew (`anchored`).
     select: ordered `(regex, bool)` rules over leaf paths; default all kernels.
       Given moments are of selected kernels already.
     multiple_of: ranks are multiples of this.
@@ -143,11 +150,20 @@ def compress(
       params,
       batches if isinstance(batches, Sized) else itertools.chain(kept, rest),
       loss=loss,
+      mask=mask,
       select=select,
       progress=progress,
     )
   if divergence is None:
     divergence = getattr(loss, 'divergence', squared_error)
+  pairs = functools.partial(_attention, fn, params, kept[0])
+  real = None
+  if mask is not None:
+    masked = Masked(mask, 1)
+    kept = [masked(batch, i) for i, batch in enumerate(kept)]
+    fn, real, anchored = padding.hidden(fn), padding.mask_of, False
+    divergence = padding.of_batch(divergence)
+    loss = None if loss is None else padding.of_batch(loss)
   report = measure(params, moments, energy=energy, progress=progress)
   budget: dict[str, Any] = dict(
     params_fraction=params_fraction,
@@ -177,6 +193,7 @@ def compress(
       lambda few, part: try_on(params, few, batches=part, progress=False).tree,
       loss=loss,
       divergence=divergence,
+      mask=real,
     ):
       report.recipe = Recipe.of(
         blind, moments, blind_ranks, method='weight', compensate_mean=False
@@ -188,7 +205,7 @@ def compress(
     less = narrowed.narrow(
       params,
       moments,
-      _attention(fn, params, kept[0]),
+      pairs(),
       params_fraction=params_fraction,
       multiple_of=multiple_of,
       gauge=gauge,

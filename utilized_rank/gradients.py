@@ -47,7 +47,8 @@ def gradient_sums(
 
   Args:
     fn: `fn(params, batch) -> outputs`; examples must not mix.
-    loss: `loss(outputs, batch) -> (B,)`, one number of nats per example.
+    loss: `loss(outputs, batch) -> (B,)`, one number of nats per example; it
+      sees zeros in place of outputs that do not count.
     layouts: kernels by path, as `find_sites` or `capture` found them.
     counting: which examples and rows count; default all.
 
@@ -99,8 +100,9 @@ def _tapped(traced, layouts, taps, rows):
     values.append(Param(view, _Tapped(Dense(leaf), grouped)))
   walk = Walk(_Tapper(rows))
   outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
+  outs = [walk.materialise(v, 'output') for v in outs]
   return jax.tree.unflatten(
-    traced.out_tree, [walk.materialise(v, 'output') for v in outs]
+    traced.out_tree, rows.real(traced.jaxpr.outvars, outs)
   )
 
 

@@ -14,6 +14,7 @@ from utilized_rank.collect import collect
 from utilized_rank.divergence import Divergence
 from utilized_rank.divergence import comes_closer
 from utilized_rank.gradients import LossFn
+from utilized_rank.masks import Mask
 from utilized_rank.moments import Moments
 from utilized_rank.trials import divergences
 
@@ -28,6 +29,7 @@ def generalises(
   *,
   loss: LossFn | None,
   divergence: Divergence,
+  mask: Mask | None = None,
 ) -> bool:
   """Whether a tree fitted to data beats one made without, on other data.
 
@@ -42,6 +44,7 @@ def generalises(
     fit: `fit(moments, batches)`, the tree that is made of some of the data.
     loss: as for `collect`.
     divergence: as for `tune_ranks`.
+    mask: as for `collect`.
 
   Returns:
     Whether outputs are closer to the dense ones by more than the standard
@@ -56,7 +59,13 @@ def generalises(
   after: list[np.ndarray] = []
   for part, judge in (halves, halves[::-1]):
     few = collect(
-      fn, params, part, loss=with_loss, select=select, progress=False
+      fn,
+      params,
+      part,
+      loss=with_loss,
+      mask=mask,
+      select=select,
+      progress=False,
     )
     for tree, found in ((blind, before), (fit(few, part), after)):
       found.append(divergences(fn, params, tree, judge, divergence))

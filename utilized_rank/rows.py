@@ -258,6 +258,26 @@ class Rows:
       shape.append(math.prod(p.size for p in axis) if has else 1)
     return jnp.broadcast_to(mask.reshape(ones), sizes).reshape(shape)
 
+  def real(self, atoms: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """Values of the function, zeros in place of what is of padding.
+
+    Args:
+      atoms: the jaxpr's variables.
+      values: theirs; those that are not floating stay as they are.
+    """
+
+    def one(atom: Any, value: Any) -> Any:
+      keep = self.keep(self._of(atom))
+      if keep is None or not jnp.issubdtype(value.dtype, jnp.floating):
+        return value
+      hide = lambda v, keep: jnp.where(keep, v, jnp.zeros((), v.dtype))
+      if not compat.has_explicit_axes(value):
+        return hide(value, keep)
+      spec = jax.typeof(value).sharding.spec
+      return jax.sharding.auto_axes(hide, out_sharding=spec)(value, keep)
+
+    return [one(*pair) for pair in zip(atoms, values, strict=True)]
+
   def losses(self, losses: jax.Array) -> jax.Array:
     """An example's loss where the example counts, zero elsewhere."""
     if self._mask is None:

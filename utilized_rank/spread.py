@@ -323,9 +323,11 @@ def mesh_of(params: Sequence[Any]) -> Mesh | None:
   """
   found: dict[Mesh, Any] = {}
   for v in params:
-    spread = isinstance(v, jax.Array) and not v.is_fully_replicated
-    if spread and isinstance(v.sharding, NamedSharding):
-      found.setdefault(v.sharding.mesh, v.sharding)
+    if not isinstance(v, jax.Array) or v.is_fully_replicated:
+      continue
+    mesh = getattr(v.sharding, 'mesh', None)
+    if isinstance(mesh, Mesh):
+      found.setdefault(mesh, v.sharding)
   if len(found) > 1:
     raise ValueError(
       'parameters are spread over several meshes, '
