@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
+from utilized_rank import checkpoint
 from utilized_rank.checkpoint import load_metadata
 
 
@@ -165,3 +166,27 @@ def test_other_tools_can_read_the_arrays(tmp_path):
   np.testing.assert_array_equal(
     plain['params']['Dense_0']['kernel']['a'], np.ones((4, 1))
   )
+
+
+def test_one_file_holds_sums_of_any_dtype(tmp_path):
+  """What a process of several saves by itself; damage is said."""
+  fn = lambda p, x: x @ p['w']
+  moments = ur.capture(fn)({'w': np.eye(3, dtype='f')}, np.ones((4, 3), 'f'))[1]
+  wide = jax.tree.map(lambda a: np.asarray(a, np.float64) / 3, moments)
+  path = tmp_path / '7.npz'
+  checkpoint.save_file(path, {'state': wide}, {'batches': 7})
+  tree, metadata = checkpoint.load_file(path)
+  assert metadata == {'batches': 7}
+  assert tree['state'].table == wide.table
+  jax.tree.map(np.testing.assert_array_equal, tree['state'], wide)
+  assert tree['state']['w'].second.dtype == np.float64
+  assert [p.name for p in tmp_path.iterdir()] == ['7.npz']
+  whole = path.read_bytes()
+  for bad in (
+    whole[: len(whole) // 2],
+    b'',
+    whole.replace(b'moments', b'm0ments'),
+  ):
+    path.write_bytes(bad)
+    with pytest.raises(ValueError, match='damaged'):
+      checkpoint.load_file(path)

@@ -1,6 +1,6 @@
 """Collection by several real processes, on CPU devices joined by gloo."""
 
-import pathlib
+from pathlib import Path
 import pickle
 import signal
 import socket
@@ -14,7 +14,7 @@ import numpy as np
 
 from utilized_rank import processes
 
-HERE = pathlib.Path(__file__).parent
+HERE = Path(__file__).parent
 # Seconds for a job of small arrays; starting JAX is most of them.
 LIMIT = 240
 
@@ -125,6 +125,31 @@ def test_killed_at_any_moment_and_started_again(tmp_path):
   for path in want:
     for a, b in zip(got[path], want[path], strict=True):
       np.testing.assert_array_equal(a, b)
+  assert not (tmp_path / 'sums').exists()
+
+
+def test_a_job_of_two_killed_and_started_again(tmp_path):
+  """SIGKILL, one process a little before the other."""
+  jobs = start('interrupted', tmp_path)
+  folders = [tmp_path / 'sums' / f'process-{i}-of-2' for i in range(2)]
+  deadline = time.monotonic() + LIMIT
+  saved = lambda: all(
+    any(one.stem.isdigit() for one in folder.glob('*')) for folder in folders
+  )
+  while not saved() and time.monotonic() < deadline:
+    assert all(one.poll() is None for one in jobs), finish(jobs)
+    time.sleep(0.05)
+  for one in reversed(jobs):
+    one.kill()
+    time.sleep(0.3)
+  finish(jobs)
+  assert saved()
+  assert not list(tmp_path.glob('*.pkl'))
+  found = results('interrupted', tmp_path)
+  every = [batch for _ in range(2) for batch in job.Stream()]
+  want = job.numbers(job.collect(every))
+  for out in found:
+    assert_equal(out, want)
   assert not (tmp_path / 'sums').exists()
 
 

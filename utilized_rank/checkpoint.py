@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 import dataclasses
 import hashlib
+import json
 import os
 from typing import Any
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +110,56 @@ def load(path: str | os.PathLike[str]) -> Any:
 def load_metadata(path: str | os.PathLike[str]) -> Any:
   """The `metadata` that a tree was saved with."""
   return _open(os.path.abspath(os.fspath(path)))[0]['metadata']
+
+
+def save_file(
+  path: str | os.PathLike[str], tree: Any, metadata: dict[str, Any]
+) -> None:
+  """Writes a tree of numpy arrays to one file: all of it, or nothing.
+
+  For a process of several that has nothing to do with the others: orbax's
+  saves wait for all of them.
+
+  Args:
+    path: the file, in the format of `np.savez`.
+    tree: as for `save`, of arrays on the host.
+    metadata: JSON to keep with it.
+  """
+  arrays, structure = _encode(tree, '')
+  leaves, treedef = jax.tree.flatten(arrays)
+  record = {
+    'format': _FORMAT,
+    'structure': structure,
+    'places': jax.tree.unflatten(treedef, range(len(leaves))),
+    'metadata': metadata,
+  }
+  where = os.fspath(path)
+  beside = f'{where}.tmp'
+  with open(beside, 'wb') as file:
+    text = np.frombuffer(json.dumps(record).encode(), np.uint8)
+    np.savez(file, text, *leaves)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(beside, where)
+
+
+def load_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
+  """The tree and the metadata that `save_file` wrote.
+
+  Raises:
+    FileNotFoundError: there is no file.
+    ValueError: it is damaged, or was not written by `save_file`.
+  """
+  try:
+    with open(path, 'rb') as raw, np.load(raw) as file:
+      text, *leaves = (file[f'arr_{i}'] for i in range(len(file.files)))
+    record = json.loads(text.tobytes())
+    if record['format'] != _FORMAT:
+      raise ValueError(f'its format is {record["format"]}, not {_FORMAT}')
+    arrays = jax.tree.map(lambda i: leaves[i], record['places'])
+    return _decode(arrays, record['structure']), record['metadata']
+  except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError) as e:
+    raise ValueError(f'{os.fspath(path)!r} is damaged, or no tree: {e}') from e
 
 
 def _open(where: str) -> tuple[dict[str, Any], Any]:

@@ -2,7 +2,10 @@
 
 A process writes under a name of its own, so that processes may be killed at
 different places; a snapshot is complete or absent, and the one before it goes
-only when it is there.
+only when it is there. A process alone writes with orbax. Those of a job write a
+file each: orbax lets its saves wait for those of all other processes, which may
+be elsewhere, or done (0.12 compares their paths, and mixes up their signals,
+whatever its `active_processes` say).
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ class Snapshots:
     index, count = jax.process_index(), jax.process_count()
     self.name = f'process-{index}-of-{count}'
     self._mine = os.path.join(self.folder, self.name)
+    self._suffix = '' if count == 1 else '.npz'
 
   def latest(self) -> tuple[dict[str, Moments], int, Any] | None:
     """(sums by name, batches, iterator's state), or None.
@@ -65,27 +69,29 @@ class Snapshots:
     done = self._numbers()
     if not done:
       return None
-    where = os.path.join(self._mine, str(done[-1]))
-    with _alone():
+    where = self._path(done[-1])
+    if self._suffix:
+      tree, record = checkpoint.load_file(where)
+    else:
       tree = checkpoint.load(where)
       record = checkpoint.load_metadata(where)
-    place = _unpack(record['iterator'])
-    return tree, record['batches'], place
+    return tree, record['batches'], _unpack(record['iterator'])
 
   def save(self, sums: dict[str, Moments], done: int, place: Any) -> None:
     """Writes a snapshot after `done` batches, then drops the one before."""
     tree = jax.tree.map(np.asarray, sums)
     os.makedirs(self._mine, exist_ok=True)
-    with _alone():
-      checkpoint.save(
-        os.path.join(self._mine, str(done)),
-        tree,
-        metadata={'batches': done, 'iterator': _pack(place)},
-        overwrite=True,
-      )
-    for name in os.listdir(self._mine):
-      if name != str(done):
-        shutil.rmtree(os.path.join(self._mine, name))
+    where, record = (
+      self._path(done),
+      {'batches': done, 'iterator': _pack(place)},
+    )
+    if self._suffix:
+      checkpoint.save_file(where, tree, record)
+    else:
+      checkpoint.save(where, tree, metadata=record, overwrite=True)
+    for other in os.scandir(self._mine):
+      if other.path != where:
+        (shutil.rmtree if other.is_dir() else os.remove)(other.path)
 
   def remove(self) -> None:
     """Removes this process's snapshots, at one stroke for whoever looks."""
@@ -97,10 +103,14 @@ class Snapshots:
     with contextlib.suppress(OSError):  # until the last process is done
       os.rmdir(self.folder)
 
+  def _path(self, done: int) -> str:
+    return os.path.join(self._mine, f'{done}{self._suffix}')
+
   def _numbers(self) -> list[int]:
     if not os.path.isdir(self._mine):
       return []
-    return sorted(int(n) for n in os.listdir(self._mine) if n.isdigit())
+    names = [n.removesuffix(self._suffix) for n in os.listdir(self._mine)]
+    return sorted(int(n) for n in names if n.isdigit())
 
 
 def place_of(iterator: Any) -> Any:
@@ -151,21 +161,3 @@ def _unpack(record: Any) -> Any:
   if 'bytes' in record:
     return base64.b64decode(record['bytes'])
   return record['json']
-
-
-@contextlib.contextmanager
-def _alone():
-  """orbax without barriers: this process saves at its own pace."""
-  if jax.process_count() == 1:
-    yield
-    return
-  from orbax.checkpoint import v1 as ocp
-
-  index = jax.process_index()
-  options = ocp.options.MultiprocessingOptions(
-    primary_host=index,
-    active_processes={index},
-    barrier_sync_key_prefix=f'utilized-rank-{index}',
-  )
-  with ocp.Context(multiprocessing_options=options):
-    yield
