@@ -22,7 +22,7 @@ from utilized_rank import numerics
 # share of the trace.
 _FLOOR = 1e-9
 # Cosines below this are of orthogonal rows: factors are stored in float32,
-# a thousand times coarser.
+# which is far coarser.
 _ORTHOGONAL = 1e-11
 
 
@@ -115,8 +115,8 @@ def measured_output_basis(w: np.ndarray, t: np.ndarray) -> Basis:
 def _basis_of_outputs(t: np.ndarray, w: np.ndarray, floor: float) -> Basis:
   """Eigenbasis of T; where no data does, floor W^T W chooses directions.
 
-  It moves no eigenvalue by more than its own largest, so that it is left out
-  of the directions whose eigenvalues are far above that.
+  It moves no eigenvalue by more than its own largest, which floor |W|^2 bounds:
+  directions with more data than that are left as they are.
   """
   values, vectors = numerics.symmetric_eigh(t)
   values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
