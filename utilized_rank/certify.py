@@ -16,8 +16,6 @@ from utilized_rank.subspace import Factors
 # value: taken for the standard deviation (it is less), their sums stay within a
 # small multiple of theirs.
 _DEVIATIONS = 4.0
-# Inverses of matrices of lower condition keep half of float64's digits.
-_WELL = 1e8
 
 
 def check(
@@ -67,12 +65,10 @@ def _inputs(w: np.ndarray, stored: Factors, dtype: Any) -> np.ndarray:
   times cheaper than a least-squares solution, and is looked at.
   """
   a, b = stored
-  gram = b @ b.T
-  if np.linalg.cond(gram) < _WELL:
-    q = np.linalg.solve(gram, b).T
-    left = np.linalg.norm(a - w @ q)
-    if left <= _DEVIATIONS * float(jnp.finfo(dtype).eps) * np.linalg.norm(a):
-      return q
+  q = numerics.solve_least(b, np.eye(len(b)))
+  left = np.linalg.norm(a - w @ q)
+  if left <= _DEVIATIONS * float(jnp.finfo(dtype).eps) * np.linalg.norm(a):
+    return q
   return numerics.solve_least(w, a)
 
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank import files
 from utilized_rank.gauge import Order
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
@@ -133,14 +134,8 @@ def save_file(
     'places': jax.tree.unflatten(treedef, range(len(leaves))),
     'metadata': metadata,
   }
-  where = os.fspath(path)
-  beside = f'{where}.tmp'
-  with open(beside, 'wb') as file:
-    text = np.frombuffer(json.dumps(record).encode(), np.uint8)
-    np.savez(file, text, *leaves)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(beside, where)
+  text = np.frombuffer(json.dumps(record).encode(), np.uint8)
+  files.write(path, lambda file: np.savez(file, text, *leaves))
 
 
 def load_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:

@@ -37,6 +37,7 @@ from utilized_rank.snapshots import place_of
 from utilized_rank.spread import Devices
 from utilized_rank.spread import Pmapped
 from utilized_rank.spread import Sharded
+from utilized_rank.spread import crosses
 from utilized_rank.spread import mesh_of
 
 _SPREAD = 'parameters that are spread over a mesh'
@@ -156,9 +157,9 @@ def collect(
   arrays = {i: v for i, v in enumerate(leaves) if tracing.is_array(v)}
   values = list(arrays.values())
   if mesh is None and pmap_axis is None:
-    mesh = _mesh_of(values)
+    mesh = mesh_of(values)
   total = len(batches) if isinstance(batches, Sized) else None
-  everywhere = jax.process_count() > 1 and (mesh is None or _crosses(mesh))
+  everywhere = jax.process_count() > 1 and (mesh is None or crosses(mesh))
   stream = iter(batches)
   first = next(stream, None)
   _agree_on_first(first is not None, everywhere)
@@ -337,19 +338,6 @@ def _spread(params, mesh, batch_axes, pmap_axis) -> Devices:
   if _is_spread(params, mesh, batch_axes, pmap_axis):
     return Sharded(params, mesh, batch_axes or mesh.axis_names[:1])
   return Devices(params, mine)
-
-
-def _mesh_of(params: Sequence[Any]) -> Mesh | None:
-  """The mesh that parameters are spread over, if all processes are on it."""
-  mesh = mesh_of(params)
-  if mesh is None or jax.process_count() == 1 or _crosses(mesh):
-    return mesh
-  return None  # a process's own: those of the others count too
-
-
-def _crosses(mesh: Mesh) -> bool:
-  """Whether a mesh has devices of several processes."""
-  return len({d.process_index for d in mesh.devices.flat}) > 1
 
 
 def _agree_on_first(has_one: bool, everywhere: bool) -> None:

@@ -156,7 +156,6 @@ def compress(
     )
   if divergence is None:
     divergence = getattr(loss, 'divergence', squared_error)
-  pairs = functools.partial(_attention, fn, params, kept[0])
   real = None
   if mask is not None:
     masked = Masked(mask, 1)
@@ -205,7 +204,7 @@ def compress(
     less = narrowed.narrow(
       params,
       moments,
-      pairs(),
+      _attention(fn, params, kept[0]),
       params_fraction=params_fraction,
       multiple_of=multiple_of,
       gauge=gauge,

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 import json
 import os
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 T = TypeVar('T')
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
   """Writes beside the file, then renames over it."""
+  write(path, lambda file: file.write(text.encode()))
+
+
+def write(
+  path: str | os.PathLike[str], put: Callable[[IO[bytes]], Any]
+) -> None:
+  """Writes what `put(file)` puts beside the file, then renames over it."""
   where = os.fspath(path)
   beside = f'{where}.tmp'
-  with open(beside, 'w', encoding='utf-8') as f:
-    f.write(text)
+  with open(beside, 'wb') as file:
+    put(file)
+    file.flush()
+    os.fsync(file.fileno())
   os.replace(beside, where)
 
 

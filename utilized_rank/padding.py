@@ -34,10 +34,12 @@ def hidden(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Pair], Any]:
 
   def masked(params: Any, pair: Pair) -> Any:
     batch, mask = pair
-    leaves, treedef = jax.tree.flatten(fn(params, batch))
     traced = tracing.trace(fn, params, (batch,), {})
-    rows = Rows(Counting(mask), traced)
-    return jax.tree.unflatten(treedef, rows.real(traced.jaxpr.outvars, leaves))
+    outs = jax.core.eval_jaxpr(
+      traced.jaxpr, traced.consts, *traced.params.values(), *traced.args
+    )
+    outs = Rows(Counting(mask), traced).real(traced.jaxpr.outvars, outs)
+    return jax.tree.unflatten(traced.out_tree, outs)
 
   return masked
 

@@ -147,17 +147,13 @@ class Rows:
     `of` makes them: all have the groups in front, the first one axis of
     features, the next one two.
     """
-
-    def counted(x, keep):
-      return x if keep is None else jnp.where(keep, x, jnp.zeros((), x.dtype))
-
     if not self.parts:
-      return of(matrix, counted(x, keep), blocks(x.shape))
+      return of(matrix, _counted(x, keep), blocks(x.shape))
     assert self._counting.over is not None
     mesh, names = self._counting.over
 
     def sums(x, keep):
-      x = counted(x, keep)
+      x = _counted(x, keep)
       if not self._is_split(where):
         # Its examples are not known: one sum of all, at the first part.
         found = of(matrix, x, blocks(x.shape))
@@ -270,11 +266,10 @@ class Rows:
       keep = self.keep(self._of(atom))
       if keep is None or not jnp.issubdtype(value.dtype, jnp.floating):
         return value
-      hide = lambda v, keep: jnp.where(keep, v, jnp.zeros((), v.dtype))
       if not compat.has_explicit_axes(value):
-        return hide(value, keep)
+        return _counted(value, keep)
       spec = jax.typeof(value).sharding.spec
-      return jax.sharding.auto_axes(hide, out_sharding=spec)(value, keep)
+      return jax.sharding.auto_axes(_counted, out_sharding=spec)(value, keep)
 
     return [one(*pair) for pair in zip(atoms, values, strict=True)]
 
@@ -309,6 +304,11 @@ class Rows:
     if len(mask) % self.parts:
       return _first(mask.sum(dtype=jnp.int32), 0, self.parts)
     return mask.reshape(self.parts, -1).sum(1, dtype=jnp.int32)
+
+
+def _counted(x: jax.Array, keep: Any) -> jax.Array:
+  """Zeros in place of what does not count; `keep` as `Rows.keep` has it."""
+  return x if keep is None else jnp.where(keep, x, jnp.zeros((), x.dtype))
 
 
 def _top(where: Where) -> tuple[int, int, int, int]:

@@ -243,7 +243,7 @@ class Sharded(Devices):
   def _put(self, array: Any, size: int) -> jax.Array:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
       return array
-    if len({d.process_index for d in self.mesh.devices.flat}) > 1:
+    if crosses(self.mesh):
       return jax.make_array_from_process_local_data(
         self.placement, np.asarray(array)
       )
@@ -315,8 +315,14 @@ class Sharded(Devices):
     return processes.reducer(self.mesh, specs, self.names)
 
 
+def crosses(mesh: Mesh) -> bool:
+  """Whether a mesh has devices of several processes."""
+  return len({d.process_index for d in mesh.devices.flat}) > 1
+
+
 def mesh_of(params: Sequence[Any]) -> Mesh | None:
-  """The mesh that parameters are spread over; None where none is.
+  """The mesh that parameters are spread over; None where none is, or where it
+  is this process's own and there are others, whose examples count too.
 
   Raises:
     ValueError: there are several.
@@ -334,7 +340,10 @@ def mesh_of(params: Sequence[Any]) -> Mesh | None:
       f'{[str(s) for s in found.values()]}; put them on one, or pass the one '
       'to use as mesh='
     )
-  return next(iter(found), None)
+  mesh = next(iter(found), None)
+  if mesh is None or jax.process_count() == 1 or crosses(mesh):
+    return mesh
+  return None
 
 
 class _InMesh:
