@@ -125,7 +125,8 @@ def programs():
   """Collectives of the two steps and of the last program, on all devices."""
   import jax
 
-  from utilized_rank.capture import capture
+  from utilized_rank.capture import count
+  from utilized_rank.rows import EVERY
   from utilized_rank.running import RunningSums
   from utilized_rank.spread import Devices
 
@@ -133,7 +134,7 @@ def programs():
   names = sorted(named)
 
   def measure(values, batch):
-    return capture(model)(dict(zip(names, values, strict=True)), batch)[1]
+    return count(model, EVERY, dict(zip(names, values, strict=True)), batch)
 
   spread = Devices([named[n] for n in names], jax.devices())
   run, out = RunningSums(measure, spread), {}

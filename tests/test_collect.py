@@ -11,6 +11,8 @@ import references
 
 import utilized_rank as ur
 from utilized_rank import running
+from utilized_rank.capture import count
+from utilized_rank.rows import EVERY
 from utilized_rank.spread import Devices
 from utilized_rank.spread import Pmapped
 
@@ -144,9 +146,9 @@ def test_capture_inside_pmap_and_shard_map(params, rows):
 
 
 def run_of(spread):
-  measure = lambda params, x: ur.capture(model)(
-    dict(zip(sorted(SHAPES), params)), x
-  )[1]
+  measure = lambda params, x: count(
+    model, EVERY, dict(zip(sorted(SHAPES), params)), x
+  )
   return running.RunningSums(measure, spread)
 
 

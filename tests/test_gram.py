@@ -86,4 +86,5 @@ def test_large_patches_never_exist_at_once():
   sums = lambda w, x: ur.capture(fn)(w, x)[1]
   memory = jax.jit(sums).lower(w, x).compile().memory_analysis()
   patches = 4 * 128 * 128 * 9 * 64 * 4
-  assert memory.temp_size_in_bytes < patches / 3
+  # A block of a ninth, and XLA's copies of its columns for every panel.
+  assert memory.temp_size_in_bytes < patches / 2

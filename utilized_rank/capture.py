@@ -76,7 +76,8 @@ def capture(
     outputs, moments, _ = _capture(
       fn, params, args, kwargs, select, on_opaque, from_outputs
     )
-    return outputs, moments
+    sums = tuple(s.whole() for s in moments.sums)
+    return outputs, Moments(moments.table, sums)
 
   return captured
 
@@ -154,7 +155,8 @@ def count(
 ) -> Moments:
   """The moments of `fn(params, batch)` over the rows that count.
 
-  With parts, they are an axis of every sum, in front of the features.
+  With parts, they are an axis of every sum, in front of the features. Second
+  moments are panels, as `gram.panels` makes them.
   """
   rules = select, on_opaque, from_outputs
   return _capture(fn, params, (batch,), {}, *rules, counting)[1]

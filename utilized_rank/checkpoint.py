@@ -217,7 +217,13 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
     return arrays, record
   if isinstance(tree, Moments):
     arrays = {
-      str(i): {'count': s.count, 'total': s.total, 'second': s.second}
+      str(i): {
+        'count': s.count,
+        'total': s.total,
+        'second': {str(j): panel for j, panel in enumerate(s.second)}
+        if isinstance(s.second, tuple)
+        else s.second,
+      }
       for i, s in enumerate(tree.sums)
     }
     if tree.grads is not None:
@@ -287,7 +293,7 @@ def _decode(arrays: Any, structure: Any) -> Any:
       for entry in structure['table']
     )
     count = len({entry.index for entry in table})
-    sums = tuple(Sums(**arrays[str(i)]) for i in range(count))
+    sums = tuple(_sums(arrays[str(i)]) for i in range(count))
     if 'grads' not in arrays:
       return Moments(table, sums)
     each = lambda name: tuple(arrays[name][str(i)] for i in range(len(table)))
@@ -300,6 +306,13 @@ def _decode(arrays: Any, structure: Any) -> Any:
     numbers = set(structure['numbers'])
     return {int(k) if k in numbers else k: v for k, v in items.items()}
   return (list if kind == 'list' else tuple)(items.values())
+
+
+def _sums(arrays: dict[str, Any]) -> Sums:
+  second = arrays['second']
+  if isinstance(second, dict):  # of a collection that goes on
+    second = tuple(second[str(j)] for j in range(len(second)))
+  return Sums(arrays['count'], arrays['total'], second)
 
 
 def _layout(record: dict[str, Any]) -> Layout:

@@ -354,12 +354,21 @@ def _assemble(parts: Sequence[_Part], layout: Layout, inner: int) -> Sums:
 
   `inner` axes are between the groups and the features.
   """
-  value = lambda part, field: getattr(part.emission.value, field)
+
+  def joined(tail, *arrays):
+    return _join(
+      [
+        (p.fixed, p.arrange(a, tail, layout))
+        for p, a in zip(parts, arrays, strict=True)
+      ],
+      layout,
+    )
+
   return Sums(
     *(
-      _join(
-        [(p.fixed, p.arrange(value(p, field), tail, layout)) for p in parts],
-        layout,
+      jax.tree.map(
+        functools.partial(joined, tail),
+        *(getattr(p.emission.value, field) for p in parts),
       )
       for tail, field in enumerate(('count', 'total', 'second'), inner)
     )

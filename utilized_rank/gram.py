@@ -5,15 +5,16 @@ matmul precision, whatever the activations' dtype: a bfloat16 sum stops growing
 after a few hundred additions, and a TPU multiplies float32 in bfloat16 passes
 unless told otherwise.
 
-A Gram matrix is symmetric, so half of its products are enough. The columns are
-cut into blocks and only the upper triangle of blocks is multiplied, then
-mirrored. On two CPU cores in float32, CPU time over that of the full product
-(a prototype on a loaded machine; `python -m benchmarks.gram` measures again):
+A Gram matrix is symmetric: little more than half of it is multiplied, and kept
+while sums run. The columns are cut into blocks, and of each block of rows of C
+there is what stands on and right of the diagonal, a panel: with four, 5/8 of
+all products and of the memory. `whole` mirrors the rest, at the end. Time over
+that of the full product and sum, on two CPU cores in float32 (`python -m
+benchmarks.gram` measures again):
 
-  d = 768,  n = 1576:  2 blocks 0.83, 4 blocks 0.74, 6 blocks 0.79
-  d = 3072, n = 1576:  3 blocks 0.88, 4 blocks 0.69, 6 blocks 0.83
-  d = 3072, n = 200:   4 blocks 2.0 (mirroring and copies cost more than they
-                       save); d = 256: 4 blocks 1.2
+  d = 768,  n = 1576:  2 panels 1.03, 4 panels 0.86, 8 panels 0.92
+  d = 3072, n = 1576:  2 panels 0.80, 4 panels 0.71, 8 panels 0.73
+  d = 3072, n = 200:   2 panels 0.57, 4 panels 0.48, 8 panels 0.46
 
 XLA's own `symmetric_product` costs the full product and more on the CPU (1.0 to
 1.2, 3 for few rows) and takes no precision elsewhere.
@@ -21,19 +22,23 @@ XLA's own `symmetric_product` costs the full product and more on the CPU (1.0 to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+import numpy as np
 
 from utilized_rank import compat
 
-# Blocks of columns: the products are (_BLOCKS + 1) / (2 _BLOCKS) of all.
-_BLOCKS = 4
-# Below this width the blocks are too thin for a matrix unit.
+_PANELS = 4
+# Below this width panels are too thin for a matrix unit.
 _LEAST_WIDTH = 512
+
+# Of a symmetric (*groups, d, d): rows a to b of the columns from a on, for each
+# block of columns (a, b); (*groups, b - a, d - a) each.
+Panels = tuple[Any, ...]
 
 
 def gram(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -50,42 +55,80 @@ def gram(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   >>> s.tolist(), c.tolist()
   ([4.0, 6.0], [[10.0, 14.0], [14.0, 20.0]])
   """
+  total, second = panels(x)
+  return total, whole(second)
+
+
+def panels(x: jax.Array) -> tuple[jax.Array, Panels]:
+  """`gram`, with C as panels."""
   dtype = accumulator_dtype(x.dtype)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     x = x.astype(dtype)
   total = jnp.sum(x, axis=-2, dtype=dtype)
-  edges = _edges(*x.shape[-2:])
-  columns = [x[..., a:b] for a, b in edges]
-  if len(edges) == 1:
-    return total, _product(x, x, dtype)
-  d = x.shape[-1]
-  second = jnp.zeros((*x.shape[:-2], d, d), dtype)
-  for i, (a, b) in enumerate(edges):
-    for j, (c, e) in enumerate(edges[i:], i):
-      block = _product(columns[i], columns[j], dtype)
-      second = second.at[..., a:b, c:e].set(block)
-      if j > i:
-        second = second.at[..., c:e, a:b].set(jnp.swapaxes(block, -1, -2))
-  return total, second
-
-
-def _edges(n: int, d: int) -> list[tuple[int, int]]:
-  """Where the columns of (n, d) are cut."""
-  # With fewer rows the products are small beside the (d, d) results.
-  if d < _LEAST_WIDTH or n < d // 4:
-    return [(0, d)]
-  width = -(-d // (8 * _BLOCKS)) * 8
-  return [(a, min(a + width, d)) for a in range(0, d, width)]
-
-
-def _product(x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
-  return jnp.einsum(
-    '...nd,...ne->...de',
-    x,
-    y,
-    precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=dtype,
+  return total, tuple(
+    jnp.einsum(
+      '...nd,...ne->...de',
+      x[..., a:b],
+      x[..., a:],
+      precision=jax.lax.Precision.HIGHEST,
+      preferred_element_type=dtype,
+    )
+    for a, b in _edges(x.shape[-1])
   )
+
+
+def whole(second: Panels) -> Any:
+  """The symmetric matrix of panels: numpy arrays make one, jax arrays too.
+
+  >>> full = np.arange(9.0).reshape(3, 3) + np.arange(9.0).reshape(3, 3).T
+  >>> bool((whole((full[:2], full[2:, 2:])) == full).all())
+  True
+  """
+  if len(second) == 1:
+    return second[0]
+  d = second[0].shape[-1]
+  starts = [d - panel.shape[-1] for panel in second]
+  if all(isinstance(panel, np.ndarray) for panel in second):
+    full = np.empty((*second[0].shape[:-2], d, d), second[0].dtype)
+    for a, panel in zip(starts, second, strict=True):
+      b = a + panel.shape[-2]
+      full[..., a:b, a:] = panel
+      full[..., b:, a:b] = np.swapaxes(panel[..., b - a :], -1, -2)
+    return full
+  rows = []
+  for i, (a, panel) in enumerate(zip(starts, second, strict=True)):
+    b = a + panel.shape[-2]
+    mirrored = [
+      jnp.swapaxes(other[..., a - start : b - start], -1, -2)
+      for start, other in zip(starts[:i], second[:i], strict=True)
+    ]
+    rows.append(jnp.concatenate([*mirrored, panel], axis=-1))
+  return jnp.concatenate(rows, axis=-2)
+
+
+def trace(second: Panels) -> jax.Array:
+  """That of the matrix that panels are of, (*groups,)."""
+  # The square on the diagonal leads each panel.
+  squares = [jnp.diagonal(p, axis1=-2, axis2=-1) for p in second]
+  return jnp.concatenate(squares, axis=-1).sum(-1)
+
+
+def panel_entries(d: int) -> int:
+  """Numbers that panels of a (d, d) matrix hold.
+
+  >>> panel_entries(64) / 64**2, panel_entries(1024) / 1024**2
+  (1.0, 0.625)
+  """
+  return sum((b - a) * (d - a) for a, b in _edges(d))
+
+
+def _edges(d: int) -> Sequence[tuple[int, int]]:
+  """Where the columns are cut; by width alone, so that batches of any number
+  of rows add up."""
+  if d < _LEAST_WIDTH:
+    return [(0, d)]
+  width = -(-d // (8 * _PANELS)) * 8
+  return [(a, min(a + width, d)) for a in range(0, d, width)]
 
 
 def gram_flops(n: int, d: int) -> int:
@@ -94,8 +137,7 @@ def gram_flops(n: int, d: int) -> int:
   >>> gram_flops(100, 64), gram_flops(4096, 1024) / (4096 * 1024 * 1025)
   (819200, 1.248780487804878)
   """
-  widths = [b - a for a, b in _edges(n, d)]
-  return n * (d * d + sum(w * w for w in widths))
+  return 2 * n * panel_entries(d)
 
 
 def sharded_gram(
@@ -112,7 +154,15 @@ def sharded_gram(
     x: what a product reads.
     blocks: number of blocks; only one block's rows exist at a time.
   """
-  return _over_blocks(lambda i, x: gram(features(x, i)), x, blocks)
+  total, second = sharded_panels(features, x, blocks)
+  return total, whole(second)
+
+
+def sharded_panels(
+  features: Callable[[jax.Array, Any], jax.Array], x: jax.Array, blocks: int
+) -> tuple[jax.Array, Panels]:
+  """`sharded_gram`, with C as panels."""
+  return _over_blocks(lambda i, x: panels(features(x, i)), x, blocks)
 
 
 def sharded_total(

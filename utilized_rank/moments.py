@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank import gram
 from utilized_rank import paths
 from utilized_rank.layout import Layout
 
@@ -26,12 +27,17 @@ class Sums:
     count: n, number of rows.  # shape=(*groups,), dtype=int32
     total: s = sum x.  # shape=(*groups, d), dtype=float32
     second: C = sum x x^T, (*groups, d, d); of a kernel that is measured from
-      the output side sum y y^T, (*groups, m, m).  # dtype=float32
+      the output side sum y y^T, (*groups, m, m); while a collection runs, its
+      panels (`gram.Panels`).  # dtype=float32
   """
 
   count: Any
   total: Any
   second: Any
+
+  def whole(self) -> Sums:
+    """The same with a matrix in place of panels."""
+    return Sums(self.count, self.total, gram.whole(self.second))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -263,7 +263,7 @@ def _site_costs(
     first = site.index not in paid
     paid.add(site.index)
     costs[path] = (
-      first * groups * 4 * (wide * wide + d + 1),
+      first * groups * 4 * (gram.panel_entries(wide) + d + 1),
       groups * 4 * (with_loss * m * m + with_fisher * d),
       first * groups * gram.gram_flops(site.rows, wide)
       + with_loss * _gradient_flops(site),

@@ -101,19 +101,25 @@ class Rows:
     return jnp.broadcast_to(rows if self.parts else rows[0], lead + rows.shape)
 
   def inputs(self, product: Product, eqn: Any, which: int, x: Any):
-    """(sum x, sum x x^T), (*groups, [parts], ...), over the rows that count.
+    """(sum x, panels of sum x x^T), (*groups, [parts], ...), over the rows
+    that count.
 
     Raises:
       ValueError: with a mask, if it is not known which rows are whose.
     """
-    return self._over_inputs(product, eqn, which, x, gram.sharded_gram)
+    return self._over_inputs(product, eqn, which, x, gram.sharded_panels)
 
   def outputs(self, product: Product, eqn: Any, which: int, x: Any, y: Any):
-    """(sum x, sum y y^T) of the product's outputs y, as `inputs`."""
+    """(sum x, panels of sum y y^T) of the outputs y, as `inputs`."""
     of_x = self._over_inputs(product, eqn, which, x, gram.sharded_total)
     where, keep = self.responses(product, eqn)
     of_y = self.sums(
-      lambda y, _: product.responses(y), y, where, keep, len(product.present)
+      lambda y, _: product.responses(y),
+      y,
+      where,
+      keep,
+      len(product.present),
+      of=gram.sharded_panels,
     )
     return of_x[0], of_y[1]
 
@@ -140,12 +146,12 @@ class Rows:
     keep: Any,
     groups: int,
     blocks: Callable[[Sequence[int]], int] = one_block,
-    of: Callable[..., tuple[jax.Array, ...]] = gram.sharded_gram,
-  ) -> tuple[jax.Array, ...]:
+    of: Callable[..., tuple[Any, ...]] = gram.sharded_gram,
+  ) -> tuple[Any, ...]:
     """Sums over the rows of `matrix(x, block)` that count, in parts.
 
-    `of` makes them: all have the groups in front, the first one axis of
-    features, the next one two.
+    `of` makes them, arrays or panels: all have the groups in front, the first
+    one axis of features, the next one two.
     """
     if not self.parts:
       return of(matrix, _counted(x, keep), blocks(x.shape))
@@ -157,16 +163,19 @@ class Rows:
       if not self._is_split(where):
         # Its examples are not known: one sum of all, at the first part.
         found = of(matrix, x, blocks(x.shape))
+        first = lambda features: lambda a: _first(a, features, self.parts)
         return tuple(
-          _first(a, features, self.parts) for features, a in enumerate(found, 1)
+          jax.tree.map(first(features), a)
+          for features, a in enumerate(found, 1)
         )
       x = _parts_first(x, where, self.parts)
       free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
       spread = NamedSharding(_auto(mesh), PartitionSpec(names, *free))
       x = jax.lax.with_sharding_constraint(x, spread)
       found = jax.vmap(lambda x: of(matrix, x, blocks(x.shape)))(x)
+      behind = lambda features: lambda a: jnp.moveaxis(a, 0, -1 - features)
       return tuple(
-        jnp.moveaxis(a, 0, -1 - features) for features, a in enumerate(found, 1)
+        jax.tree.map(behind(features), a) for features, a in enumerate(found, 1)
       )
 
     x = jax.lax.stop_gradient(x)

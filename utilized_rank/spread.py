@@ -280,7 +280,11 @@ class Sharded(Devices):
     """The parts' axis, which is in front of the features, in front of all."""
     front = lambda a, features: jnp.moveaxis(a, a.ndim - 1 - features, 0)
     sums = tuple(
-      Sums(front(s.count, 0), front(s.total, 1), front(s.second, 2))
+      Sums(
+        front(s.count, 0),
+        front(s.total, 1),
+        tuple(front(panel, 2) for panel in s.second),
+      )
       for s in moments.sums
     )
     grads = moments.grads and tuple(front(g, 2) for g in moments.grads)
