@@ -76,8 +76,7 @@ def capture(
     outputs, moments, _ = _capture(
       fn, params, args, kwargs, select, on_opaque, from_outputs
     )
-    sums = tuple(s.whole() for s in moments.sums)
-    return outputs, Moments(moments.table, sums)
+    return outputs, moments
 
   return captured
 
@@ -155,8 +154,7 @@ def count(
 ) -> Moments:
   """The moments of `fn(params, batch)` over the rows that count.
 
-  With parts, they are an axis of every sum, in front of the features. Second
-  moments are panels, as `gram.panels` makes them.
+  With parts, they are an axis of every sum, in front of the features.
   """
   rules = select, on_opaque, from_outputs
   return _capture(fn, params, (batch,), {}, *rules, counting)[1]

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import files
+from utilized_rank import gram
 from utilized_rank.gauge import Order
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
@@ -220,9 +221,7 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
       str(i): {
         'count': s.count,
         'total': s.total,
-        'second': {str(j): panel for j, panel in enumerate(s.second)}
-        if isinstance(s.second, tuple)
-        else s.second,
+        'panels': {str(j): panel for j, panel in enumerate(s.panels)},
       }
       for i, s in enumerate(tree.sums)
     }
@@ -309,10 +308,12 @@ def _decode(arrays: Any, structure: Any) -> Any:
 
 
 def _sums(arrays: dict[str, Any]) -> Sums:
-  second = arrays['second']
-  if isinstance(second, dict):  # of a collection that goes on
-    second = tuple(second[str(j)] for j in range(len(second)))
-  return Sums(arrays['count'], arrays['total'], second)
+  if 'second' in arrays:  # as 0.2 and older wrote them
+    panels = gram.panels_of(arrays['second'])
+  else:
+    found = arrays['panels']
+    panels = tuple(found[str(j)] for j in range(len(found)))
+  return Sums(arrays['count'], arrays['total'], panels)
 
 
 def _layout(record: dict[str, Any]) -> Layout:

@@ -370,7 +370,7 @@ def _assemble(parts: Sequence[_Part], layout: Layout, inner: int) -> Sums:
         functools.partial(joined, tail),
         *(getattr(p.emission.value, field) for p in parts),
       )
-      for tail, field in enumerate(('count', 'total', 'second'), inner)
+      for tail, field in enumerate(('count', 'total', 'panels'), inner)
     )
   )
 

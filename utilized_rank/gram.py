@@ -5,12 +5,12 @@ matmul precision, whatever the activations' dtype: a bfloat16 sum stops growing
 after a few hundred additions, and a TPU multiplies float32 in bfloat16 passes
 unless told otherwise.
 
-A Gram matrix is symmetric: little more than half of it is multiplied, and kept
-while sums run. The columns are cut into blocks, and of each block of rows of C
-there is what stands on and right of the diagonal, a panel: with four, 5/8 of
-all products and of the memory. `whole` mirrors the rest, at the end. Time over
-that of the full product and sum, on two CPU cores in float32 (`python -m
-benchmarks.gram` measures again):
+A Gram matrix is symmetric: little more than half of it is multiplied, and kept.
+The columns are cut into blocks, and of each block of rows of C there is what
+stands on and right of the diagonal, a panel: with four, 5/8 of all products and
+of the memory. `whole` mirrors the rest where it is read. Time over that of the
+full product and sum, on two CPU cores in float32 (`python -m benchmarks.gram`
+measures again):
 
   d = 768,  n = 1576:  2 panels 1.03, 4 panels 0.86, 8 panels 0.92
   d = 3072, n = 1576:  2 panels 0.80, 4 panels 0.71, 8 panels 0.73
@@ -104,6 +104,11 @@ def whole(second: Panels) -> Any:
     ]
     rows.append(jnp.concatenate([*mirrored, panel], axis=-1))
   return jnp.concatenate(rows, axis=-2)
+
+
+def panels_of(second: Any) -> Panels:
+  """The panels of a symmetric (*groups, d, d)."""
+  return tuple(second[..., a:b, a:] for a, b in _edges(second.shape[-1]))
 
 
 def trace(second: Panels) -> jax.Array:

@@ -13,6 +13,7 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank import gram
 from utilized_rank import lowrank
 from utilized_rank import paths
 from utilized_rank import subspace
@@ -159,7 +160,7 @@ def _pairs(
       raise ValueError(f'kernel {path!r} holds NaN or infinite values')
     for known in (
       moment.sums.total,
-      moment.sums.second,
+      *moment.sums.panels,
       moment.grad,
       moment.row_grad,
     ):
@@ -181,7 +182,8 @@ def _members(
 ) -> Iterator[Kernel]:
   """The matrices of a leaf; `bases`, one for each, are dropped one by one."""
   matrices = moment.layout.to_matrices(leaf)
-  count, second = (np.asarray(v) for v in (moment.count, moment.sums.second))
+  count = np.asarray(moment.count)
+  panels = [np.asarray(panel) for panel in moment.sums.panels]
   gradient = None if moment.grad is None else np.asarray(moment.grad)
   fisher = None if moment.row_grad is None else np.asarray(moment.row_fisher)
   rows = None if gradient is None else np.asarray(moment.rows_per_example)
@@ -191,7 +193,8 @@ def _members(
     n, make = max(int(count[index]), 1), basis.second
     if from_outputs:
       center = basis.mean @ w if centered else None
-      make = functools.partial(_second, second[index], n, center)
+      mine = tuple(panel[index] for panel in panels)
+      make = functools.partial(_second, mine, n, center)
     yield Kernel(
       path,
       index,
@@ -203,7 +206,7 @@ def _members(
       make,
       None
       if gradient is None
-      else functools.partial(_second, gradient[index], n, None),
+      else functools.partial(_second, (gradient[index],), n, None),
       basis,
       from_outputs,
     )
@@ -211,23 +214,23 @@ def _members(
 
 def _bases(moment: Moment, centered: bool) -> list[_Once]:
   """Of every matrix of a leaf, mu and the eigenbasis of S, in order."""
-  count, total, second = (
-    np.asarray(v) for v in (moment.count, moment.sums.total, moment.sums.second)
-  )
+  count, total = (np.asarray(v) for v in (moment.count, moment.sums.total))
+  panels = [np.asarray(panel) for panel in moment.sums.panels]
   found = []
   for index in np.ndindex(*moment.layout.group_shape):
     # What was never reached has no rows: moments of zero, not NaN.
     n = max(int(count[index]), 1)
     mean = total[index].astype(np.float64) / n
     center = mean if centered else None
-    make = functools.partial(_second, second[index], n, center)
+    mine = tuple(panel[index] for panel in panels)
+    make = functools.partial(_second, mine, n, center)
     found.append(_Once(mean, make))
   return found
 
 
-def _second(sums: np.ndarray, count: int, mean: np.ndarray | None):
+def _second(panels: gram.Panels, count: int, mean: np.ndarray | None):
   """Sums of x x^T as a second moment, about the mean if there is one."""
-  second = sums.astype(np.float64)
+  second = gram.whole(tuple(panel.astype(np.float64) for panel in panels))
   second /= count
   if mean is not None:
     second -= np.outer(mean, mean)

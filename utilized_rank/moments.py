@@ -26,18 +26,20 @@ class Sums:
   Attributes:
     count: n, number of rows.  # shape=(*groups,), dtype=int32
     total: s = sum x.  # shape=(*groups, d), dtype=float32
-    second: C = sum x x^T, (*groups, d, d); of a kernel that is measured from
-      the output side sum y y^T, (*groups, m, m); while a collection runs, its
-      panels (`gram.Panels`).  # dtype=float32
+    panels: C = sum x x^T without what mirrors the rest, see `gram.Panels`; of
+      a kernel that is measured from the output side, sum y y^T.
+      # dtype=float32
   """
 
   count: Any
   total: Any
-  second: Any
+  panels: gram.Panels
 
-  def whole(self) -> Sums:
-    """The same with a matrix in place of panels."""
-    return Sums(self.count, self.total, gram.whole(self.second))
+  @property
+  def second(self) -> Any:
+    """C, (*groups, d, d), made anew at each use; from the output side
+    (*groups, m, m)."""
+    return gram.whole(self.panels)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,19 +104,12 @@ class RunningSums:
     self.state = jax.tree.map(jnp.zeros_like, self.state)
 
   def result(self) -> Moments:
-    """The sums of all devices as host arrays; nothing can be added behind."""
+    """The sums of all devices as host arrays."""
     self.look()
     assert self.state is not None
     if self.state[1] is not None:
       self._flush()
-    found = self.spread.total(self.state[0], self.host, self._everywhere)
-    table, sums = found.table, list(found.sums)
-    rest = found.grads, found.examples, found.row_grads
-    # Panels go as matrices come: no more than one is held in both forms.
-    self.state = self.host = found = None
-    for i, panels in enumerate(sums):
-      sums[i] = panels.whole()
-    return Moments(table, tuple(sums), *rest)
+    return self.spread.total(self.state[0], self.host, self._everywhere)
 
   # --- interruption ---
 
@@ -147,7 +140,6 @@ class RunningSums:
     parts = len(state.sums[0].count)
     if (
       have != want
-      or not all(isinstance(s.second, tuple) for s in state.sums)
       or (state.grads is not None) != with_loss
       or (state.row_grads is not None) != with_fisher
       or (low is not None) != (self._accumulate == 'compensated')
@@ -170,7 +162,7 @@ def _add(state: State, new: Moments):
   trace = lambda a: jnp.sum(jnp.diagonal(a, axis1=-2, axis2=-1))
   finite = jnp.stack(
     [
-      jnp.isfinite(jnp.sum(s.total) + jnp.sum(gram.trace(s.second)))
+      jnp.isfinite(jnp.sum(s.total) + jnp.sum(gram.trace(s.panels)))
       for s in new.sums
     ]
     + [jnp.isfinite(trace(g)) for g in new.grads or ()]

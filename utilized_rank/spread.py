@@ -283,7 +283,7 @@ class Sharded(Devices):
       Sums(
         front(s.count, 0),
         front(s.total, 1),
-        tuple(front(panel, 2) for panel in s.second),
+        tuple(front(panel, 2) for panel in s.panels),
       )
       for s in moments.sums
     )
