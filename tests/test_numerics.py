@@ -197,17 +197,77 @@ def test_stored_factors_of_every_method_certify_themselves(shape, dtype):
         check(broken, tails[rank])
 
 
+@pytest.mark.parametrize('from_outputs', [False, True])
+@pytest.mark.parametrize('rows', [7, 300])
+@pytest.mark.parametrize('shape', [(30, 48), (30, 30), (48, 30)])
+def test_one_rank_alone_is_that_of_the_family(shape, rows, from_outputs):
+  """With and without data in all directions, seen from either side."""
+  rng = np.random.default_rng(3)
+  scales = np.geomspace(1, 1e-3, shape[0])
+  x = (rng.normal(size=(rows, shape[0])) * scales).astype(np.float32)
+  params = {'w': rng.normal(size=shape).astype(np.float32)}
+  moments = ur.collect(
+    lambda p, x: x @ p['w'],
+    params,
+    [x],
+    from_outputs=[('w', True)] if from_outputs else None,
+    progress=False,
+  )
+  ((_, (kernel,)),) = kernels.kernels(params, moments)
+  family = methods.family(kernel, 'output')
+  tails = family.damages['output']
+  wide = x.astype(np.float64)
+  for rank in (1, 5, 7, 12, 30):
+    pair, error, energy = methods.output(kernel, rank)
+    assert pair.a.shape[1] == len(pair.b) == rank
+    # Where data is lacking, a billionth of the trace is added: see _FLOOR.
+    np.testing.assert_allclose(energy, tails[0], rtol=1e-8)
+    np.testing.assert_allclose(error, tails[rank], atol=1e-8 * energy)
+    of = methods.truncate(family, rank)
+    want, got = (wide @ f.a @ f.b for f in (of, pair))
+    # Where two values are as good as equal any choice is as good.
+    missed = [np.sum((wide @ params['w'] - y) ** 2) / rows for y in (want, got)]
+    np.testing.assert_allclose(*missed, atol=1e-6 * energy)
+
+
+def test_balanced_pairs_have_the_product_and_one_scale():
+  """With and without orthogonal rows; small and zero singular values too."""
+  rng = np.random.default_rng(4)
+  a, b = rng.normal(size=(40, 12)), rng.normal(size=(12, 30))
+  rows = np.linalg.qr(b.T)[0].T
+  small = np.geomspace(1, 1e-12, 12)
+  zero = np.where(np.arange(12) < 5, 1.0, 0.0)
+  for scale in (np.ones(12), small, zero, 0 * zero):
+    for right in (b, rows):
+      pair = subspace.Factors(a * scale, right)
+      got = subspace.balanced(pair)
+      product = pair.a @ pair.b
+      size = np.abs(product).max()
+      np.testing.assert_allclose(got.a @ got.b, product, atol=1e-13 * size)
+      sigma = np.linalg.svd(product, compute_uv=False)[:12]
+      # The roots of squares: half of the digits.
+      for gram in (got.a.T @ got.a, got.b @ got.b.T):
+        np.testing.assert_allclose(
+          gram, np.diag(sigma), rtol=1e-7, atol=1e-7 * sigma[0]
+        )
+
+
 @pytest.mark.parametrize('method', ['output', 'loss', 'weight'])
 def test_a_corrupted_family_is_noticed_by_name(monkeypatch, method):
   params, moments = problem((12, 20))
-  real = methods.family
+  real, one = methods.family, methods.output
+  wrong = lambda pair: subspace.Factors(pair.a, pair.b * 1.01)
 
   def corrupted(*args):
     family = real(*args)
-    a, b = family.factors
-    return family._replace(factors=subspace.Factors(a, b * 1.01))
+    return family._replace(factors=wrong(family.factors))
+
+  def corrupted_one(*args):
+    pair, *rest = one(*args)
+    return wrong(pair), *rest
 
   monkeypatch.setattr(methods, 'family', corrupted)
+  monkeypatch.setattr(methods, 'output', corrupted_one)
   with pytest.raises(FloatingPointError, match="rank-5 factors of 'layer/w'"):
     ur.factorize(params, moments, {'layer/w': 5}, method=method)
 

@@ -262,6 +262,9 @@ def _solve(
   if method == methods.UTILIZED and len(group) == 1:
     pair, error, energy = methods.utilized(kernel, rank)
     return _Solution(subspace.balanced(pair), error, energy, False)
+  if family is None and method == 'output':
+    pair, error, energy = methods.output(shared.joint(group), rank)
+    return _Solution(subspace.balanced(pair), error, energy, False)
   if family is None:
     family = shared.family(group, method, damping)
   pair = subspace.balanced(methods.truncate(family, rank))

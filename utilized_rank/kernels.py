@@ -95,11 +95,16 @@ class Kernel:
   @functools.cached_property
   def out_basis(self) -> subspace.Basis:
     """Eigenbasis of T = W^T S W."""
+    return self.leading_outputs(None)
+
+  def leading_outputs(self, most: int | None) -> subspace.Basis:
+    """`out_basis`, with no more than the first `most` vectors."""
+    w = self.w
     if self.from_outputs:
-      return subspace.measured_output_basis(self.w, self.out_second)
-    if self.w.shape[1] > self.w.shape[0]:
-      return subspace.output_basis(self.w, self.second, self.in_basis)
-    return subspace.output_basis(self.w, self.second, None, self.out_second)
+      return subspace.measured_output_basis(w, self.out_second, most)
+    if w.shape[1] > w.shape[0]:
+      return subspace.output_basis(w, self.second, self.in_basis, None, most)
+    return subspace.output_basis(w, self.second, None, self.out_second, most)
 
   def ranks(self, e_s: float, e_t: float) -> tuple[int, int]:
     """(k_S, k_T) at the given energies."""

@@ -167,6 +167,20 @@ def costs(
   return damages
 
 
+def output(kernel: Kernel, rank: int) -> tuple[Factors, float, float]:
+  """The method 'output' at one rank, without what other ranks need.
+
+  Returns:
+    The pair; its error E|x (W - W')|^2; and E|x W|^2.
+  """
+  d, m = kernel.w.shape
+  if d < m and not kernel.from_outputs:
+    return subspace.input_side_pair(kernel.w, kernel.in_basis, rank)
+  values, vectors = kernel.leading_outputs(rank)
+  left, energy = values[rank:].sum(), values.sum()
+  return subspace.output_factors(kernel.w, vectors), float(left), float(energy)
+
+
 def truncate(family: Family, rank: int) -> Factors:
   if family.factors is None:
     raise ValueError('these families were made with keep_factors=False')

@@ -75,6 +75,7 @@ def output_basis(
   s: np.ndarray,
   of_s: Basis | None,
   t: np.ndarray | None = None,
+  most: int | None = None,
 ) -> Basis:
   """Leading eigenbasis of T = W^T S W, min(d, m) directions of it.
 
@@ -83,13 +84,14 @@ def output_basis(
   it is known already.
 
   Returns:
-    values (min(d, m),) and vectors (m, min(d, m)), orthonormal columns.
+    values (min(d, m),) and vectors (m, min(d, m)), orthonormal columns; no
+    more than the first `most` of the vectors.
   """
   d, m = w.shape
   floor = _floor(np.trace(s))
   if m <= d:
     t = w.T @ (s @ w) if t is None else t
-    return _basis_of_outputs(t, w, floor)
+    return _basis_of_outputs(t, w, floor, most)
   basis = input_basis(s) if of_s is None else of_s
   turned = basis.vectors.T @ w
   root = np.sqrt(np.maximum(basis.values, floor))
@@ -97,22 +99,26 @@ def output_basis(
   vectors = right.T
   # The floor chose the directions; the values are the data's own.
   values = basis.values @ (turned @ vectors) ** 2
-  return Basis(np.maximum(values, 0), vectors)
+  return Basis(np.maximum(values, 0), vectors[:, :most])
 
 
-def measured_output_basis(w: np.ndarray, t: np.ndarray) -> Basis:
+def measured_output_basis(
+  w: np.ndarray, t: np.ndarray, most: int | None = None
+) -> Basis:
   """As `output_basis`, from a T (m, m) that was measured itself."""
   # Where no data does, W decides.
   floor = _FLOOR * (np.trace(t) or 1.0) / (np.sum(w * w) or 1.0)
   d, m = w.shape
   if m <= d:
-    return _basis_of_outputs(t, w, floor)
+    return _basis_of_outputs(t, w, floor, most)
   rows, _ = np.linalg.qr(w.T)  # outputs lie in the row space of W
-  found = _basis_of_outputs(rows.T @ t @ rows, w @ rows, floor)
+  found = _basis_of_outputs(rows.T @ t @ rows, w @ rows, floor, most)
   return Basis(found.values, rows @ found.vectors)
 
 
-def _basis_of_outputs(t: np.ndarray, w: np.ndarray, floor: float) -> Basis:
+def _basis_of_outputs(
+  t: np.ndarray, w: np.ndarray, floor: float, most: int | None
+) -> Basis:
   """Eigenbasis of T; where no data does, floor W^T W chooses directions.
 
   It moves no eigenvalue by more than its own largest, which floor |W|^2 bounds:
@@ -121,7 +127,7 @@ def _basis_of_outputs(t: np.ndarray, w: np.ndarray, floor: float) -> Basis:
   values, vectors = numerics.symmetric_eigh(t)
   values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
   first = int(np.sum(values > floor * np.sum(w * w)))
-  if first < len(values):
+  if first < (len(values) if most is None else most):
     turned = w @ vectors[:, first:]
     _, turn = numerics.symmetric_eigh(
       np.diag(values[first:]) + floor * (turned.T @ turned)
@@ -130,7 +136,7 @@ def _basis_of_outputs(t: np.ndarray, w: np.ndarray, floor: float) -> Basis:
     # The floor chose the directions; the values are the data's own.
     vectors = np.hstack([vectors[:, :first], vectors[:, first:] @ turn])
     values = np.append(values[:first], values[first:] @ turn**2)
-  return Basis(values, vectors)
+  return Basis(values, vectors[:, :most])
 
 
 def project(w: np.ndarray, v: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -217,12 +223,43 @@ def input_side_factors(
   inner = turned @ turned.T
   if g is not None:
     inner = (turned @ g) @ turned.T + _damping(g, damping) * inner
-  root = np.sqrt(np.maximum(of_s.values, _floor(of_s.values.sum())))
+  root = _root(of_s)
   _, q = numerics.symmetric_eigh(root[:, None] * inner * root)
   q = q[:, ::-1]
   return Factors(
     of_s.vectors @ (q / root[:, None]), (q * root[:, None]).T @ turned
   )
+
+
+def input_side_pair(
+  w: np.ndarray, of_s: Basis, rank: int
+) -> tuple[Factors, float, float]:
+  """`output_factors` of one rank, worked out on (d, d) matrices: for d < m.
+
+  Returns:
+    The pair; its error E|x (W - W')|^2; and E|x W|^2.
+  """
+  turned = of_s.vectors.T @ w
+  root = _root(of_s)
+  left, q = numerics.symmetric_eigh(root[:, None] * (turned @ turned.T) * root)
+  q = q[:, -rank:]
+  a, b = q / root[:, None], (q * root[:, None]).T @ turned
+  # What is left by S with its floor, without what the floor added.
+  added = root**2 - of_s.values
+  low = added > 0
+  difference = turned[low] - a[low] @ b
+  floors = added[low] @ np.sum(difference**2, axis=1)
+  left = np.maximum(left, 0)
+  error = float(left[: len(left) - rank].sum() - floors)
+  energy = float(of_s.values @ np.sum(turned**2, axis=1))
+  if error < np.finfo(np.float64).eps * len(left) * left.sum():
+    error = 0.0
+  return Factors(of_s.vectors @ a, b), error, energy
+
+
+def _root(of_s: Basis) -> np.ndarray:
+  """Of the eigenvalues of S, none below its floor."""
+  return np.sqrt(np.maximum(of_s.values, _floor(of_s.values.sum())))
 
 
 def is_full(of_s: Basis) -> bool:
@@ -245,13 +282,19 @@ def balanced(factors: Factors) -> Factors:
   """The same product with a^T a = b b^T = diag(sigma).
 
   Neither factor then has the other's scale: what trains the pair with one
-  learning rate, and rounds it in low precision, treats both alike.
+  learning rate, and rounds it in low precision, treats both alike. The Gram
+  matrix of what stands before orthonormal rows tells sigma, several times
+  faster than an SVD; of those below 1e-8 of the largest, which no float32
+  holds, it tells no more than that. The product is the same whatever it tells.
   """
-  q_a, r_a = np.linalg.qr(factors.a)
   r_b, q_b = _orthogonal_rows(factors.b)
-  left, sigma, right = numerics.svd(r_a @ r_b)
-  root = np.sqrt(sigma)
-  return Factors(q_a @ (left * root), (root[:, None] * right) @ q_b)
+  left = factors.a @ r_b
+  squares, turn = numerics.symmetric_eigh(left.T @ left)
+  squares, turn = squares[::-1], turn[:, ::-1]
+  least = np.finfo(np.float64).eps * len(turn) * max(squares[0], 0.0)
+  root = np.maximum(squares, least) ** 0.25
+  inverse = np.divide(1.0, root, out=np.zeros_like(root), where=root > 0)
+  return Factors(left @ (turn * inverse), (turn * root).T @ q_b)
 
 
 def _orthogonal_rows(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
