@@ -144,7 +144,7 @@ def test_nothing_but_panels_is_held():
 
 
 def test_older_files_are_read(tmp_path, monkeypatch):
-  """0.2 wrote whole matrices."""
+  """0.1 wrote whole matrices."""
   tree, data = wide(), batches([6])
   moments = collect(sharded.run, tree, data)
 

@@ -308,7 +308,7 @@ def _decode(arrays: Any, structure: Any) -> Any:
 
 
 def _sums(arrays: dict[str, Any]) -> Sums:
-  if 'second' in arrays:  # as 0.2 and older wrote them
+  if 'second' in arrays:  # as 0.1 wrote them
     panels = gram.panels_of(arrays['second'])
   else:
     found = arrays['panels']
