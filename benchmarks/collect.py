@@ -5,10 +5,11 @@
 ViT-B/16 at 224 px. Times are the least of interleaved repeats in one run. The
 floor is (forward FLOPs + symmetric Gram FLOPs) / forward FLOPs. Bars: within
 1.25 x of the floor on two CPU cores (1.3 x on a GPU), peak memory within 10 %
-of plain forward pass + sums. Memory is that of one process each: on the CPU the
-largest resident set, less what the process held before it made parameters,
-while batches run and (`with_compiler`) from the first line on; the allocator's
-peak elsewhere.
+of plain forward pass + sums: the `matrices` that sums are, and what is kept of
+them (`sums`). Memory is that of one process each: on the CPU the largest
+resident set, less what the process held before it made parameters, while
+batches run and (`with_compiler`) from the first line on; the allocator's peak
+elsewhere.
 """
 
 from __future__ import annotations
@@ -115,17 +116,22 @@ def memory(argv, costs):
     'plain': costs.forward_bytes,
     'captured': costs.peak_bytes,
   }
-  over = lambda plain, captured: captured / (plain + costs.sums_bytes)
-  return {
-    'bytes': {**taken, 'sums': costs.sums_bytes},
-    **{
-      f'over_plain_and_sums_{when}': over(
-        taken['plain'][when], taken['captured'][when]
-      )
-      for when in taken['plain']
-    },
-    'over_plain_and_sums_by_xla': over(**taken['xla']),
-  }
+  # What is kept of the sums, and the matrices that they are.
+  held = {'sums': costs.sums_bytes, 'matrices': matrices_bytes(costs)}
+  ratios = {}
+  for name, size in held.items():
+    over = lambda plain, captured, size=size: captured / (plain + size)
+    for when in taken['plain']:
+      pair = taken['plain'][when], taken['captured'][when]
+      ratios[f'over_plain_and_{name}_{when}'] = over(*pair)
+    ratios[f'over_plain_and_{name}_by_xla'] = over(**taken['xla'])
+  return {'bytes': {**taken, **held}, **ratios}
+
+
+def matrices_bytes(costs):
+  """Of the distinct inputs' second moments in full, float32."""
+  sites = (k.site for k in costs.kernels.values() if k.sums_bytes)
+  return sum(4 * s.layout.num_groups * s.matrix_shape[0] ** 2 for s in sites)
 
 
 def main():
