@@ -265,7 +265,7 @@ def _site_costs(
     costs[path] = (
       first * groups * 4 * (gram.panel_entries(wide) + d + 1),
       groups * 4 * (with_loss * m * m + with_fisher * d),
-      first * groups * gram.gram_flops(site.rows, wide)
+      first * groups * gram.panel_flops(site.rows, wide)
       + with_loss * _gradient_flops(site),
       groups
       * site.rows
