@@ -9,15 +9,16 @@ A Gram matrix is symmetric: little more than half of it is multiplied, and kept.
 The columns are cut into blocks, and of each block of rows of C there is what
 stands on and right of the diagonal, a panel: with four, 5/8 of all products and
 of the memory. `whole` mirrors the rest where it is read. Time over that of the
-full product and sum, on two CPU cores in float32 (`python -m benchmarks.gram`
-measures again):
+full product and sum, on two CPU cores in float32 (`python -m benchmarks.gram`;
+on a noisy machine, the same program a tenth apart):
 
-  d = 768,  n = 1576:  2 panels 1.03, 4 panels 0.86, 8 panels 0.92
-  d = 3072, n = 1576:  2 panels 0.80, 4 panels 0.71, 8 panels 0.73
-  d = 3072, n = 200:   2 panels 0.57, 4 panels 0.48, 8 panels 0.46
+  d = 256,  n = 1576:  2 panels 1.01, 4 panels 1.08, 8 panels 1.26
+  d = 768,  n = 1576:  2 panels 0.97, 4 panels 0.83, 8 panels 0.97
+  d = 3072, n = 1576:  2 panels 0.81, 4 panels 0.66, 8 panels 0.68
+  d = 3072, n = 200:   2 panels 0.76, 4 panels 0.65, 8 panels 0.65
 
-XLA's own `symmetric_product` costs the full product and more on the CPU (1.0 to
-1.2, 3 for few rows) and takes no precision elsewhere.
+XLA's own `symmetric_product` costs the full product and more on the CPU (0.9 to
+1.6, 3 for few rows) and takes no precision elsewhere.
 """
 
 from __future__ import annotations
