@@ -118,13 +118,13 @@ def memory(argv, costs):
   }
   # What is kept of the sums, and the matrices that they are.
   held = {'sums': costs.sums_bytes, 'matrices': matrices_bytes(costs)}
-  ratios = {}
-  for name, size in held.items():
-    over = lambda plain, captured, size=size: captured / (plain + size)
-    for when in taken['plain']:
-      pair = taken['plain'][when], taken['captured'][when]
-      ratios[f'over_plain_and_{name}_{when}'] = over(*pair)
-    ratios[f'over_plain_and_{name}_by_xla'] = over(**taken['xla'])
+  plain = {**taken['plain'], 'by_xla': taken['xla']['plain']}
+  captured = {**taken['captured'], 'by_xla': taken['xla']['captured']}
+  ratios = {
+    f'over_plain_and_{name}_{how}': captured[how] / (plain[how] + size)
+    for name, size in held.items()
+    for how in plain
+  }
   return {'bytes': {**taken, **held}, **ratios}
 
 

@@ -162,11 +162,8 @@ def test_older_files_are_read(tmp_path, monkeypatch):
   monkeypatch.setattr(gram, '_LEAST_WIDTH', 9)
   old = ur.load(tmp_path / 'old')
   assert_equal(old, moments, 0)
-  assert_equal(ur.merge_moments(old, moments), moments_twice(moments), 0)
-
-
-def moments_twice(moments):
-  return jax.tree.map(lambda a: 2 * a, moments)
+  twice = jax.tree.map(lambda a: 2 * a, moments)
+  assert_equal(ur.merge_moments(old, moments), twice, 0)
 
 
 def test_factors_are_those_of_whole_matrices(monkeypatch):

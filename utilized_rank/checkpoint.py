@@ -8,7 +8,7 @@ every array travel as the checkpoint's JSON metadata. orbax itself restores
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
 import json
@@ -221,15 +221,15 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
       str(i): {
         'count': s.count,
         'total': s.total,
-        'panels': {str(j): panel for j, panel in enumerate(s.panels)},
+        'panels': _numbered(s.panels),
       }
       for i, s in enumerate(tree.sums)
     }
     if tree.grads is not None:
-      arrays['grads'] = {str(i): g for i, g in enumerate(tree.grads)}
+      arrays['grads'] = _numbered(tree.grads)
       arrays['examples'] = tree.examples
     if tree.row_grads is not None:
-      arrays['row_grads'] = {str(i): g for i, g in enumerate(tree.row_grads)}
+      arrays['row_grads'] = _numbered(tree.row_grads)
     table = [dataclasses.asdict(entry) for entry in tree.table]
     return arrays, {'kind': 'moments', 'table': table}
   if isinstance(tree, dict):
@@ -295,9 +295,9 @@ def _decode(arrays: Any, structure: Any) -> Any:
     sums = tuple(_sums(arrays[str(i)]) for i in range(count))
     if 'grads' not in arrays:
       return Moments(table, sums)
-    each = lambda name: tuple(arrays[name][str(i)] for i in range(len(table)))
-    rows = each('row_grads') if 'row_grads' in arrays else None
-    return Moments(table, sums, each('grads'), arrays['examples'], rows)
+    grads = _in_order(arrays['grads'])
+    rows = _in_order(arrays['row_grads']) if 'row_grads' in arrays else None
+    return Moments(table, sums, grads, arrays['examples'], rows)
   items = {
     k: _decode((arrays or {}).get(k), s) for k, s in structure['items'].items()
   }
@@ -311,9 +311,16 @@ def _sums(arrays: dict[str, Any]) -> Sums:
   if 'second' in arrays:  # as 0.1 wrote them
     panels = gram.panels_of(arrays['second'])
   else:
-    found = arrays['panels']
-    panels = tuple(found[str(j)] for j in range(len(found)))
+    panels = _in_order(arrays['panels'])
   return Sums(arrays['count'], arrays['total'], panels)
+
+
+def _numbered(arrays: Sequence[Any]) -> dict[str, Any]:
+  return {str(i): array for i, array in enumerate(arrays)}
+
+
+def _in_order(numbered: dict[str, Any]) -> tuple[Any, ...]:
+  return tuple(numbered[str(i)] for i in range(len(numbered)))
 
 
 def _layout(record: dict[str, Any]) -> Layout:

@@ -259,11 +259,13 @@ def _solve(
   family: methods.Family | None,
 ) -> _Solution:
   kernel = group[0]
+  alone = None
   if method == methods.UTILIZED and len(group) == 1:
-    pair, error, energy = methods.utilized(kernel, rank)
-    return _Solution(subspace.balanced(pair), error, energy, False)
-  if family is None and method == 'output':
-    pair, error, energy = methods.output(shared.joint(group), rank)
+    alone = methods.utilized(kernel, rank)
+  elif method == 'output' and family is None:
+    alone = methods.output(shared.joint(group), rank)
+  if alone is not None:
+    pair, error, energy = alone
     return _Solution(subspace.balanced(pair), error, energy, False)
   if family is None:
     family = shared.family(group, method, damping)

@@ -188,7 +188,6 @@ def _members(
   """The matrices of a leaf; `bases`, one for each, are dropped one by one."""
   matrices = moment.layout.to_matrices(leaf)
   count = np.asarray(moment.count)
-  panels = [np.asarray(panel) for panel in moment.sums.panels]
   gradient = None if moment.grad is None else np.asarray(moment.grad)
   fisher = None if moment.row_grad is None else np.asarray(moment.row_fisher)
   rows = None if gradient is None else np.asarray(moment.rows_per_example)
@@ -198,8 +197,7 @@ def _members(
     n, make = max(int(count[index]), 1), basis.second
     if from_outputs:
       center = basis.mean @ w if centered else None
-      mine = tuple(panel[index] for panel in panels)
-      make = functools.partial(_second, mine, n, center)
+      make = functools.partial(_second, _panels(moment, index), n, center)
     yield Kernel(
       path,
       index,
@@ -220,17 +218,20 @@ def _members(
 def _bases(moment: Moment, centered: bool) -> list[_Once]:
   """Of every matrix of a leaf, mu and the eigenbasis of S, in order."""
   count, total = (np.asarray(v) for v in (moment.count, moment.sums.total))
-  panels = [np.asarray(panel) for panel in moment.sums.panels]
   found = []
   for index in np.ndindex(*moment.layout.group_shape):
     # What was never reached has no rows: moments of zero, not NaN.
     n = max(int(count[index]), 1)
     mean = total[index].astype(np.float64) / n
     center = mean if centered else None
-    mine = tuple(panel[index] for panel in panels)
-    make = functools.partial(_second, mine, n, center)
+    make = functools.partial(_second, _panels(moment, index), n, center)
     found.append(_Once(mean, make))
   return found
+
+
+def _panels(moment: Moment, index: tuple[int, ...]) -> gram.Panels:
+  """What is kept of one matrix of a leaf's sums of x x^T."""
+  return tuple(np.asarray(panel)[index] for panel in moment.sums.panels)
 
 
 def _second(panels: gram.Panels, count: int, mean: np.ndarray | None):

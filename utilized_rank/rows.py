@@ -163,20 +163,13 @@ class Rows:
       if not self._is_split(where):
         # Its examples are not known: one sum of all, at the first part.
         found = of(matrix, x, blocks(x.shape))
-        first = lambda features: lambda a: _first(a, features, self.parts)
-        return tuple(
-          jax.tree.map(first(features), a)
-          for features, a in enumerate(found, 1)
-        )
+        return _by_features(lambda a, k: _first(a, k, self.parts), found)
       x = _parts_first(x, where, self.parts)
       free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
       spread = NamedSharding(_auto(mesh), PartitionSpec(names, *free))
       x = jax.lax.with_sharding_constraint(x, spread)
       found = jax.vmap(lambda x: of(matrix, x, blocks(x.shape)))(x)
-      behind = lambda features: lambda a: jnp.moveaxis(a, 0, -1 - features)
-      return tuple(
-        jax.tree.map(behind(features), a) for features, a in enumerate(found, 1)
-      )
+      return _by_features(lambda a, k: jnp.moveaxis(a, 0, -1 - k), found)
 
     x = jax.lax.stop_gradient(x)
     if not compat.has_explicit_axes(x):
@@ -318,6 +311,16 @@ class Rows:
 def _counted(x: jax.Array, keep: Any) -> jax.Array:
   """Zeros in place of what does not count; `keep` as `Rows.keep` has it."""
   return x if keep is None else jnp.where(keep, x, jnp.zeros((), x.dtype))
+
+
+def _by_features(
+  change: Callable[[jax.Array, int], jax.Array], found: Sequence[Any]
+) -> tuple[Any, ...]:
+  """`change(a, k)` of arrays or panels, the k-th with k axes of features."""
+  return tuple(
+    jax.tree.map(lambda a, k=k: change(a, k), value)
+    for k, value in enumerate(found, 1)
+  )
 
 
 def _top(where: Where) -> tuple[int, int, int, int]:

@@ -159,13 +159,10 @@ class RunningSums:
 def _add(state: State, new: Moments):
   """state + new, whether each input (then each gradient) of `new` is finite,
   and the most rows."""
-  trace = lambda a: jnp.sum(jnp.diagonal(a, axis1=-2, axis2=-1))
+  trace = lambda panels: jnp.sum(gram.trace(panels))
   finite = jnp.stack(
-    [
-      jnp.isfinite(jnp.sum(s.total) + jnp.sum(gram.trace(s.panels)))
-      for s in new.sums
-    ]
-    + [jnp.isfinite(trace(g)) for g in new.grads or ()]
+    [jnp.isfinite(jnp.sum(s.total) + trace(s.panels)) for s in new.sums]
+    + [jnp.isfinite(trace((g,))) for g in new.grads or ()]
   )
   state = accumulation.add(*state, new)
   most = jnp.stack([jnp.max(s.count) for s in state[0].sums]).max()

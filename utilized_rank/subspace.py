@@ -219,13 +219,7 @@ def input_side_factors(
   needed, and kernels that share an input share the eigenvectors of S. Where S
   `is_full`, a^T S a is the identity.
   """
-  turned = of_s.vectors.T @ w
-  inner = turned @ turned.T
-  if g is not None:
-    inner = (turned @ g) @ turned.T + _damping(g, damping) * inner
-  root = _root(of_s)
-  _, q = numerics.symmetric_eigh(root[:, None] * inner * root)
-  q = q[:, ::-1]
+  turned, root, (_, q) = _from_inputs(w, of_s, g, damping)
   return Factors(
     of_s.vectors @ (q / root[:, None]), (q * root[:, None]).T @ turned
   )
@@ -239,27 +233,33 @@ def input_side_pair(
   Returns:
     The pair; its error E|x (W - W')|^2; and E|x W|^2.
   """
-  turned = of_s.vectors.T @ w
-  root = _root(of_s)
-  left, q = numerics.symmetric_eigh(root[:, None] * (turned @ turned.T) * root)
-  q = q[:, -rank:]
+  turned, root, (values, q) = _from_inputs(w, of_s, None, 0.0)
+  q = q[:, :rank]
   a, b = q / root[:, None], (q * root[:, None]).T @ turned
   # What is left by S with its floor, without what the floor added.
   added = root**2 - of_s.values
   low = added > 0
   difference = turned[low] - a[low] @ b
   floors = added[low] @ np.sum(difference**2, axis=1)
-  left = np.maximum(left, 0)
-  error = float(left[: len(left) - rank].sum() - floors)
+  error = float(values[rank:].sum() - floors)
   energy = float(of_s.values @ np.sum(turned**2, axis=1))
-  if error < np.finfo(np.float64).eps * len(left) * left.sum():
+  if error < np.finfo(np.float64).eps * len(values) * values.sum():
     error = 0.0
   return Factors(of_s.vectors @ a, b), error, energy
 
 
-def _root(of_s: Basis) -> np.ndarray:
-  """Of the eigenvalues of S, none below its floor."""
-  return np.sqrt(np.maximum(of_s.values, _floor(of_s.values.sum())))
+def _from_inputs(
+  w: np.ndarray, of_s: Basis, g: np.ndarray | None, damping: float
+) -> tuple[np.ndarray, np.ndarray, Basis]:
+  """W in the eigenbasis of S, the roots of S's eigenvalues, none below its
+  floor, and in that basis the eigenbasis of S^(1/2) W G W^T S^(1/2)."""
+  turned = of_s.vectors.T @ w
+  inner = turned @ turned.T
+  if g is not None:
+    inner = (turned @ g) @ turned.T + _damping(g, damping) * inner
+  root = np.sqrt(np.maximum(of_s.values, _floor(of_s.values.sum())))
+  values, q = numerics.symmetric_eigh(root[:, None] * inner * root)
+  return turned, root, Basis(np.maximum(values[::-1], 0), q[:, ::-1])
 
 
 def is_full(of_s: Basis) -> bool:
