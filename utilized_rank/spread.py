@@ -109,12 +109,11 @@ class Devices:
     return found[-1]
 
   def zeros(self, shapes: Any) -> Any:
-    return jax.tree.map(
-      lambda s: jax.device_put(
-        jnp.zeros((self.parts, *s.shape), s.dtype), self.placement
-      ),
-      shapes,
+    # One program: those of single arrays take longer to compile than to run.
+    make = lambda: jax.tree.map(
+      lambda s: jnp.zeros((self.parts, *s.shape), s.dtype), shapes
     )
+    return jax.jit(make, out_shardings=self.placement)()
 
   def put(self, state: Any) -> Any:
     """Running sums from the host."""
