@@ -205,7 +205,7 @@ def test_sampled_labels_give_the_true_fisher():
     {'w': moments['w'].layout},
   )({'w': w}, x)[0]['w']
   first = np.asarray(moments['w'].grad_second) * 4000
-  assert not np.array_equal(first, again)
+  assert not np.array_equal(first, *again)
 
 
 @pytest.mark.parametrize(

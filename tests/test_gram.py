@@ -50,12 +50,12 @@ def test_a_bfloat16_model_keeps_float32_moments():
 
 @pytest.mark.parametrize('n, d', [(200, 512), (130, 515), (10, 512), (10, 8)])
 def test_flops_are_those_of_the_compiled_program(n, d):
-  compiled = jax.jit(lambda x: gram.gram(x)[1]).lower(
+  compiled = jax.jit(lambda x: gram.panels(x)[1]).lower(
     jax.ShapeDtypeStruct((n, d), jnp.float32)
   )
   counted = compiled.compile().cost_analysis()['flops']
-  assert counted == pytest.approx(gram.gram_flops(n, d), rel=0.01)
-  assert gram.gram_flops(n, d) >= n * d * (d + 1)
+  assert counted == pytest.approx(gram.panel_flops(n, d), rel=0.01)
+  assert gram.panel_flops(n, d) >= n * d * (d + 1)
 
 
 @pytest.mark.parametrize('most', [1, 60])

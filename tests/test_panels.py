@@ -4,7 +4,9 @@ import functools
 
 import forms
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
+from jax.sharding import Mesh
 import numpy as np
 import pytest
 import test_sharded_params as sharded
@@ -20,7 +22,6 @@ from utilized_rank.spread import Devices
 
 RNG = np.random.default_rng(0)
 collect = functools.partial(ur.collect, progress=False)
-params = sharded.params
 
 
 @pytest.fixture(autouse=True)
@@ -70,28 +71,62 @@ def wide(seed=0):
   }
 
 
+def one_device():
+  return Mesh(np.array(jax.devices()[:1]), ('one',))
+
+
 def batches(sizes):
   return [RNG.normal(size=(n, 5, 12)).astype(np.float32) for n in sizes]
+
+
+def mean_square(outputs, batch):
+  del batch
+  return (outputs**2).mean((1, 2))
 
 
 def assert_equal(got, want, rtol=1e-6):
   assert list(got) == list(want)
   for path in want:
     np.testing.assert_array_equal(got[path].count, want[path].count)
-    b = np.asarray(want[path].second)
-    np.testing.assert_allclose(
-      got[path].second, b, rtol=0, atol=rtol * np.abs(b).max()
-    )
+    for name in ('second', 'grad_second'):
+      a, b = (getattr(m[path], name) for m in (got, want))
+      if b is None:
+        assert a is None
+        continue
+      # Of gradients, the backward pass has its own rounding.
+      least = rtol * (1 + 9 * (name == 'grad_second')) * np.abs(b).max()
+      np.testing.assert_allclose(a, b, rtol=0, atol=least)
+
+
+@pytest.mark.parametrize('name', forms.FORMS)
+def test_every_form_has_its_gradients(name, monkeypatch):
+  form = forms.FORMS[name]
+  params, x = form.params(0), form.inputs(0)
+  # Outputs of some forms have no axis of examples.
+  loss = lambda y, x: jnp.full(len(x), (y**2).sum() / len(x))
+  run = lambda: collect(form.fn, params, [x], loss=loss, mesh=one_device())
+  got = run()
+  for moment in got.values():
+    m = moment.layout.matrix_shape[1]
+    shapes = [p.shape[-2:] for p in moment.grad_panels]
+    assert shapes == gram.panel_shapes(m)
+  monkeypatch.undo()
+  assert_equal(got, run())
 
 
 @pytest.mark.parametrize('accumulate', ['float32', 'compensated', 'float64'])
 def test_batches_of_any_size_add_up_on_all_devices(accumulate):
-  data = batches([8, 8, 3])
-  fn, tree = sharded.run, wide()
-  want = ur.capture(fn)(tree, np.concatenate(data))[1]
-  got = collect(fn, tree, data, accumulate=accumulate)
+  data, tree = batches([8, 8, 3]), wide()
+  run = functools.partial(collect, sharded.run, tree, loss=mean_square)
+  want = run([np.concatenate(data)], mesh=one_device())
+  got = run(data, accumulate=accumulate)
+  assert len(got['stack'].sums.panels) == len(got['stack'].grad_panels) == 3
   assert_equal(got, want)
-  assert len(got['stack'].sums.panels) == 3
+
+
+def test_passes_and_masks():
+  data, fn, tree = batches([8, 8, 3]), sharded.run, wide()
+  want = ur.capture(fn)(tree, np.concatenate(data))[1]
   assert_equal(collect(fn, tree, data, memory_limit=10**9), want)
   real = [np.arange(len(x)) < len(x) - 1 for x in data]
   masked = [{'x': x, 'real': r} for x, r in zip(data, real, strict=True)]
@@ -102,17 +137,24 @@ def test_batches_of_any_size_add_up_on_all_devices(accumulate):
 
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize('layout', sharded.LAYOUTS)
-def test_parameters_may_be_spread(layout, kind, params):
-  data = sharded.batches([8, 8])
-  want = collect(sharded.run, params, data)
-  mesh, placed = sharded.spread(params, layout, kind)
-  got = collect(sharded.model(layout, kind), placed, data, mesh=mesh)
+def test_parameters_may_be_spread(layout, kind):
+  data, tree = batches([8, 8]), wide()
+  want = collect(sharded.run, tree, data, loss=mean_square)
+  mesh, placed = sharded.spread(tree, layout, kind)
+  got = collect(
+    sharded.model(layout, kind), placed, data, mesh=mesh, loss=mean_square
+  )
+  assert len(got['stack'].sums.panels) == len(got['stack'].grad_panels) == 3
   assert_equal(got, want)
 
 
 def test_an_interrupted_collection_goes_on(tmp_path):
   data, tree = batches([4] * 5), wide()
-  options = {'checkpoint_dir': tmp_path / 'sums', 'checkpoint_every': 2}
+  options = {
+    'loss': mean_square,
+    'checkpoint_dir': tmp_path / 'sums',
+    'checkpoint_every': 2,
+  }
 
   def until(stop):
     yield from data[:stop]
@@ -121,7 +163,9 @@ def test_an_interrupted_collection_goes_on(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     collect(sharded.run, tree, until(3), **options)
   got = collect(sharded.run, tree, data, **options)
-  assert_equal(got, collect(sharded.run, tree, data), 0)
+  want = collect(sharded.run, tree, data, loss=mean_square)
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_nothing_but_panels_is_held():
@@ -146,13 +190,15 @@ def test_nothing_but_panels_is_held():
 def test_older_files_are_read(tmp_path, monkeypatch):
   """0.1 wrote whole matrices."""
   tree, data = wide(), batches([6])
-  moments = collect(sharded.run, tree, data)
+  moments = collect(sharded.run, tree, data, loss=mean_square)
 
   def older(tree, where):
     arrays, structure = encode(tree, where)
     for i, sums in enumerate(moments.sums):
       del arrays[str(i)]['panels']
       arrays[str(i)]['second'] = sums.second
+    for i, path in enumerate(moments):
+      arrays['grads'][str(i)] = moments[path].grad
     return arrays, structure
 
   encode = checkpoint._encode
@@ -166,14 +212,20 @@ def test_older_files_are_read(tmp_path, monkeypatch):
   assert_equal(ur.merge_moments(old, moments), twice, 0)
 
 
-def test_factors_are_those_of_whole_matrices(monkeypatch):
+@pytest.mark.parametrize('method', ['output', 'loss'])
+def test_factors_are_those_of_whole_matrices(method):
   tree, data = wide(), batches([64])
-  got = collect(sharded.run, tree, data)
-  table, sums = got.table, got.sums
+  got = collect(sharded.run, tree, data, loss=mean_square)
   whole = ur.Moments(
-    table, tuple(Sums(s.count, s.total, (s.second,)) for s in sums)
+    got.table,
+    tuple(Sums(s.count, s.total, (s.second,)) for s in got.sums),
+    tuple((moment.grad,) for moment in got.values()),
+    got.examples,
   )
   ranks = {'in': 4, 'stack': 6, 'out': 3}
-  small = [ur.factorize(tree, m, ranks, progress=False) for m in (got, whole)]
+  small = [
+    ur.factorize(tree, m, ranks, method=method, progress=False)
+    for m in (got, whole)
+  ]
   for a, b in zip(*map(jax.tree.leaves, small), strict=True):
     np.testing.assert_array_equal(a, b)

@@ -226,7 +226,7 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
       for i, s in enumerate(tree.sums)
     }
     if tree.grads is not None:
-      arrays['grads'] = _numbered(tree.grads)
+      arrays['grads'] = _numbered([_numbered(g) for g in tree.grads])
       arrays['examples'] = tree.examples
     if tree.row_grads is not None:
       arrays['row_grads'] = _numbered(tree.row_grads)
@@ -295,7 +295,7 @@ def _decode(arrays: Any, structure: Any) -> Any:
     sums = tuple(_sums(arrays[str(i)]) for i in range(count))
     if 'grads' not in arrays:
       return Moments(table, sums)
-    grads = _in_order(arrays['grads'])
+    grads = tuple(map(_panels, _in_order(arrays['grads'])))
     rows = _in_order(arrays['row_grads']) if 'row_grads' in arrays else None
     return Moments(table, sums, grads, arrays['examples'], rows)
   items = {
@@ -308,11 +308,13 @@ def _decode(arrays: Any, structure: Any) -> Any:
 
 
 def _sums(arrays: dict[str, Any]) -> Sums:
-  if 'second' in arrays:  # as 0.1 wrote them
-    panels = gram.panels_of(arrays['second'])
-  else:
-    panels = _in_order(arrays['panels'])
+  panels = _panels(arrays['second' if 'second' in arrays else 'panels'])
   return Sums(arrays['count'], arrays['total'], panels)
+
+
+def _panels(kept: Any) -> gram.Panels:
+  """Panels, or those of a whole matrix, as 0.1 wrote it."""
+  return _in_order(kept) if isinstance(kept, dict) else gram.panels_of(kept)
 
 
 def _numbered(arrays: Sequence[Any]) -> dict[str, Any]:

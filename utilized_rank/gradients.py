@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from utilized_rank import compat
+from utilized_rank import gram
 from utilized_rank import products
 from utilized_rank import tracing
 from utilized_rank.dense import Dense
@@ -42,7 +43,7 @@ def gradient_sums(
   loss: LossFn,
   layouts: dict[str, Layout],
   counting: Counting = EVERY,
-) -> Callable[[Any, Any], tuple[dict[str, jax.Array], jax.Array]]:
+) -> Callable[[Any, Any], tuple[dict[str, gram.Panels], jax.Array]]:
   """Makes a function that sums g g^T at every kernel's output.
 
   Args:
@@ -54,8 +55,8 @@ def gradient_sums(
 
   Returns:
     `sums(params, batch) -> (sums, examples)`: per path the sum over examples
-    and rows of g g^T, (*groups, m, m) float32, where g is the gradient of the
-    example's loss with respect to the row of outputs; and B.
+    and rows of g g^T, float32 panels of (*groups, m, m), where g is the
+    gradient of the example's loss with respect to the row of outputs; and B.
 
   Raises (when called):
     ValueError: the loss is not one number per example.
@@ -66,7 +67,10 @@ def gradient_sums(
     traced = tracing.trace(fn, params, (batch,), {})
     rows = Rows(counting, traced)
     taps = {
-      path: rows.zeros(y.group_shape, (y.matrix_shape[1],) * 2)
+      path: tuple(
+        rows.zeros(y.group_shape, shape)
+        for shape in gram.panel_shapes(y.matrix_shape[1])
+      )
       for path, y in layouts.items()
     }
 
@@ -175,10 +179,10 @@ class _Tapper:
     if isinstance(found, str):
       return out
     where, keep = self.rows.responses(found, eqn)
-    gram = lambda g, keep: self.rows.sums(
+    panels = lambda g, keep: self.rows.sums(
       lambda y, _: found.responses(y), g, where, keep, len(found.present)
     )[1]
-    return _tap(gram, out, param.payload.tap.factors.a, keep)
+    return _tap(panels, out, param.payload.tap.factors.a, keep)
 
   def biased(self, output: Output, bias: Param) -> bool:
     raise AssertionError('no outputs are followed when taps are set')
@@ -189,20 +193,23 @@ class _Tapper:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tap(
-  gram: Callable[[Any, Any], Any], out: jax.Array, dummy: jax.Array, keep: Any
+  panels: Callable[[Any, Any], gram.Panels],
+  out: jax.Array,
+  dummy: gram.Panels,
+  keep: Any,
 ):
-  del gram, dummy, keep
+  del panels, dummy, keep
   return out
 
 
-def _tap_forward(gram, out, dummy, keep):
-  del gram, dummy
+def _tap_forward(panels, out, dummy, keep):
+  del panels, dummy
   return out, keep
 
 
-def _tap_backward(gram, keep, cotangent):
-  second = gram(cotangent, keep)
-  return cotangent, second.astype(jnp.float32), None
+def _tap_backward(panels, keep, cotangent):
+  second = panels(cotangent, keep)
+  return cotangent, tuple(p.astype(jnp.float32) for p in second), None
 
 
 _tap.defvjp(_tap_forward, _tap_backward)

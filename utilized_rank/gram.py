@@ -124,17 +124,22 @@ def trace(second: Panels) -> jax.Array:
   return jnp.concatenate(squares, axis=-1).sum(-1)
 
 
+def panel_shapes(d: int) -> list[tuple[int, int]]:
+  """Of the panels of a (d, d) matrix.
+
+  >>> panel_shapes(64), panel_shapes(1024)[2:]
+  ([(64, 64)], [(256, 512), (256, 256)])
+  """
+  return [(b - a, d - a) for a, b in _edges(d)]
+
+
 def panel_entries(d: int) -> int:
   """Numbers that panels of a (d, d) matrix hold.
 
   >>> panel_entries(64) / 64**2, panel_entries(1024) / 1024**2
   (1.0, 0.625)
   """
-  return _entries(_edges(d))
-
-
-def _entries(edges: Edges) -> int:
-  return sum((b - a) * (edges[-1][1] - a) for a, b in edges)
+  return sum(a * b for a, b in panel_shapes(d))
 
 
 def _edges(d: int) -> Edges:
@@ -152,28 +157,19 @@ def _edges_of_gram(n: int, d: int) -> Edges:
   return [(0, d)] if n < d // 4 else _edges(d)
 
 
-def gram_flops(n: int, d: int) -> int:
-  """FLOPs of `gram` on (n, d) rows; the least possible is n d (d + 1).
-
-  >>> gram_flops(100, 64), gram_flops(4096, 1024) / (4096 * 1024 * 1025)
-  (819200, 1.248780487804878)
-  """
-  return 2 * n * _entries(_edges_of_gram(n, d))
-
-
 def panel_flops(n: int, d: int) -> int:
-  """FLOPs of `panels` on (n, d) rows.
+  """FLOPs of `panels` on (n, d) rows; the least possible is n d (d + 1).
 
-  >>> panel_flops(100, 1024) / gram_flops(100, 1024)
-  0.625
+  >>> panel_flops(100, 64), panel_flops(4096, 1024) / (4096 * 1024 * 1025)
+  (819200, 1.248780487804878)
   """
   return 2 * n * panel_entries(d)
 
 
-def sharded_gram(
+def sharded_panels(
   features: Callable[[jax.Array, Any], jax.Array], x: jax.Array, blocks: int
-) -> tuple[jax.Array, jax.Array]:
-  """`gram` of all rows, the sums replicated where types carry shardings.
+) -> tuple[jax.Array, Panels]:
+  """`panels` of all rows, the sums replicated where types carry shardings.
 
   With `AxisType.Explicit` meshes JAX refuses to sum over a sharded axis unless
   it is told how the result is sharded. No derivative goes through the sums.
@@ -184,20 +180,13 @@ def sharded_gram(
     x: what a product reads.
     blocks: number of blocks; only one block's rows exist at a time.
   """
-  return _over_blocks(lambda i, x: gram(features(x, i)), x, blocks)
-
-
-def sharded_panels(
-  features: Callable[[jax.Array, Any], jax.Array], x: jax.Array, blocks: int
-) -> tuple[jax.Array, Panels]:
-  """`sharded_gram`, with C as panels."""
   return _over_blocks(lambda i, x: panels(features(x, i)), x, blocks)
 
 
 def sharded_total(
   features: Callable[[jax.Array, Any], jax.Array], x: jax.Array, blocks: int
 ) -> tuple[jax.Array]:
-  """s = sum x alone, as `sharded_gram` has it."""
+  """s = sum x alone, as `sharded_panels` has it."""
 
   def total(i, x):
     rows = features(x, i)

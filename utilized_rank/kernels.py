@@ -166,7 +166,7 @@ def _pairs(
     for known in (
       moment.sums.total,
       *moment.sums.panels,
-      moment.grad,
+      *(moment.grad_panels or ()),
       moment.row_grad,
     ):
       if known is not None and not np.all(np.isfinite(np.asarray(known))):
@@ -188,7 +188,7 @@ def _members(
   """The matrices of a leaf; `bases`, one for each, are dropped one by one."""
   matrices = moment.layout.to_matrices(leaf)
   count = np.asarray(moment.count)
-  gradient = None if moment.grad is None else np.asarray(moment.grad)
+  gradient = moment.grad_panels
   fisher = None if moment.row_grad is None else np.asarray(moment.row_fisher)
   rows = None if gradient is None else np.asarray(moment.rows_per_example)
   from_outputs = moment.entry.side == 'output'
@@ -197,7 +197,9 @@ def _members(
     n, make = max(int(count[index]), 1), basis.second
     if from_outputs:
       center = basis.mean @ w if centered else None
-      make = functools.partial(_second, _panels(moment, index), n, center)
+      make = functools.partial(
+        _second, _of_matrix(moment.sums.panels, index), n, center
+      )
     yield Kernel(
       path,
       index,
@@ -209,7 +211,7 @@ def _members(
       make,
       None
       if gradient is None
-      else functools.partial(_second, (gradient[index],), n, None),
+      else functools.partial(_second, _of_matrix(gradient, index), n, None),
       basis,
       from_outputs,
     )
@@ -224,14 +226,15 @@ def _bases(moment: Moment, centered: bool) -> list[_Once]:
     n = max(int(count[index]), 1)
     mean = total[index].astype(np.float64) / n
     center = mean if centered else None
-    make = functools.partial(_second, _panels(moment, index), n, center)
+    panels = _of_matrix(moment.sums.panels, index)
+    make = functools.partial(_second, panels, n, center)
     found.append(_Once(mean, make))
   return found
 
 
-def _panels(moment: Moment, index: tuple[int, ...]) -> gram.Panels:
-  """What is kept of one matrix of a leaf's sums of x x^T."""
-  return tuple(np.asarray(panel)[index] for panel in moment.sums.panels)
+def _of_matrix(panels: gram.Panels, index: tuple[int, ...]) -> gram.Panels:
+  """The panels of one matrix of a leaf."""
+  return tuple(np.asarray(panel)[index] for panel in panels)
 
 
 def _second(panels: gram.Panels, count: int, mean: np.ndarray | None):

@@ -78,7 +78,7 @@ class Moment:
 
   entry: Entry
   sums: Sums
-  grad: Any = None
+  grad_panels: gram.Panels | None = None
   examples: Any = None
   row_grad: Any = None
 
@@ -120,12 +120,19 @@ class Moment:
     return second / _divisor(self.sums.count, second)[..., None, None]
 
   @property
+  def grad(self) -> Any:
+    """Sum over rows of g g^T, (*groups, m, m), made anew at each use; None
+    without a loss."""
+    return None if self.grad_panels is None else gram.whole(self.grad_panels)
+
+  @property
   def grad_second(self) -> Any:
     """G, second moment over rows of the gradient of an example's loss at the
     kernel's output, shape (*groups, m, m); None without a loss."""
-    if self.grad is None:
+    grad = self.grad
+    if grad is None:
       return None
-    return self.grad / _divisor(self.sums.count, self.grad)[..., None, None]
+    return grad / _divisor(self.sums.count, grad)[..., None, None]
 
   @property
   def rows_per_example(self) -> Any:
@@ -186,7 +193,7 @@ class Moments(Mapping[str, Moment]):
     self,
     table: tuple[Entry, ...],
     sums: tuple[Sums, ...],
-    grads: tuple[Any, ...] | None = None,
+    grads: tuple[gram.Panels, ...] | None = None,
     examples: Any = None,
     row_grads: tuple[Any, ...] | None = None,
   ):
@@ -195,7 +202,8 @@ class Moments(Mapping[str, Moment]):
     Args:
       table: one entry per kernel.
       sums: the distinct sums that entries point at.
-      grads: sums of g g^T, (*groups, m, m) for each entry; None without loss.
+      grads: sums of g g^T for each entry, panels of (*groups, m, m); None
+        without loss.
       examples: number of examples behind `grads`.
       row_grads: sums of the squared gradients of each entry's rows,
         (*groups, d); None unless they were asked for.
@@ -289,7 +297,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
         f'one of the two has {what} and the other has none; collect both with '
         f'the same {option}='
       )
-  grads = None if b.grads is None else tuple(b[path].grad for path in a)
-  rows = None if b.row_grads is None else tuple(b[path].row_grad for path in a)
-  b = Moments(a.table, b.sums, grads, b.examples, rows)
+  place = {entry.path: i for i, entry in enumerate(b.table)}
+  pick = lambda v: None if v is None else tuple(v[place[path]] for path in a)
+  b = Moments(a.table, b.sums, pick(b.grads), b.examples, pick(b.row_grads))
   return jax.tree.map(lambda x, y: x + y, a, b)

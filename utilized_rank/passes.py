@@ -49,7 +49,7 @@ def join(parts: Sequence[Moments], kernels: dict[str, SitePlan]) -> Moments:
     table.append(
       Entry(**{**entry, 'index': places[site.index], 'number': kernel.number})
     )
-    grads.append(moment.grad)
+    grads.append(moment.grad_panels)
     rows.append(moment.row_grad)
   if len(counts) > 1:
     raise ValueError(

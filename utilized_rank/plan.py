@@ -264,7 +264,7 @@ def _site_costs(
     paid.add(site.index)
     costs[path] = (
       first * groups * 4 * (gram.panel_entries(wide) + d + 1),
-      groups * 4 * (with_loss * m * m + with_fisher * d),
+      groups * 4 * (with_loss * gram.panel_entries(m) + with_fisher * d),
       first * groups * gram.panel_flops(site.rows, wide)
       + with_loss * _gradient_flops(site),
       groups
@@ -277,7 +277,7 @@ def _site_costs(
 def _gradient_flops(site: Site) -> int:
   """Of the Gram matrices of the gradients at a kernel's outputs."""
   m = site.matrix_shape[1]
-  return site.layout.num_groups * gram.gram_flops(site.rows, m)
+  return site.layout.num_groups * gram.panel_flops(site.rows, m)
 
 
 def _packed(weight, room, inputs, number) -> list[int]:

@@ -266,7 +266,8 @@ def fingerprint(moments: Moments) -> str:
   for path in moments:
     moment = moments[path]
     digest.update(repr((path, moment.layout, moment.entry.bias)).encode())
-    for array in jax.tree.leaves((moment.sums, moment.grad, moment.examples)):
+    known = moment.sums, moment.grad_panels, moment.examples
+    for array in jax.tree.leaves(known):
       array = np.ascontiguousarray(array)
       digest.update(f'{array.dtype.name}{array.shape}'.encode())
       digest.update(array.tobytes())

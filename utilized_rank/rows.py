@@ -113,14 +113,8 @@ class Rows:
     """(sum x, panels of sum y y^T) of the outputs y, as `inputs`."""
     of_x = self._over_inputs(product, eqn, which, x, gram.sharded_total)
     where, keep = self.responses(product, eqn)
-    of_y = self.sums(
-      lambda y, _: product.responses(y),
-      y,
-      where,
-      keep,
-      len(product.present),
-      of=gram.sharded_panels,
-    )
+    groups = len(product.present)
+    of_y = self.sums(lambda y, _: product.responses(y), y, where, keep, groups)
     return of_x[0], of_y[1]
 
   def _over_inputs(self, product, eqn, which, x, of):
@@ -146,7 +140,7 @@ class Rows:
     keep: Any,
     groups: int,
     blocks: Callable[[Sequence[int]], int] = one_block,
-    of: Callable[..., tuple[Any, ...]] = gram.sharded_gram,
+    of: Callable[..., tuple[Any, ...]] = gram.sharded_panels,
   ) -> tuple[Any, ...]:
     """Sums over the rows of `matrix(x, block)` that count, in parts.
 

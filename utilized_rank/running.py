@@ -162,7 +162,7 @@ def _add(state: State, new: Moments):
   trace = lambda panels: jnp.sum(gram.trace(panels))
   finite = jnp.stack(
     [jnp.isfinite(jnp.sum(s.total) + trace(s.panels)) for s in new.sums]
-    + [jnp.isfinite(trace((g,))) for g in new.grads or ()]
+    + [jnp.isfinite(trace(g)) for g in new.grads or ()]
   )
   state = accumulation.add(*state, new)
   most = jnp.stack([jnp.max(s.count) for s in state[0].sums]).max()

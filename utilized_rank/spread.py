@@ -278,15 +278,12 @@ class Sharded(Devices):
   def _parts_first(self, moments: Moments) -> Moments:
     """The parts' axis, which is in front of the features, in front of all."""
     front = lambda a, features: jnp.moveaxis(a, a.ndim - 1 - features, 0)
+    panels = lambda second: tuple(front(panel, 2) for panel in second)
     sums = tuple(
-      Sums(
-        front(s.count, 0),
-        front(s.total, 1),
-        tuple(front(panel, 2) for panel in s.panels),
-      )
+      Sums(front(s.count, 0), front(s.total, 1), panels(s.panels))
       for s in moments.sums
     )
-    grads = moments.grads and tuple(front(g, 2) for g in moments.grads)
+    grads = moments.grads and tuple(map(panels, moments.grads))
     rows = moments.row_grads and tuple(front(g, 1) for g in moments.row_grads)
     return Moments(moments.table, sums, grads, moments.examples, rows)
 
