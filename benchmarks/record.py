@@ -19,7 +19,13 @@ _PACKAGES = ('utilized_rank', 'jax', 'jaxlib', 'flax', 'numpy', 'torch')
 # Their values are places of one machine.
 _PLACES = {'--data_root': 'DIR', '--out': None, '--cache': None}
 # What decides on speed from outside of the program.
-_SETTINGS = ('GLIBC_TUNABLES', 'XLA_FLAGS')
+_SETTINGS = (
+  'GLIBC_TUNABLES',
+  'MALLOC_ARENA_MAX',
+  'MALLOC_MMAP_MAX_',
+  'MALLOC_TRIM_THRESHOLD_',
+  'XLA_FLAGS',
+)
 
 
 def command(module: str, argv: Sequence[str] | None = None) -> str:

@@ -1,0 +1,95 @@
+"""What settings outside of a program do to its speed on a CPU.
+
+  python -m benchmarks.settings --out benchmarks/results/settings.json
+  MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \\
+    python -m benchmarks.settings --out benchmarks/results/settings_malloc.json
+
+ViT-B/16 at 224 px: dense, captured, and factorized to 25 %. Options of the
+compiler (as `XLA_FLAGS` has them) are compared in one run, in turns: which
+library multiplies, and which makes fused loops. Those of the C library, which
+decide whether memory that a run frees is given back and must be cleared anew by
+the next one, are of a whole process: each run says how many pages were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import resource
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import latency
+from benchmarks import record
+from benchmarks import timing
+import utilized_rank as ur
+from utilized_rank.models.vit import VARIANTS
+from utilized_rank.models.vit import ViT
+
+_REDUCE = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}
+SETTINGS = {
+  'default': {},
+  'ynn_for_reductions': _REDUCE,
+  'ynn_for_reductions_onednn': {
+    **_REDUCE,
+    'xla_cpu_experimental_onednn_custom_call': True,
+  },
+}
+
+
+def pages(run) -> int:
+  """How many pages of memory a call is given anew."""
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  jax.block_until_ready(run())
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def main():
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--out')
+  parser.add_argument('--repeats', type=int, default=6)
+  parser.add_argument('--batches', type=int, nargs='*', default=[8, 32])
+  parser.add_argument('--variant', default='B/16')
+  parser.add_argument('--pixels', type=int, default=224)
+  args = parser.parse_args()
+  model = ViT(num_classes=1000, **VARIANTS[args.variant])
+  image = jnp.zeros((1, args.pixels, args.pixels, 3))
+  dense = jax.jit(model.init)(jax.random.key(0), image)
+  sites = ur.find_sites(model.apply, dense, image)
+  small = latency.factorized(dense, sites, 0.25)
+  fn = ur.low_rank(model.apply)
+  capture = ur.capture(model.apply)
+  programs = {
+    'dense': (fn, dense),
+    'captured': (lambda *args: capture(*args)[1], dense),
+    '25%': (fn, small),
+  }
+  rows = []
+  for batch in args.batches:
+    images = jax.random.normal(jax.random.key(2), (batch, *image.shape[1:]))
+    for what, (program, params) in programs.items():
+      runs = {
+        name: functools.partial(
+          jax.jit(program, compiler_options=options), params, images
+        )
+        for name, options in SETTINGS.items()
+      }
+      took = timing.interleaved(runs, max(2, args.repeats * 8 // batch))
+      for name, run in runs.items():
+        row = {
+          'batch': batch,
+          'program': what,
+          'setting': name,
+          'seconds_per_image': took[name]['wall'] / batch,
+          'over_default': took[name]['wall'] / took['default']['wall'],
+          'pages': pages(run),
+        }
+        print(row, flush=True)
+        rows.append(row)
+  result = {'variant': args.variant, 'settings': SETTINGS, 'rows': rows}
+  record.write(args.out, record.command('settings'), result)
+
+
+if __name__ == '__main__':
+  main()
