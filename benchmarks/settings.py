@@ -1,14 +1,15 @@
 """What settings outside of a program do to its speed on a CPU.
 
   python -m benchmarks.settings --out benchmarks/results/settings.json
-  MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \\
-    python -m benchmarks.settings --out benchmarks/results/settings_malloc.json
 
 ViT-B/16 at 224 px: dense, captured, and factorized to 25 %. Options of the
 compiler (as `XLA_FLAGS` has them) are compared in one run, in turns: which
-library multiplies, and which makes fused loops. Those of the C library, which
-decide whether memory that a run frees is given back and must be cleared anew by
-the next one, are of a whole process: each run says how many pages were.
+library multiplies, and which makes fused loops. Those of the C library decide
+whether memory that a run frees is given back and must be cleared anew by the
+next one; each row says how many pages were. They are of a whole process:
+
+  MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \\
+    python -m benchmarks.settings --batches 64
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('--out')
   parser.add_argument('--repeats', type=int, default=6)
-  parser.add_argument('--batches', type=int, nargs='*', default=[8, 32])
+  parser.add_argument('--batches', type=int, nargs='*', default=[8])
   parser.add_argument('--variant', default='B/16')
   parser.add_argument('--pixels', type=int, default=224)
   args = parser.parse_args()
