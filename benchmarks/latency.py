@@ -52,6 +52,33 @@ def factorized(params, sites, fraction):
   return unflatten(treedef, named)
 
 
+def networks(variant, pixels, fractions):
+  """A ViT, and its trees: 'dense', and the factorized ones by fraction."""
+  model = ViT(num_classes=1000, **VARIANTS[variant])
+  image = jnp.zeros((1, pixels, pixels, 3))
+  dense = jax.jit(model.init)(jax.random.key(0), image)
+  sites = ur.find_sites(model.apply, dense, image)
+  return model, {
+    'dense': dense,
+    **{f'{f:.0%}': factorized(dense, sites, f) for f in fractions},
+  }
+
+
+def random_images(batch, pixels):
+  return jax.random.normal(jax.random.key(2), (batch, pixels, pixels, 3))
+
+
+def parse(batches, repeats):
+  """The options of both benchmarks that run these networks."""
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--out')
+  parser.add_argument('--repeats', type=int, default=repeats)
+  parser.add_argument('--batches', type=int, nargs='*', default=batches)
+  parser.add_argument('--variant', default='B/16')
+  parser.add_argument('--pixels', type=int, default=224)
+  return parser.parse_args()
+
+
 def in_chunks(fn, size, tree, images):
   """`fn(tree, images)`, so many images at a time."""
   if size == len(images):
@@ -78,24 +105,12 @@ def compared(took, cost, name, batch):
 
 
 def main():
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--out')
-  parser.add_argument('--repeats', type=int, default=5)
-  parser.add_argument('--batches', type=int, nargs='*', default=[1, 8, 64])
-  parser.add_argument('--variant', default='B/16')
-  parser.add_argument('--pixels', type=int, default=224)
-  args = parser.parse_args()
-  model = ViT(num_classes=1000, **VARIANTS[args.variant])
-  image = jnp.zeros((1, args.pixels, args.pixels, 3))
-  dense = jax.jit(model.init)(jax.random.key(0), image)
-  sites = ur.find_sites(model.apply, dense, image)
-  trees = {'dense': dense}
-  for fraction in (0.5, 0.25):
-    trees[f'{fraction:.0%}'] = factorized(dense, sites, fraction)
+  args = parse(batches=[1, 8, 64], repeats=5)
+  model, trees = networks(args.variant, args.pixels, (0.5, 0.25))
   fn = ur.low_rank(model.apply)
   rows = []
   for batch in args.batches:
-    images = jax.random.normal(jax.random.key(2), (batch, *image.shape[1:]))
+    images = random_images(batch, args.pixels)
     cost = {k: flops.forward_flops(fn, v, images) for k, v in trees.items()}
     repeats = max(2, args.repeats if batch > 8 else 4 * args.repeats)
     for chunk in (batch, _CHUNK) if batch > _CHUNK else (batch,):

@@ -14,19 +14,15 @@ next one; each row says how many pages were. They are of a whole process:
 
 from __future__ import annotations
 
-import argparse
 import functools
 import resource
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks import latency
 from benchmarks import record
 from benchmarks import timing
 import utilized_rank as ur
-from utilized_rank.models.vit import VARIANTS
-from utilized_rank.models.vit import ViT
 
 _REDUCE = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}
 SETTINGS = {
@@ -47,28 +43,18 @@ def pages(run) -> int:
 
 
 def main():
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--out')
-  parser.add_argument('--repeats', type=int, default=6)
-  parser.add_argument('--batches', type=int, nargs='*', default=[8])
-  parser.add_argument('--variant', default='B/16')
-  parser.add_argument('--pixels', type=int, default=224)
-  args = parser.parse_args()
-  model = ViT(num_classes=1000, **VARIANTS[args.variant])
-  image = jnp.zeros((1, args.pixels, args.pixels, 3))
-  dense = jax.jit(model.init)(jax.random.key(0), image)
-  sites = ur.find_sites(model.apply, dense, image)
-  small = latency.factorized(dense, sites, 0.25)
+  args = latency.parse(batches=[8], repeats=6)
+  model, trees = latency.networks(args.variant, args.pixels, (0.25,))
   fn = ur.low_rank(model.apply)
   capture = ur.capture(model.apply)
   programs = {
-    'dense': (fn, dense),
-    'captured': (lambda *args: capture(*args)[1], dense),
-    '25%': (fn, small),
+    'dense': (fn, trees['dense']),
+    'captured': (lambda *args: capture(*args)[1], trees['dense']),
+    '25%': (fn, trees['25%']),
   }
   rows = []
   for batch in args.batches:
-    images = jax.random.normal(jax.random.key(2), (batch, *image.shape[1:]))
+    images = latency.random_images(batch, args.pixels)
     for what, (program, params) in programs.items():
       runs = {
         name: functools.partial(

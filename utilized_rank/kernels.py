@@ -197,9 +197,7 @@ def _members(
     n, make = max(int(count[index]), 1), basis.second
     if from_outputs:
       center = basis.mean @ w if centered else None
-      make = functools.partial(
-        _second, _of_matrix(moment.sums.panels, index), n, center
-      )
+      make = functools.partial(_second, moment.sums.panels, index, n, center)
     yield Kernel(
       path,
       index,
@@ -211,7 +209,7 @@ def _members(
       make,
       None
       if gradient is None
-      else functools.partial(_second, _of_matrix(gradient, index), n, None),
+      else functools.partial(_second, gradient, index, n, None),
       basis,
       from_outputs,
     )
@@ -226,20 +224,22 @@ def _bases(moment: Moment, centered: bool) -> list[_Once]:
     n = max(int(count[index]), 1)
     mean = total[index].astype(np.float64) / n
     center = mean if centered else None
-    panels = _of_matrix(moment.sums.panels, index)
-    make = functools.partial(_second, panels, n, center)
+    make = functools.partial(_second, moment.sums.panels, index, n, center)
     found.append(_Once(mean, make))
   return found
 
 
-def _of_matrix(panels: gram.Panels, index: tuple[int, ...]) -> gram.Panels:
-  """The panels of one matrix of a leaf."""
-  return tuple(np.asarray(panel)[index] for panel in panels)
-
-
-def _second(panels: gram.Panels, count: int, mean: np.ndarray | None):
-  """Sums of x x^T as a second moment, about the mean if there is one."""
-  second = gram.whole(tuple(panel.astype(np.float64) for panel in panels))
+def _second(
+  panels: gram.Panels,
+  index: tuple[int, ...],
+  count: int,
+  mean: np.ndarray | None,
+):
+  """One matrix of a leaf's sums of x x^T as a second moment, about the mean if
+  there is one."""
+  second = gram.whole(
+    tuple(np.asarray(panel)[index].astype(np.float64) for panel in panels)
+  )
   second /= count
   if mean is not None:
     second -= np.outer(mean, mean)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -240,7 +240,9 @@ class Moments(Mapping[str, Moment]):
 
   def only(self, wanted: Collection[str]) -> Moments:
     """The same for some of the kernels."""
-    places = [i for i, e in enumerate(self.table) if e.path in wanted]
+    return self._at([i for i, e in enumerate(self.table) if e.path in wanted])
+
+  def _at(self, places: Sequence[int]) -> Moments:
     pick = lambda v: None if v is None else tuple(v[i] for i in places)
     return Moments(
       tuple(self.table[i] for i in places),
@@ -297,7 +299,6 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
         f'one of the two has {what} and the other has none; collect both with '
         f'the same {option}='
       )
-  place = {entry.path: i for i, entry in enumerate(b.table)}
-  pick = lambda v: None if v is None else tuple(v[place[path]] for path in a)
-  b = Moments(a.table, b.sums, pick(b.grads), b.examples, pick(b.row_grads))
+  in_order, _ = b._at([b._places[path] for path in a]).tree_flatten()
+  b = Moments(a.table, *in_order)
   return jax.tree.map(lambda x, y: x + y, a, b)
