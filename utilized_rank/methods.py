@@ -175,7 +175,7 @@ def output(kernel: Kernel, rank: int) -> tuple[Factors, float, float]:
   """
   d, m = kernel.w.shape
   if d < m and not kernel.from_outputs:
-    return subspace.input_side_pair(kernel.w, kernel.in_basis, rank)
+    return subspace.input_side_pair(kernel.w, kernel.second, rank)
   values, vectors = kernel.leading_outputs(rank)
   left, energy = values[rank:].sum(), values.sum()
   return subspace.output_factors(kernel.w, vectors), float(left), float(energy)

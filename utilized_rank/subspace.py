@@ -219,47 +219,55 @@ def input_side_factors(
   needed, and kernels that share an input share the eigenvectors of S. Where S
   `is_full`, a^T S a is the identity.
   """
-  turned, root, (_, q) = _from_inputs(w, of_s, g, damping)
+  turned = of_s.vectors.T @ w
+  inner = turned @ turned.T
+  if g is not None:
+    inner = (turned @ g) @ turned.T + _damping(g, damping) * inner
+  root = np.sqrt(np.maximum(of_s.values, _floor(of_s.values.sum())))
+  _, q = numerics.symmetric_eigh(root[:, None] * inner * root)
+  q = q[:, ::-1]
   return Factors(
     of_s.vectors @ (q / root[:, None]), (q * root[:, None]).T @ turned
   )
 
 
 def input_side_pair(
-  w: np.ndarray, of_s: Basis, rank: int
+  w: np.ndarray, s: np.ndarray, rank: int
 ) -> tuple[Factors, float, float]:
   """`output_factors` of one rank, worked out on (d, d) matrices: for d < m.
+
+  With S = F F^T and Q the eigenvectors of F^T W W^T F, W' = F^-T Q Q^T F^T W.
 
   Returns:
     The pair; its error E|x (W - W')|^2; and E|x W|^2.
   """
-  turned, root, (values, q) = _from_inputs(w, of_s, None, 0.0)
-  q = q[:, :rank]
-  a, b = q / root[:, None], (q * root[:, None]).T @ turned
-  # What is left by S with its floor, without what the floor added.
-  added = root**2 - of_s.values
-  low = added > 0
-  difference = turned[low] - a[low] @ b
-  floors = added[low] @ np.sum(difference**2, axis=1)
-  error = float(values[rank:].sum() - floors)
-  energy = float(of_s.values @ np.sum(turned**2, axis=1))
+  root, floor = _root(s)
+  values, q = numerics.symmetric_eigh(root.T @ (w @ w.T) @ root)
+  values, q = np.maximum(values[::-1], 0), q[:, ::-1][:, :rank]
+  a, b = np.linalg.solve(root.T, q), (root @ q).T @ w
+  # W' = W P with an orthogonal P: |W - W'|^2 = |W|^2 - |W'|^2, and b b^T holds
+  # the eigenvalues. What the floor added to S is no error on the data.
+  size = np.sum(w * w)
+  added = floor * (size - values[:rank] @ np.sum(a * a, axis=0))
+  error = float(values[rank:].sum() - added)
+  energy = float(values.sum() - floor * size)
   if error < np.finfo(np.float64).eps * len(values) * values.sum():
     error = 0.0
-  return Factors(of_s.vectors @ a, b), error, energy
+  return Factors(a, b), error, energy
 
 
-def _from_inputs(
-  w: np.ndarray, of_s: Basis, g: np.ndarray | None, damping: float
-) -> tuple[np.ndarray, np.ndarray, Basis]:
-  """W in the eigenbasis of S, the roots of S's eigenvalues, none below its
-  floor, and in that basis the eigenbasis of S^(1/2) W G W^T S^(1/2)."""
-  turned = of_s.vectors.T @ w
-  inner = turned @ turned.T
-  if g is not None:
-    inner = (turned @ g) @ turned.T + _damping(g, damping) * inner
-  root = np.sqrt(np.maximum(of_s.values, _floor(of_s.values.sum())))
-  values, q = numerics.symmetric_eigh(root[:, None] * inner * root)
-  return turned, root, Basis(np.maximum(values[::-1], 0), q[:, ::-1])
+def _root(s: np.ndarray) -> tuple[np.ndarray, float]:
+  """F with F F^T = S + floor I, and the floor.
+
+  By Cholesky, in a seventh of an eigendecomposition's time, unless rounding of
+  float32 sums has left S with eigenvalues below minus the floor.
+  """
+  floor = _floor(np.trace(s))
+  try:
+    return np.linalg.cholesky(s + floor * np.eye(len(s))), floor
+  except np.linalg.LinAlgError:
+    values, vectors = numerics.eigh(s)
+    return vectors * np.sqrt(values + floor), floor
 
 
 def is_full(of_s: Basis) -> bool:
@@ -287,8 +295,7 @@ def balanced(factors: Factors) -> Factors:
   faster than an SVD; of those below 1e-8 of the largest, which no float32
   holds, it tells no more than that. The product is the same whatever it tells.
   """
-  r_b, q_b = _orthogonal_rows(factors.b)
-  left = factors.a @ r_b
+  left, q_b = _before_orthogonal_rows(factors)
   squares, turn = numerics.symmetric_eigh(left.T @ left)
   squares, turn = squares[::-1], turn[:, ::-1]
   least = np.finfo(np.float64).eps * len(turn) * max(squares[0], 0.0)
@@ -297,21 +304,22 @@ def balanced(factors: Factors) -> Factors:
   return Factors(left @ (turn * inverse), (turn * root).T @ q_b)
 
 
-def _orthogonal_rows(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """b = R Q with orthonormal rows of Q.
+def _before_orthogonal_rows(factors: Factors) -> Factors:
+  """The same product with orthonormal rows behind.
 
   Rows that are orthogonal already, as those of most methods are, need but
   their lengths, a fraction of a QR decomposition's time.
   """
+  a, b = factors
   gram = b @ b.T
   lengths = np.sqrt(np.diagonal(gram))
   if np.all(lengths > 0):
     cosines = gram / np.outer(lengths, lengths)
     np.fill_diagonal(cosines, 0.0)
     if np.abs(cosines).max() < _ORTHOGONAL:
-      return np.diag(lengths), b / lengths[:, None]
+      return Factors(a * lengths, b / lengths[:, None])
   q, r = np.linalg.qr(b.T)
-  return r.T, q.T
+  return Factors(a @ r.T, q.T)
 
 
 def tails(
