@@ -15,7 +15,11 @@ import jax
 import numpy as np
 
 import utilized_rank as ur
+from utilized_rank import certify
+from utilized_rank import processes
 from utilized_rank import running
+from utilized_rank import shared
+from utilized_rank import subspace
 
 SHAPES = {'first': (6, 8), 'second': (8, 4)}
 # Batches of each process: unequal in number and in size.
@@ -56,10 +60,10 @@ def numbers(moments):
   }
 
 
-def refusal(call):
+def refusal(call, kind=ValueError):
   try:
     call()
-  except ValueError as error:
+  except kind as error:
     return str(error)
   return None
 
@@ -128,6 +132,141 @@ def joint(index):
       lambda: ur.collect(model, spread, x, mesh=own, progress=False)
     ),
   }
+
+
+def network():
+  """q, k and v of one value, a stack, and a kernel in bfloat16."""
+  draw = np.random.default_rng(0).normal
+  shapes = dict(q=(6, 8), k=(6, 6), v=(6, 4), up=(4, 5), stack=(3, 5, 5))
+  tree = {n: draw(size=s).astype(np.float32) for n, s in shapes.items()}
+  tree['bias'] = np.ones(5, np.float32)
+  tree['down'] = jax.numpy.asarray(draw(size=(5, 3)), jax.numpy.bfloat16)
+  return tree
+
+
+def deep(params, x):
+  q, k, v = (x @ params[name] for name in 'qkv')
+  h = jax.numpy.tanh(v * q[:, :4] + k[:, 2:]) @ params['up'] + params['bias']
+  step = lambda h, w: (h + jax.numpy.tanh(h @ w), None)
+  h, _ = jax.lax.scan(step, h, params['stack'])
+  return h @ params['down']
+
+
+OWN = dict(q=3, k=2, v=2, up=3, stack=(1, 2, 4), down=2)
+SHARED = {('q', 'k', 'v'): 4, 'up': 3, 'stack': (1, 2, 4), 'down': 2}
+
+
+class Calls:
+  """Counts what a function of a module is called with, by kernel."""
+
+  def __init__(self, module, name, names):
+    self.module, self.name, self.names = module, name, names
+    self.was = getattr(module, name)
+
+  def __enter__(self):
+    self.found = []
+
+    def counted(first, *args):
+      self.found.append(self.names(first))
+      return self.was(first, *args)
+
+    setattr(self.module, self.name, counted)
+    return self.found
+
+  def __exit__(self, *_):
+    setattr(self.module, self.name, self.was)
+
+
+def is_same(got, want):
+  pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+  return jax.tree.structure(got) == jax.tree.structure(want) and all(
+    a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs
+  )
+
+
+def factorized(index):
+  """Kernels shared out: the same trees, refusals, and errors of one process."""
+  tree = network()
+  out = {name: {} for name in ('equal', 'trees', 'made', 'refused', 'failed')}
+  mine = jax.sharding.Mesh(np.array(jax.local_devices()), ('x',))
+  moments = ur.collect(
+    deep, tree, batches(0), loss=loss, mesh=mine, progress=False
+  )
+  both = dict(processes=True, progress=False)
+  alone = dict(progress=False)
+
+  def compare(name, ranks, **options):
+    want = ur.factorize(tree, moments, ranks, **options, **alone)
+    with Calls(certify, 'check', lambda k: k.name) as out['made'][name]:
+      got = ur.factorize(tree, moments, ranks, **options, **both)
+    out['equal'][name] = is_same(got, want)
+    out['trees'][name] = [np.asarray(v) for v in jax.tree.leaves(got)]
+
+  compare('output', OWN)
+  compare('loss', OWN, method='loss')
+  compare('utilized', OWN, method='utilized', compensate_mean=False)
+  compare('gauge', OWN, gauge='identity')
+  processes._ROUND = 100  # many rounds for each matrix
+  compare('shared', SHARED)
+  compare('shared loss', SHARED, method='loss')
+  options = dict(method='loss', only=[*SHARED, 'q'])
+  families = ur.decompose(tree, moments, **options, **alone)
+  with Calls(shared, 'family', lambda g: g[0].name) as out['made']['decompose']:
+    told = ur.decompose(tree, moments, **options, **both)
+  out['equal']['decompose'] = list(told) == list(families) and all(
+    is_same(told[key], families[key]) for key in families
+  )
+  compare('from families', SHARED, method='loss', families=told)
+  costs = ur.decompose(tree, moments, keep_factors=False, **both)
+  out['equal']['costs'] = costs['q'][0].factors is None and is_same(
+    {key: costs[key] for key in costs},
+    {
+      key: [f._replace(factors=None) for f in family]
+      for key, family in ur.decompose(tree, moments, **alone).items()
+    },
+  )
+  none = ur.factorize(tree, moments, {}, **both)
+  out['equal']['none'] = is_same(none, jax.tree.map(jax.numpy.asarray, tree))
+
+  def refused(name, params=tree, sums=moments, ranks=OWN, **options):
+    """Process 1 alone is given what is said here."""
+    arguments = (params, sums, ranks) if index else (tree, moments, OWN)
+    options = options if index else {}
+    call = lambda: ur.factorize(*arguments, **options, **both)
+    out['refused'][name] = refusal(call)
+
+  refused('method', method='weight')
+  refused('misspelt', method='sum', gauge='none')
+  refused('ranks', ranks={**OWN, 'up': 2})
+  refused('fewer', ranks={'up': 3})
+  up = tree['up'].copy()
+  up[1, 2] = np.nextafter(up[1, 2], 2, dtype=np.float32)
+  refused('params', params={**tree, 'up': up})
+  refused('moments', sums=ur.merge_moments(moments, moments))
+  refused('families', families=ur.decompose(tree, moments, **alone))
+  out['refused']['decompose'] = refusal(
+    lambda: ur.decompose(tree, moments, only=['qk'[index]], **both)
+  )
+  out['refused']['all wrong'] = refusal(
+    lambda: ur.factorize(tree, moments, OWN, method='sum', **both)
+  )
+  was = subspace.balanced
+  for kind, wrong in (
+    (FloatingPointError, lambda pair: was(pair)._replace(a=1.1 * pair.a)),
+    (RuntimeError, lambda pair: pair.nothing),
+  ):
+    subspace.balanced = wrong if index else was  # in process 1 alone
+    call = lambda: ur.factorize(tree, moments, OWN, **both)
+    out['failed'][kind.__name__] = refusal(call, kind)
+  subspace.balanced = was
+  # Bytes of all values; sizes that rounds cut anywhere, and none at all.
+  sizes, senders = [0, 1, 700, 49, 50, 51, 0, 300], [0, 1, 1, 0, 0, 1, 1, 1]
+  said = [bytes(i * j % 256 for j in range(n)) for i, n in enumerate(sizes)]
+  with Calls(processes, '_tell', len) as rounds:
+    own = [m for m, s in zip(said, senders, strict=True) if s == index]
+    out['bytes'] = list(processes.gathered(own, senders)) == said
+  out['rounds'] = rounds[1:]
+  return out
 
 
 EVEN = np.random.default_rng(9).normal(size=(2, 2, 16, 6)).astype(np.float32)

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(utilized_rank.__file__).parent
 LAYERS = [
   'accumulation compat progress files layout masks paths depth look processes '
   'svg divergence',
-  'tracing numerics gram tables factors gauge',
+  'tracing numerics gram tables factors gauge agreement',
   'product axes factored',
   'axis_rules',
   'flow',
@@ -29,6 +29,7 @@ LAYERS = [
   'checkpoint methods plots gradients fisher comparison_plots',
   'certify leaves attention measurement snapshots',
   'shared latency running',
+  'division',
   'families plan',
   'passes',
   'offers recipe',

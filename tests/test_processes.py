@@ -106,6 +106,61 @@ def test_parameters_spread_over_processes(tmp_path):
     assert 'pass its mesh as mesh=' in out['elsewhere']
 
 
+def test_kernels_shared_out_give_the_tree_of_one(tmp_path):
+  """Bit for bit, by every method; each makes a share; none waits for ever."""
+  found = results('factorized', tmp_path)
+  every = sorted([*'qkv', 'up', 'down', *(f'stack[{i}]' for i in range(3))])
+  joint = sorted(set(every) - set('kv'))
+  for out in found:
+    assert all(out['equal'].values()), out['equal']
+    for name, leaves in out['trees'].items():
+      for a, b in zip(leaves, found[0]['trees'][name], strict=True):
+        np.testing.assert_array_equal(a, b)
+  assert len(found[0]['made']) == 8
+  for name in found[0]['made']:
+    shares = [out['made'][name] for out in found]
+    assert all(shares), name
+    whole = {'decompose': sorted([*joint, 'q'])}  # q alone, and with k and v
+    own = joint if 'shared' in name or 'from' in name else every
+    assert sorted(shares[0] + shares[1]) == whole.get(name, own), name
+  one, other = (out['refused'] for out in found)
+  told = 'processes [1] call {} with other arguments than process 0: '
+  for name, (caller, at_one, at_other) in {
+    'method': ('factorize', "method (here 'output')", "method (here 'weight')"),
+    'misspelt': (
+      'factorize',
+      "method (here 'output'), gauge (here None)",
+      "method (here 'sum'), gauge (here 'none')",
+    ),
+    'ranks': ('factorize', "ranks['up']", "ranks['up']"),
+    'fewer': ('factorize', 'ranks (6 here)', 'ranks (1 here)'),
+    'params': ('factorize', "params['up']", "params['up']"),
+    'moments': (
+      'factorize',
+      *[
+        "moments['down'], moments['k'], moments['q'], moments['stack'] and 2 "
+        'more'
+      ]
+      * 2,
+    ),
+    'families': ('factorize', 'families (here None)', 'families (6 here)'),
+    'decompose': ('decompose', "only['q']", "only['k']"),
+  }.items():
+    start = told.format(caller)
+    assert one[name].startswith(start + at_one + ';'), one[name]
+    assert other[name].startswith(start + at_other + ';'), other[name]
+  for out in found:
+    assert out['refused']['all wrong'].startswith("unknown method 'sum'")
+    text = out['failed']['FloatingPointError']
+    assert 'in process 1 of 2: the rank-' in text
+    text = out['failed']['RuntimeError']
+    assert 'in process 1 of 2: AttributeError(' in text
+    assert out['bytes']
+    # 1,052 bytes of process 1, each process having half of 100 in a round: 22
+    # rounds are enough, and all are as large.
+    assert out['rounds'] == [48] * 22
+
+
 def test_killed_at_any_moment_and_started_again(tmp_path):
   """SIGKILL three times, at random moments of a run of two seconds."""
   rng = np.random.default_rng(0)

@@ -18,6 +18,9 @@ from utilized_rank import paths
 from utilized_rank import shared
 from utilized_rank import subspace
 from utilized_rank import threads
+from utilized_rank.division import Unit
+from utilized_rank.division import agree
+from utilized_rank.division import each_unit
 from utilized_rank.families import Families
 from utilized_rank.gauge import check_gauge
 from utilized_rank.kernels import Kernel
@@ -28,7 +31,6 @@ from utilized_rank.leaves import assemble
 from utilized_rank.leaves import give_back
 from utilized_rank.leaves import store
 from utilized_rank.moments import Moments
-from utilized_rank.progress import track
 from utilized_rank.ranks import check_energy
 from utilized_rank.shared import Key
 from utilized_rank.shared import Ranks
@@ -96,6 +98,7 @@ def factorize(
   damping: float = methods.DAMPING,
   gauge: str | None = None,
   families: Families | None = None,
+  processes: bool = False,
   progress: bool = True,
 ) -> Any:
   """Puts `LowRank` pairs in place of kernels.
@@ -132,7 +135,11 @@ def factorize(
       stays as without a gauge.
     families: what `decompose` made of these parameters and moments, with the
       same three options; default to decompose here.
-    progress: show a progress bar.
+    processes: share the kernels out over the processes of the job
+      (`jax.distributed.initialize`), which must all call this with the same
+      arguments, parameters and moments on the host of each. All get the whole
+      tree, the one that a single process makes. No process may call it alone.
+    progress: show a progress bar; with `processes`, of this one's share.
 
   Returns:
     The tree with `LowRank` leaves, for `low_rank(fn)`; factors have the
@@ -143,10 +150,10 @@ def factorize(
 
   Raises:
     ValueError: an unknown method, gauge or path, a rank outside
-      [1, min(d, m)], moments of other shapes, or families made with other
-      options.
+      [1, min(d, m)], moments of other shapes, families made with other
+      options, or processes that do not give the same arguments.
     FloatingPointError: factors do not leave the error that was predicted for
-      them; see `certify`.
+      them; see `certify`. With `processes` what one raises is raised by all.
 
   >>> import utilized_rank as ur
   >>> fn = lambda p, x: x @ p['w']
@@ -156,6 +163,18 @@ def factorize(
   >>> bool(jnp.allclose(ur.low_rank(fn)(small, x), fn(params, x), atol=1e-6))
   True
   """
+  if processes:
+    agree(
+      'factorize',
+      params,
+      moments,
+      ranks=ranks,
+      method=method,
+      compensate_mean=compensate_mean,
+      damping=damping,
+      gauge=gauge,
+      families=families,
+    )
   methods.check_method(method)
   check_gauge(gauge)
   check_ranks(ranks, moments)
@@ -169,8 +188,8 @@ def factorize(
   if families is not None:
     families.check(method, compensate_mean, damping, ranks)
 
-  def solve(item: tuple[Key, int, tuple[Kernel, ...]]) -> _Member:
-    key, place, group = item
+  def solve(unit: Unit) -> _Member:
+    key, place, group = unit
     names = shared.names_of(key)
     each = per_member(key, ranks[key], moments[names[0]].layout)
     family = None if families is None else families[key][place]
@@ -207,18 +226,16 @@ def factorize(
     ]
     return _Member(key, parts, discarded)
 
-  # A kernel's float64 moments are made, used and dropped one by one.
-  made: Iterator[_Member] = threads.ordered_map(
+  made = each_unit(
     solve,
-    (
-      (key, place, group)
-      for key, groups in shared.units(params, moments, ranks, centered=centered)
-      for place, group in enumerate(groups)
-    ),
+    params,
+    moments,
+    list(ranks),
+    centered=centered,
+    processes=processes,
+    progress=progress,
+    desc='factorize',
   )
-  if progress:
-    total = shared.count_units(ranks, moments)
-    made = track(made, total=total, desc='factorize', unit='kernel')
   for key, members in itertools.groupby(made, lambda member: member.key):
     found = list(members)
     names = shared.names_of(key)

@@ -9,11 +9,11 @@ import numpy as np
 
 from utilized_rank import methods
 from utilized_rank import shared
-from utilized_rank import threads
-from utilized_rank.kernels import Kernel
+from utilized_rank.division import Unit
+from utilized_rank.division import agree
+from utilized_rank.division import each_unit
 from utilized_rank.methods import Family
 from utilized_rank.moments import Moments
-from utilized_rank.progress import track
 from utilized_rank.shared import Key
 
 
@@ -109,6 +109,7 @@ def decompose(
   damping: float = methods.DAMPING,
   only: Iterable[Key] | None = None,
   keep_factors: bool = True,
+  processes: bool = False,
   progress: bool = True,
 ) -> Families:
   """Factorizes every kernel at every rank.
@@ -127,11 +128,15 @@ def decompose(
       that read one value stands for one left factor for all of them.
     keep_factors: keep the factors, which `factorize` needs, beside what the
       ranks cost: two float64 matrices for each kernel.
-    progress: show a progress bar.
+    processes: share the kernels out over the processes of the job, as for
+      `factorize`. The factors travel too, two float64 matrices for each
+      kernel: still a small part of the time that making them takes. Without
+      them (`keep_factors=False`) some kilobytes do.
+    progress: show a progress bar; with `processes`, of this one's share.
 
   Raises:
-    ValueError: an unknown method or path, or moments without the gradients
-      that the method needs.
+    ValueError: an unknown method or path, moments without the gradients that
+      the method needs, or processes that do not give the same arguments.
 
   >>> import jax.numpy as jnp, utilized_rank as ur
   >>> params = {'w': jnp.eye(8)}
@@ -144,25 +149,35 @@ def decompose(
   >>> small['w'].rank
   1
   """
-  methods.check_method(method, methods.FAMILIES)
-  centered = compensate_mean and method in methods.CENTERED
   keys = list(moments if only is None else only)
-  every = (
-    (key, group)
-    for key, groups in shared.units(params, moments, keys, centered=centered)
-    for group in groups
-  )
+  if processes:
+    agree(
+      'decompose',
+      params,
+      moments,
+      method=method,
+      compensate_mean=compensate_mean,
+      damping=damping,
+      only={key: place for place, key in enumerate(keys)},
+      keep_factors=keep_factors,
+    )
+  methods.check_method(method, methods.FAMILIES)
 
-  def make(item: tuple[Key, tuple[Kernel, ...]]) -> tuple[Key, Family]:
-    key, group = item
+  def make(unit: Unit) -> tuple[Key, Family]:
+    key, _, group = unit
     family = shared.family(group, method, damping)
     return key, family if keep_factors else Family(None, family.damages)
 
-  made = threads.ordered_map(make, every)
-  if progress:
-    total = shared.count_units(keys, moments)
-    made = track(made, total=total, desc='decompose', unit='kernel')
   found: dict[Key, list[Family]] = {}
-  for key, family in made:
+  for key, family in each_unit(
+    make,
+    params,
+    moments,
+    keys,
+    centered=compensate_mean and method in methods.CENTERED,
+    processes=processes,
+    progress=progress,
+    desc='decompose',
+  ):
     found.setdefault(key, []).append(family)
   return Families(found, method, compensate_mean, damping)

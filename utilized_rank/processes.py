@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import itertools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,13 @@ import numpy as np
 # A count travels as digits of this many bits, which float32 adds up exactly
 # over 2**(24 - 11) devices: counts and sums are then reduced as one.
 _BITS = 11
+# Bytes that all processes together tell each other in one round; every device
+# of every process holds them meanwhile.
+_ROUND = 1 << 26
+# What an error in one process is on the others; the last stands for the rest.
+_ERRORS = FloatingPointError, ValueError, RuntimeError
+
+R = TypeVar('R')
 
 
 def exchange(numbers: Sequence[int]) -> np.ndarray:
@@ -25,9 +33,83 @@ def exchange(numbers: Sequence[int]) -> np.ndarray:
     return np.asarray([numbers], np.int64)
   mask = (1 << 24) - 1  # int64 does not exist on the devices by default
   words = [[n & mask, n >> 24 & mask, n >> 48] for n in numbers]
-  told = _multihost().process_allgather(np.asarray(words, np.int32))
-  told = np.asarray(told, np.int64)
+  told = _tell(np.asarray(words, np.int32)).astype(np.int64)
   return told[..., 0] | told[..., 1] << 24 | told[..., 2] << 48
+
+
+def together(work: Callable[[], R]) -> R:
+  """What `work` returns here, once it has returned in every process.
+
+  None waits for one that has failed, and all end alike: the error of the first
+  process that failed is raised on all of them, with its number.
+
+  Raises:
+    FloatingPointError, ValueError: as `work` does in some process.
+    RuntimeError: `work` raised something else.
+
+  >>> together(lambda: 3)
+  3
+  """
+  if jax.process_count() == 1:
+    return work()
+  error, result = None, []
+  try:
+    result.append(work())
+  except Exception as raised:
+    error = raised
+  text, kind = b'', len(_ERRORS)
+  if error is not None:
+    is_known = [isinstance(error, known) for known in _ERRORS]
+    kind = [*is_known, True].index(True)
+    text = (str(error) if any(is_known) else repr(error)).encode()
+  told = exchange([error is not None, kind, len(text)])
+  failed = np.flatnonzero(told[:, 0])
+  if not failed.size:
+    return result[0]
+  first, longest = int(failed[0]), int(told[:, 2].max())
+  texts = _tell(np.frombuffer(text.ljust(longest), np.uint8))
+  _, kind, size = told[first].tolist()
+  said = texts[first, :size].tobytes().decode()
+  raise (*_ERRORS, RuntimeError)[kind](
+    f'in process {first} of {jax.process_count()}: {said}'
+  ) from error
+
+
+def gathered(
+  messages: Iterable[bytes], senders: Sequence[int]
+) -> Iterator[bytes]:
+  """Yields every process's messages on every process, in one order.
+
+  All processes take all messages, or none of them. They travel in rounds of a
+  fixed number of bytes, whatever their own sizes, and as bytes: nothing is
+  added up or rounded on the way.
+
+  Args:
+    messages: what this process sends, in the common order.
+    senders: of all messages, in the common order, the process that sends it;
+      the same everywhere.
+  """
+  if not senders:
+    return
+  index, count = jax.process_index(), jax.process_count()
+  leaving = deque(messages)
+  own = iter([len(message) for message in leaving])
+  sizes = exchange([next(own) if s == index else 0 for s in senders]).sum(0)
+  most = int(np.bincount(senders, sizes, count).max())
+  rounds = -(-most // max(1, _ROUND // count))
+  chunk = -(-most // max(1, rounds))  # all rounds are as large
+  outgoing, arrived = bytearray(), [bytearray() for _ in range(count)]
+  for sender, size in zip(senders, sizes.tolist(), strict=True):
+    while len(arrived[sender]) < size:
+      while leaving and len(outgoing) < chunk:
+        outgoing += leaving.popleft()
+      part = bytes(outgoing[:chunk]).ljust(chunk, b'\0')
+      del outgoing[:chunk]
+      told = _tell(np.frombuffer(part, np.uint8))
+      for stream, piece in zip(arrived, told, strict=True):
+        stream += piece.tobytes()
+    yield bytes(arrived[sender][:size])
+    del arrived[sender][:size]
 
 
 def is_leaving(step: int) -> bool:
@@ -161,6 +243,11 @@ def add_over_processes(state: Any, devices: Sequence[Any]) -> Any:
     lifted = jax.tree.map(lift, state)
     reduced = reducer(mesh, specs, ('examples',))(lifted)
     return decoded(reduced, state)
+
+
+def _tell(mine: np.ndarray) -> np.ndarray:
+  """(processes, ...): an array of one shape and dtype from every process."""
+  return np.asarray(_multihost().process_allgather(mine))
 
 
 def _multihost():
