@@ -88,7 +88,7 @@ def local(index):
     running._MOST_ROWS = 5
   out['overflow'] = numbers(collect(batches(index), loss=loss))
   costs = ur.plan(model, params(), batches(index)[0][:8], loss=loss)
-  limits = [costs.peak_bytes - 10, costs.peak_bytes]
+  limits = [int(0.9 * costs.peak_bytes), 10**9]
   passes = lambda limit: collect(batches(index), loss=loss, memory_limit=limit)
   out['passes'] = numbers(passes(limits[0]))
   out['other limits'] = refusal(lambda: passes(limits[index]))

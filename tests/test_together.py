@@ -12,6 +12,8 @@ import pytest
 
 import utilized_rank as ur
 from utilized_rank import convolution
+from utilized_rank.plan import peak_bytes
+from utilized_rank.running import RunningSums
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -71,6 +73,13 @@ def assert_equal(got, want, rtol=1e-6):
     np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
 
 
+def collect_by_pmap(**options):
+  two = jax.sharding.Mesh(np.array(jax.devices()[:2]), ('x',))
+  copies = jax.tree.map(lambda a: np.stack([a] * 2), PARAMS)
+  batches = [b.reshape(2, -1, *b.shape[1:]) for b in BATCHES]
+  return collect(model, copies, batches, mesh=two, pmap_axis='i', **options)
+
+
 @pytest.mark.parametrize('how', ['float32', 'compensated', 'float64'])
 @pytest.mark.parametrize('where', ['devices', 'pmap', 'mesh'])
 def test_everything_is_summed_everywhere(want, where, how):
@@ -81,10 +90,7 @@ def test_everything_is_summed_everywhere(want, where, how):
     mesh, placed = on_mesh()
     got = collect(model, placed, BATCHES, mesh=mesh, **options)
   else:
-    two = jax.sharding.Mesh(np.array(jax.devices()[:2]), ('x',))
-    copies = jax.tree.map(lambda a: np.stack([a] * 2), PARAMS)
-    batches = [b.reshape(2, -1, *b.shape[1:]) for b in BATCHES]
-    got = collect(model, copies, batches, mesh=two, pmap_axis='i', **options)
+    got = collect_by_pmap(**options)
   wide = np.float32 if how == 'float32' else np.float64
   assert got['up'].second.dtype == got['up'].row_fisher.dtype == wide
   assert got['down'].output_second.shape == (4, 4)
@@ -169,15 +175,48 @@ def test_passes_are_of_all_of_it():
   assert_equal(got, collect(model, PARAMS, BATCHES, **options))
 
 
+@pytest.mark.parametrize('where', ['pmap', 'mesh'])
+def test_passes_fit_the_step_that_runs_on_a_device(want, where, monkeypatch):
+  found = []
+  real = RunningSums.step_bytes
+
+  def step_bytes(self, batch):
+    found.append(real(self, batch))
+    return found[-1]
+
+  monkeypatch.setattr(RunningSums, 'step_bytes', step_bytes)
+  run = collect_by_pmap
+  if where == 'mesh':
+    mesh, placed = on_mesh()
+    run = functools.partial(collect, model, placed, BATCHES, mesh=mesh)
+  assert_equal(run(memory_limit=10**9, **FULL), want)
+  (whole,) = found
+  with pytest.raises(ValueError, match='memory_limit is 1000 B'):
+    run(memory_limit=1000, **FULL)
+  found.clear()
+  got = run(memory_limit=whole - 1, **FULL)
+  assert {e.number for e in got.table} == {0, 1}
+  assert_equal(got, want)
+  # Each pass was compiled to fit: all, the least, and no more in collecting.
+  assert found[0] == whole and found[1] < whole and len(found) == 2
+
+
+def test_bytes_of_a_program_are_those_of_one_device():
+  mesh = jax.make_mesh((4,), ('d',), axis_types=(AxisType.Auto,))
+  of = lambda spec: jax.ShapeDtypeStruct(
+    (64, 32), np.float32, sharding=NamedSharding(mesh, spec)
+  )
+  double = jax.jit(lambda x: 2 * x)
+  size = lambda spec: peak_bytes(double.lower(of(spec)).compile())
+  assert size(P()) == 2 * 4 * 64 * 32
+  assert size(P('d')) == size(P()) / 4
+
+
 def test_what_does_not_go_together_is_named():
   refused = lambda one, other: pytest.raises(
     ValueError, match=f'{one}.*cannot be used with.*{other}'
   )
   mesh, placed = on_mesh()
-  with refused('memory_limit', 'spread over a mesh'):
-    collect(model, placed, BATCHES, mesh=mesh, memory_limit=10**9)
-  with refused('memory_limit', 'pmap_axis'):
-    collect(model, PARAMS, BATCHES, pmap_axis='i', memory_limit=10**9)
   with refused('batch_axes', 'pmap_axis'):
     collect(
       model, placed, BATCHES, mesh=mesh, batch_axes=['data'], pmap_axis='i'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Sized
-import dataclasses
 import functools
 import itertools
 import os
@@ -25,8 +24,8 @@ from utilized_rank.masks import Mask
 from utilized_rank.masks import Masked
 from utilized_rank.measurement import Measurement
 from utilized_rank.moments import Moments
-from utilized_rank.plan import Plan
-from utilized_rank.plan import plan
+from utilized_rank.plan import members_of
+from utilized_rank.plan import passes_within
 from utilized_rank.progress import track
 from utilized_rank.rows import is_explicit
 from utilized_rank.running import RunningSums
@@ -40,7 +39,6 @@ from utilized_rank.spread import Sharded
 from utilized_rank.spread import crosses
 from utilized_rank.spread import mesh_of
 
-_SPREAD = 'parameters that are spread over a mesh'
 _JOINT = 'parameters that are spread over processes'
 
 
@@ -114,9 +112,10 @@ def collect(
       what each addition rounds off kept beside it (twice the memory, no
       drift over millions of batches); 'float64', on the host, which every
       batch's sums are moved to. Within a batch sums are float32 always.
-    memory_limit: bytes on one device. Where all sums do not fit, the batches
-      are run through several times, as `plan(..., memory_limit=)` says, some
-      kernels at a time; the sums are the same.
+    memory_limit: bytes on one device, by XLA's account of the very step that
+      runs there. Where all sums do not fit, the batches are run through several
+      times, as `plan(..., memory_limit=)` says, some kernels at a time; the
+      sums are the same.
     progress: show a progress bar.
 
   Returns:
@@ -176,8 +175,6 @@ def collect(
   joint = everywhere and is_spread
   _check_together(
     [
-      ('memory_limit', memory_limit is not None, 'pmap_axis', pmap_axis),
-      ('memory_limit', memory_limit is not None, _SPREAD, is_spread),
       ('batch_axes', batch_axes, 'pmap_axis', pmap_axis),
       ('checkpoint_dir', checkpoint_dir is not None, _JOINT, joint),
       (f'accumulate={accumulate!r}', accumulate != 'float32', _JOINT, joint),
@@ -189,15 +186,49 @@ def collect(
       ),
     ]
   )
+  spread = _spread(values, mesh, batch_axes, pmap_axis)
+  sites = spread.sites(
+    lambda params, batch: what.sites(tree_of(params), batch), first
+  )
+  if sites.holes:
+    warnings.warn(
+      f'the moments leave out {sorted(sites.holes)}, which enter primitives '
+      'that hide what they compute',
+      stacklevel=2,
+    )
+  layouts = {path: site.layout for path, site in sites.items()}
+
+  def sums_of(members):
+    """The running sums of some kernels."""
+    some = {path: layouts[path] for path in members}
+    # All of them are what the caller's own rules select.
+    part = what if len(some) == len(layouts) else what.only(some)
+    measure = part.sums(some, spread.over)
+    return RunningSums(
+      lambda params, batch: measure(tree_of(params), batch),
+      spread,
+      accumulate,
+      everywhere,
+    )
+
+  masked = Masked(mask, spread.shares, 0 if pmap_axis is None else 1)
   if memory_limit is not None:
-    costs = _plan(what, params, first, mask, mesh, memory_limit, accumulate)
+    example = masked(first, 0)
+    kernels, pass_bytes = passes_within(
+      sites,
+      loss is not None,
+      fisher_rows,
+      lambda members: sums_of(members).step_bytes(example),
+      memory_limit,
+    )
+    members = members_of(kernels, len(pass_bytes))
     if everywhere:
-      _agree_on_passes(costs)
-    if len(costs.passes) > 1:
-      passes.check_repeatable(batches, len(costs.passes))
+      _agree_on_passes(members)
+    if len(members) > 1:
+      passes.check_repeatable(batches, len(members))
       if checkpoint_dir is not None:
         raise ValueError(
-          f'the sums fit memory_limit in {len(costs.passes)} passes, and '
+          f'the sums fit memory_limit in {len(members)} passes, and '
           'checkpoint_dir resumes a single one: collect the kernels of each '
           'of plan(...).passes by itself, with select and a directory each'
         )
@@ -212,30 +243,14 @@ def collect(
         on_opaque=on_opaque,
         from_outputs=from_outputs,
         mesh=mesh,
+        batch_axes=batch_axes,
+        pmap_axis=pmap_axis,
         accumulate=accumulate,
         progress=progress,
       )
-      parts = [again(select=paths.only(members)) for members in costs.passes]
-      return passes.join(parts, costs.kernels)
-  spread = _spread(values, mesh, batch_axes, pmap_axis)
-  sites = spread.sites(
-    lambda params, batch: what.sites(tree_of(params), batch), first
-  )
-  if sites.holes:
-    warnings.warn(
-      f'the moments leave out {sorted(sites.holes)}, which enter primitives '
-      'that hide what they compute',
-      stacklevel=2,
-    )
-  layouts = {path: site.layout for path, site in sites.items()}
-  measure = what.sums(layouts, spread.over)
-  run = RunningSums(
-    lambda params, batch: measure(tree_of(params), batch),
-    spread,
-    accumulate,
-    everywhere,
-  )
-  masked = Masked(mask, spread.shares, 0 if pmap_axis is None else 1)
+      parts = [again(select=paths.only(some)) for some in members]
+      return passes.join(parts, kernels)
+  run = sums_of(layouts)
   snapshots = None if checkpoint_dir is None else Snapshots(checkpoint_dir)
   done, place = 0, None
   if snapshots is not None:
@@ -279,32 +294,6 @@ def _check_together(pairs: Iterable[tuple[str, Any, str, Any]]) -> None:
   for one, has_one, other, has_other in pairs:
     if has_one and has_other:
       raise ValueError(f'{one} cannot be used with {other}')
-
-
-def _plan(
-  what: Measurement,
-  params: Any,
-  batch: Any,
-  mask: Mask | str | None,
-  mesh: Mesh | None,
-  memory_limit: int,
-  accumulate: str,
-) -> Plan:
-  """The plan of one device's share of batches like this one."""
-  parts = len(_devices(mesh)[1])
-  share = lambda a: jax.ShapeDtypeStruct(
-    (-(-a.shape[0] // parts), *a.shape[1:]), a.dtype
-  )
-  batch, real = jax.tree.map(share, Masked(mask, parts)(batch, 0))
-  options = {f.name: getattr(what, f.name) for f in dataclasses.fields(what)}
-  return plan(
-    params=params,
-    batch=batch,
-    mask=real,
-    memory_limit=memory_limit,
-    accumulate=accumulate,
-    **options,
-  )
 
 
 def _devices(mesh: Mesh | None) -> tuple[list[Any], list[Any]]:
@@ -351,8 +340,8 @@ def _agree_on_first(has_one: bool, everywhere: bool) -> None:
     raise ValueError(f'collect needs at least one batch, got none{who}')
 
 
-def _agree_on_passes(costs: Plan) -> None:
-  mine = zlib.crc32(repr(costs.passes).encode())
+def _agree_on_passes(members: Sequence[Sequence[str]]) -> None:
+  mine = zlib.crc32(repr(members).encode())
   if len(set(processes.exchange([mine])[:, 0].tolist())) > 1:
     raise ValueError(
       'memory_limit splits the kernels differently on the processes; give all '

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 from typing import Any
 
@@ -49,6 +49,10 @@ class Measurement:
       on_opaque=self.on_opaque,
       from_outputs=self.from_outputs,
     )
+
+  def only(self, members: Iterable[str]) -> Measurement:
+    """The same for some kernels."""
+    return dataclasses.replace(self, select=paths.only(members))
 
   def sites(self, params: Any, batch: Any) -> Sites:
     """The kernels.

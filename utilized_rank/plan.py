@@ -92,10 +92,7 @@ class Plan:
   @property
   def passes(self) -> tuple[tuple[str, ...], ...]:
     """Paths of the kernels that each pass over the batches collects."""
-    return tuple(
-      tuple(p for p, k in self.kernels.items() if k.number == i)
-      for i in range(len(self.pass_bytes))
-    )
+    return members_of(self.kernels, len(self.pass_bytes))
 
   def __str__(self) -> str:
     rows = [('kernel', 'groups', 'matrix', 'input', 'sums', 'FLOPs', 'pass')]
@@ -197,7 +194,49 @@ def plan(
   peak = functools.partial(
     _step_bytes, what, params, (batch, mask), sites, accumulate
   )
-  costs = _site_costs(sites, loss is not None, fisher_rows)
+  with_sums = loss is not None, fisher_rows
+  kernels, pass_bytes = passes_within(sites, *with_sums, peak, memory_limit)
+  plain = _plain_bytes(fn, params, batch)
+  forward = flops.forward_flops(fn, params, batch)
+  backward = 0
+  if loss is not None:
+    layouts = {path: site.layout for path, site in sites.items()}
+    every = flops.forward_flops(gradient_sums(fn, loss, layouts), params, batch)
+    backward = every - forward - sum(map(_gradient_flops, sites.values()))
+  return Plan(
+    kernels,
+    forward,
+    backward,
+    _size((params, batch)),
+    plain,
+    pass_bytes,
+    memory_limit,
+  )
+
+
+def passes_within(
+  sites: Sites,
+  with_loss: bool,
+  with_fisher: bool,
+  peak: Callable[[list[str]], int],
+  memory_limit: int | None,
+) -> tuple[dict[str, SitePlan], tuple[int, ...]]:
+  """Splits the kernels into as few passes as fit a limit.
+
+  Args:
+    sites: the kernels.
+    with_loss: whether gradients' sums are taken.
+    with_fisher: whether squared gradients of rows are.
+    peak: bytes on one device of the step that sums some kernels, by path.
+    memory_limit: bytes on one device; None for one pass of any size.
+
+  Returns:
+    Every kernel with its costs and its pass, and the peak of every pass.
+
+  Raises:
+    ValueError: the limit is too low for some kernel.
+  """
+  costs = _site_costs(sites, with_loss, with_fisher)
   inputs: dict[int, list[str]] = {}
   for path, site in sites.items():
     inputs.setdefault(site.index, []).append(path)
@@ -205,7 +244,6 @@ def plan(
     i: sum(costs[p][0] + costs[p][1] for p in members)
     for i, members in inputs.items()
   }
-  arguments = _size((params, batch))
   whole = peak(list(sites))
   number = dict.fromkeys(sites, 0)
   pass_bytes = [whole]
@@ -229,24 +267,19 @@ def plan(
       )
     loads = _packed(weight, room, inputs, number)
     pass_bytes = [int(base + rate * load) for load in loads]
-  plain = _plain_bytes(fn, params, batch)
-  forward = flops.forward_flops(fn, params, batch)
-  backward = 0
-  if loss is not None:
-    layouts = {path: site.layout for path, site in sites.items()}
-    every = flops.forward_flops(gradient_sums(fn, loss, layouts), params, batch)
-    backward = every - forward - sum(map(_gradient_flops, sites.values()))
-  return Plan(
-    {
-      path: SitePlan(site, *costs[path], number[path])
-      for path, site in sites.items()
-    },
-    forward,
-    backward,
-    arguments,
-    plain,
-    tuple(pass_bytes),
-    memory_limit,
+  kernels = {
+    path: SitePlan(site, *costs[path], number[path])
+    for path, site in sites.items()
+  }
+  return kernels, tuple(pass_bytes)
+
+
+def members_of(
+  kernels: dict[str, SitePlan], passes: int
+) -> tuple[tuple[str, ...], ...]:
+  """Paths of the kernels that each pass collects."""
+  return tuple(
+    tuple(p for p, k in kernels.items() if k.number == i) for i in range(passes)
   )
 
 
@@ -295,8 +328,7 @@ def _packed(weight, room, inputs, number) -> list[int]:
 
 def _step_bytes(what, params, batch, sites, accumulate, members) -> int:
   """Peak of the program that adds a batch to the sums of some kernels."""
-  some = dataclasses.replace(what, select=paths.only(members))
-  sums = some.sums({p: sites[p].layout for p in members})
+  sums = what.only(members).sums({p: sites[p].layout for p in members})
   on_arrays, arrays = _on_arrays(sums, params, batch)
   state = jax.eval_shape(on_arrays, *arrays)
   low = state if accumulate == 'compensated' else None
@@ -307,16 +339,18 @@ def _step_bytes(what, params, batch, sites, accumulate, members) -> int:
   compiled = jax.jit(step, donate_argnums=(0, 1), keep_unused=True).lower(
     state, low, *arrays
   )
-  return _total(compiled.compile().memory_analysis())
+  return peak_bytes(compiled.compile())
 
 
 def _plain_bytes(fn, params, batch) -> int:
   on_arrays, arrays = _on_arrays(fn, params, batch)
   compiled = jax.jit(on_arrays, keep_unused=True).lower(*arrays).compile()
-  return _total(compiled.memory_analysis())
+  return peak_bytes(compiled)
 
 
-def _total(memory: Any) -> int:
+def peak_bytes(compiled: Any) -> int:
+  """What a program takes on one device: arguments, outputs, temporaries."""
+  memory = compiled.memory_analysis()
   return (
     memory.argument_size_in_bytes
     + memory.output_size_in_bytes

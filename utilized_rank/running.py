@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from utilized_rank import accumulation
 from utilized_rank import gram
 from utilized_rank.moments import Moments
+from utilized_rank.plan import peak_bytes
 from utilized_rank.sites import Sites
 from utilized_rank.snapshots import Snapshots
 from utilized_rank.spread import Devices
@@ -50,9 +52,22 @@ class RunningSums:
     return self._steps[whole]
 
   def zeros(self, batch: Any) -> State:
+    return self.spread.zeros(self._shapes(batch))
+
+  def _shapes(self, batch: Any) -> Any:
     shapes = self.spread.shapes(self._measure, batch)
     is_kept = self._accumulate == 'compensated'
-    return self.spread.zeros((shapes, shapes if is_kept else None))
+    return shapes, shapes if is_kept else None
+
+  def step_bytes(self, batch: Any) -> int:
+    """What one device holds while the step adds a batch like this."""
+    part, whole = self.spread.split(batch)[0]
+    args = self.spread.states(self._shapes(part)), self.spread.params, part
+    compiled = self.step(whole).lower(*args).compile()
+    # Parameters that some kernels' sums do not need are no arguments, and stay.
+    held = sum(map(_bytes_on_device, jax.tree.leaves(args)))
+    used = compiled.memory_analysis().argument_size_in_bytes
+    return peak_bytes(compiled) + max(held - used, 0)
 
   def add(self, batch: Any, number: int) -> None:
     for part, whole in self.spread.split(batch):
@@ -154,6 +169,12 @@ class RunningSums:
     self.state = self.spread.put((state, low))
     self.host = sums.get('host')
     return done, place
+
+
+def _bytes_on_device(array: Any) -> int:
+  return math.prod(array.sharding.shard_shape(array.shape)) * (
+    array.dtype.itemsize
+  )
 
 
 def _add(state: State, new: Moments):

@@ -78,12 +78,16 @@ class Devices:
     """The step on all devices; what all of them see, the first one counts."""
 
     def local(state, params, batch):
-      state = jax.tree.map(lambda a: a[0], state)
-      new, finite, most = accumulate(state, measure(params, batch))
+      new = measure(params, batch)
       if whole:
         first = jax.lax.axis_index(_AXIS) == 0
-        new = jax.tree.map(lambda a, b: jnp.where(first, a, b), new, state)
-      return jax.tree.map(lambda a: a[None], (new, finite, most))
+        new = jax.tree.map(
+          lambda a: jnp.where(first, a, jnp.zeros_like(a)), new
+        )
+      # The new sums get the parts' axis. Taken off the state instead, XLA would
+      # not add in place: every batch, it would copy all sums once more.
+      new = jax.tree.map(lambda a: a[None], new)
+      return jax.vmap(accumulate)(state, new)
 
     spread = PartitionSpec(_AXIS)
     seen = PartitionSpec() if whole else spread
@@ -108,10 +112,19 @@ class Devices:
     self.shapes(lambda *args: found.append(find(*args)), batch)
     return found[-1]
 
+  def states(self, shapes: Any) -> Any:
+    """Types of running sums, of the types that one device adds."""
+    return jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(
+        (self.parts, *s.shape), s.dtype, sharding=self.placement
+      ),
+      shapes,
+    )
+
   def zeros(self, shapes: Any) -> Any:
     # One program: those of single arrays take longer to compile than to run.
     make = lambda: jax.tree.map(
-      lambda s: jnp.zeros((self.parts, *s.shape), s.dtype), shapes
+      lambda s: jnp.zeros(s.shape, s.dtype), self.states(shapes)
     )
     return jax.jit(make, out_shardings=self.placement)()
 
@@ -187,10 +200,10 @@ class Pmapped(Devices):
 
   def run(self, measure: Measure, accumulate: Any, whole: bool) -> Any:
     assert not whole
-    return jax.pmap(
-      lambda state, *args: accumulate(state, measure(*args)),
-      axis_name=self.axis,
-      devices=self.devices,
+    mapped = jax.pmap(measure, axis_name=self.axis, devices=self.devices)
+    # Added outside of pmap, which takes the devices' axis off its arguments.
+    return jax.jit(
+      lambda state, *args: jax.vmap(accumulate)(state, mapped(*args)),
       donate_argnums=0,
     )
 
