@@ -296,7 +296,22 @@ class Stream:
     self.at = state['at']
 
 
+class Streams:
+  """The same batches as often as they are asked for."""
+
+  def __init__(self, seconds=0.0):
+    self.seconds = seconds
+
+  def __iter__(self):
+    return Stream(self.seconds)
+
+
 LENGTH = 40
+
+
+def in_passes():
+  """Options with which the streams are collected in two passes."""
+  return dict(loss=loss, memory_limit=2_000)
 
 
 def main():
@@ -306,10 +321,14 @@ def main():
     jax.distributed.initialize(
       f'localhost:{port}', num_processes=count, process_id=index
     )
-  if case == 'interrupted':
+  if case.startswith('interrupted'):
     print('ready', flush=True)
+    passes = case == 'interrupted in passes'
     moments = collect(
-      Stream(0.05), checkpoint_dir=f'{folder}/sums', checkpoint_every=2
+      Streams(0.05) if passes else Stream(0.05),
+      checkpoint_dir=f'{folder}/sums',
+      checkpoint_every=2,
+      **(in_passes() if passes else {}),
     )
     out = numbers(moments)
   else:

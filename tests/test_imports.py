@@ -14,7 +14,7 @@ ROOT = pathlib.Path(utilized_rank.__file__).parent
 # Lower rows may be imported by higher ones, not the other way round.
 LAYERS = [
   'accumulation compat progress files layout masks paths depth look processes '
-  'svg divergence',
+  'svg divergence program',
   'tracing numerics gram tables factors gauge agreement',
   'product axes factored',
   'axis_rules',

@@ -1,5 +1,7 @@
 """What a collection will cost, and collections that have to fit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,7 +102,7 @@ def test_passes_give_the_same_moments(loss):
       np.testing.assert_allclose(many[path].grad, one[path].grad, rtol=1e-5)
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_what_does_not_fit_is_refused():
   limit = int(ur.plan(model, PARAMS, BATCHES[0]).peak_bytes * 0.9)
   run = lambda batches, limit, **kwargs: ur.collect(
     model, PARAMS, batches, memory_limit=limit, progress=False, **kwargs
@@ -109,8 +111,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
     run(iter(BATCHES), limit)
   with pytest.raises(ValueError, match=r"\['down'\] need .* memory_limit is"):
     run(BATCHES, 1000)
-  with pytest.raises(ValueError, match='checkpoint_dir resumes a single one'):
-    run(BATCHES, limit, checkpoint_dir=tmp_path / 'sums')
   with pytest.raises(ValueError, match='no kernel'):
     ur.plan(lambda p, x: x + p, jnp.ones(3), jnp.ones((2, 3)))
 
@@ -123,3 +123,67 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
   with pytest.raises(ValueError, match='must yield the same batches'):
     run(Shrinking(), limit, loss=mean_square)
+
+
+class Interrupted(Exception):
+  pass
+
+
+class Cut:
+  """Batches that start anew, and end early when `left` have been read."""
+
+  def __init__(self, left):
+    self.left = left
+
+  def __iter__(self):
+    for batch in BATCHES:
+      if not self.left:
+        raise Interrupted
+      self.left -= 1
+      yield batch
+
+
+# One batch is read to trace with, then all of them in each of two passes.
+@pytest.mark.parametrize('stop', [3, 4, 6])
+def test_passes_that_are_interrupted_go_on(tmp_path, stop):
+  limit = int(ur.plan(model, PARAMS, BATCHES[0]).peak_bytes * 0.9)
+  run = functools.partial(
+    ur.collect,
+    model,
+    params=PARAMS,
+    memory_limit=limit,
+    checkpoint_dir=tmp_path / 'sums',
+    checkpoint_every=1,
+    progress=False,
+  )
+  with pytest.raises(Interrupted):
+    run(batches=Cut(stop))
+  done = {path.name for path in (tmp_path / 'sums').glob('*.npz')}
+  assert len(done) == (stop >= 4)
+  with pytest.raises(ValueError, match='no running sums'):
+    run(batches=BATCHES, memory_limit=None)
+  if done:
+    q, k, up = (PARAMS[p] for p in ('q', 'k', 'up'))
+    other = {**PARAMS, 'q': q[:, :31], 'k': k[:, :31], 'up': up[:31]}
+    with pytest.raises(ValueError, match='is of other kernels'):
+      run(batches=BATCHES, params=other)
+  got = run(batches=BATCHES)
+  assert not (tmp_path / 'sums').exists()
+  want = ur.collect(model, PARAMS, BATCHES, memory_limit=limit, progress=False)
+  assert got.table == want.table and {e.number for e in got.table} == {0, 1}
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_folder_of_something_else_is_no_passes(tmp_path):
+  limit = int(ur.plan(model, PARAMS, BATCHES[0]).peak_bytes * 0.9)
+  (tmp_path / 'process-0-of-1').mkdir()
+  with pytest.raises(ValueError, match="in 2 passes by 1 .* 'process-0-of-1'"):
+    ur.collect(
+      model,
+      PARAMS,
+      BATCHES,
+      memory_limit=limit,
+      checkpoint_dir=tmp_path,
+      progress=False,
+    )

@@ -208,6 +208,29 @@ def test_a_job_of_two_killed_and_started_again(tmp_path):
   assert not (tmp_path / 'sums').exists()
 
 
+def test_passes_killed_and_started_again(tmp_path):
+  """SIGKILL when one process has the first pass on disk."""
+  case = 'interrupted in passes'
+  jobs = start(case, tmp_path)
+  deadline = time.monotonic() + LIMIT
+  one = tmp_path / 'sums' / 'pass-0-of-2.process-0-of-2.npz'
+  while not one.exists() and time.monotonic() < deadline:
+    assert all(p.poll() is None for p in jobs), finish(jobs)
+    time.sleep(0.01)
+  for p in reversed(jobs):
+    p.kill()
+  finish(jobs)
+  assert one.exists() and not list(tmp_path.glob('*.pkl'))
+  # One that has not written has both go through the pass again.
+  (tmp_path / 'sums' / 'pass-0-of-2.process-1-of-2.npz').unlink(missing_ok=True)
+  found = results(case, tmp_path)
+  every = [batch for _ in range(2) for batch in job.Stream()]
+  want = job.numbers(job.collect(every, loss=job.loss))
+  for out in found:
+    assert_equal(out, want)
+  assert not (tmp_path / 'sums').exists()
+
+
 def two():
   return jax.sharding.Mesh(np.array(jax.devices()[:2]), ('x',))
 

@@ -106,7 +106,8 @@ def collect(
       iterator if it has one (`get_state` and `set_state`, as grain's, or
       `state_dict` and `load_state_dict`). If it holds some, the iterator is
       set to it, or else the batches that the sums cover are skipped, and the
-      result equals that of an uninterrupted run; removed when done.
+      result equals that of an uninterrupted run; removed when done. Of
+      several passes (`memory_limit`) those that are done are kept as well.
     checkpoint_every: batches between two checkpoints.
     accumulate: how batches are added. 'float32'; 'compensated', float32 with
       what each addition rounds off kept beside it (twice the memory, no
@@ -124,8 +125,8 @@ def collect(
   Raises:
     ValueError: no batches; a batch that is empty or whose arrays disagree in
       their leading axis; parameters that do not fit the function; a checkpoint
-      of another collection; a mask where a kernel's input mixes examples, or
-      where its rows could not be followed to tokens.
+      of another collection, or of other passes; a mask where a kernel's input
+      mixes examples, or where its rows could not be followed to tokens.
     ValueError: `fisher_rows` without a loss; an unknown way to accumulate;
       two arguments that do not go together.
     ValueError: the batches are an iterator and have to be run through twice;
@@ -226,12 +227,6 @@ def collect(
       _agree_on_passes(members)
     if len(members) > 1:
       passes.check_repeatable(batches, len(members))
-      if checkpoint_dir is not None:
-        raise ValueError(
-          f'the sums fit memory_limit in {len(members)} passes, and '
-          'checkpoint_dir resumes a single one: collect the kernels of each '
-          'of plan(...).passes by itself, with select and a directory each'
-        )
       again = functools.partial(
         collect,
         fn,
@@ -245,10 +240,19 @@ def collect(
         mesh=mesh,
         batch_axes=batch_axes,
         pmap_axis=pmap_axis,
+        checkpoint_every=checkpoint_every,
         accumulate=accumulate,
         progress=progress,
       )
-      parts = [again(select=paths.only(some)) for some in members]
+      parts = passes.each(
+        members,
+        sites,
+        lambda some, folder: again(
+          select=paths.only(some), checkpoint_dir=folder
+        ),
+        checkpoint_dir,
+        everywhere,
+      )
       return passes.join(parts, kernels)
   run = sums_of(layouts)
   snapshots = None if checkpoint_dir is None else Snapshots(checkpoint_dir)
@@ -278,7 +282,7 @@ def collect(
     if is_leaving:
       raise Preempted(
         f'the job is being preempted: the sums of {done} batches are in '
-        f'{snapshots.folder!r}; collect again with this checkpoint_dir to go on'
+        f'{snapshots.folder!r}; collect again with the same checkpoint_dir'
       )
   if snapshots is not None and everywhere:
     # Others may take long to come here, or be killed.

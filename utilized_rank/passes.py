@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
 import dataclasses
+import os
 from typing import Any
 
+import jax
+
+from utilized_rank import checkpoint
+from utilized_rank import processes
 from utilized_rank.moments import Entry
 from utilized_rank.moments import Moments
 from utilized_rank.moments import Sums
 from utilized_rank.plan import SitePlan
+from utilized_rank.sites import Sites
 
 
 def check_repeatable(batches: Iterable[Any], passes: int) -> None:
@@ -20,6 +27,99 @@ def check_repeatable(batches: Iterable[Any], passes: int) -> None:
       f'are a {type(batches).__name__} that ends after one: pass a list, or '
       'an object whose __iter__ starts anew'
     )
+
+
+def each(
+  members: Sequence[Sequence[str]],
+  sites: Sites,
+  collect_some: Callable[[Sequence[str], str | None], Moments],
+  folder: str | os.PathLike[str] | None,
+  everywhere: bool,
+) -> list[Moments]:
+  """Collects pass after pass; what is done is kept in a folder until all are.
+
+  Args:
+    members: paths of the kernels of every pass.
+    sites: all kernels.
+    collect_some: collects these kernels, with a folder for the running sums.
+    folder: None to keep nothing.
+    everywhere: all processes of the job collect together.
+
+  Raises:
+    ValueError: the folder holds something else.
+  """
+  if folder is None:
+    return [collect_some(some, None) for some in members]
+  finished = _Finished(folder, members, sites)
+  parts = []
+  for i, some in enumerate(members):
+    have = finished.take(i)
+    # A process that was killed before it had written has all collect again.
+    if everywhere and not processes.exchange([have is not None]).all():
+      have = None
+    if have is None:
+      have = collect_some(some, finished.running(i))
+      finished.keep(i, have)
+    parts.append(have)
+  finished.remove()
+  return parts
+
+
+class _Finished:
+  """The moments of passes that are done, one file of each process for each."""
+
+  def __init__(
+    self,
+    folder: str | os.PathLike[str],
+    members: Sequence[Sequence[str]],
+    sites: Sites,
+  ):
+    self._sites = sites
+    self._folder = os.path.abspath(os.fspath(folder))
+    self._members = members
+    self._names = [f'pass-{i}-of-{len(members)}' for i in range(len(members))]
+    os.makedirs(self._folder, exist_ok=True)
+    count = jax.process_count()
+    for name in sorted(os.listdir(self._folder)):
+      one, _, process = name.partition('.process-')
+      if one not in self._names or (process and f'-of-{count}.' not in process):
+        raise ValueError(
+          f'{self._folder!r} holds no sums of a collection in {len(members)} '
+          f'passes by {count} processes: there is {name!r}'
+        )
+
+  def running(self, number: int) -> str:
+    """Where a pass keeps its running sums."""
+    return os.path.join(self._folder, self._names[number])
+
+  def take(self, number: int) -> Moments | None:
+    """The moments of a pass, if it is done."""
+    where, members = self._path(number), self._members[number]
+    if not os.path.exists(where):
+      return None
+    moments, _ = checkpoint.load_file(where)
+    have = {e.path: (e.layout, e.side) for e in moments.table}
+    want = {p: (self._sites[p].layout, self._sites[p].side) for p in members}
+    if have != want:
+      raise ValueError(
+        f'{where!r} is of other kernels than this pass, which collects '
+        f'{sorted(want)}; go on with the function, parameters and memory_limit '
+        f'of before, or remove {self._folder!r}'
+      )
+    return moments
+
+  def keep(self, number: int, moments: Moments) -> None:
+    checkpoint.save_file(self._path(number), moments, {})
+
+  def remove(self) -> None:
+    for number in range(len(self._names)):
+      os.remove(self._path(number))
+    with contextlib.suppress(OSError):  # until the last process is done
+      os.rmdir(self._folder)
+
+  def _path(self, number: int) -> str:
+    index, count = jax.process_index(), jax.process_count()
+    return f'{self.running(number)}.process-{index}-of-{count}.npz'
 
 
 def join(parts: Sequence[Moments], kernels: dict[str, SitePlan]) -> Moments:

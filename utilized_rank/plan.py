@@ -14,6 +14,7 @@ from utilized_rank import accumulation
 from utilized_rank import flops
 from utilized_rank import gram
 from utilized_rank import paths
+from utilized_rank import program
 from utilized_rank import tracing
 from utilized_rank.gradients import LossFn
 from utilized_rank.gradients import gradient_sums
@@ -339,24 +340,13 @@ def _step_bytes(what, params, batch, sites, accumulate, members) -> int:
   compiled = jax.jit(step, donate_argnums=(0, 1), keep_unused=True).lower(
     state, low, *arrays
   )
-  return peak_bytes(compiled.compile())
+  return program.peak_bytes(compiled.compile())
 
 
 def _plain_bytes(fn, params, batch) -> int:
   on_arrays, arrays = _on_arrays(fn, params, batch)
   compiled = jax.jit(on_arrays, keep_unused=True).lower(*arrays).compile()
-  return peak_bytes(compiled)
-
-
-def peak_bytes(compiled: Any) -> int:
-  """What a program takes on one device: arguments, outputs, temporaries."""
-  memory = compiled.memory_analysis()
-  return (
-    memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    + memory.temp_size_in_bytes
-    - memory.alias_size_in_bytes
-  )
+  return program.peak_bytes(compiled)
 
 
 def _on_arrays(fn: Any, *args: Any):

@@ -11,8 +11,8 @@ import numpy as np
 
 from utilized_rank import accumulation
 from utilized_rank import gram
+from utilized_rank import program
 from utilized_rank.moments import Moments
-from utilized_rank.plan import peak_bytes
 from utilized_rank.sites import Sites
 from utilized_rank.snapshots import Snapshots
 from utilized_rank.spread import Devices
@@ -66,8 +66,8 @@ class RunningSums:
     compiled = self.step(whole).lower(*args).compile()
     # Parameters that some kernels' sums do not need are no arguments, and stay.
     held = sum(map(_bytes_on_device, jax.tree.leaves(args)))
-    used = compiled.memory_analysis().argument_size_in_bytes
-    return peak_bytes(compiled) + max(held - used, 0)
+    used = program.arguments_bytes(compiled)
+    return program.peak_bytes(compiled) + max(held - used, 0)
 
   def add(self, batch: Any, number: int) -> None:
     for part, whole in self.spread.split(batch):
