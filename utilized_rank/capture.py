@@ -19,6 +19,9 @@ from utilized_rank.moments import Moments
 from utilized_rank.rows import EVERY
 from utilized_rank.rows import Counting
 from utilized_rank.rows import Rows
+from utilized_rank.sides import INPUTS
+from utilized_rank.sides import Columns
+from utilized_rank.sides import Sides
 from utilized_rank.sites import Sites
 from utilized_rank.values import Param
 
@@ -29,6 +32,7 @@ def capture(
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
   from_outputs: paths.Rules | None = None,
+  sketch: Columns | None = None,
 ) -> Callable[..., tuple[Any, Moments]]:
   """Makes `fn` return the moments of its kernels' inputs beside its outputs.
 
@@ -55,6 +59,11 @@ def capture(
       are measured from the output side, by T (m, m) in place of S (d, d),
       for inputs much wider than outputs. 'output' factors need no more;
       what needs S (k_S, the other methods) raises an error.
+    sketch: ordered `(regex, columns)` rules over leaf paths: kernels of which
+      the product of S with so many random vectors is summed, in place of S
+      (d, d), for inputs that are very wide. Everything can be made of it, with
+      a bound on what it does not see: `Moment.unseen`. Kernels whose S is no
+      larger are measured whole.
 
   Returns:
     `captured(params, *args, **kwargs) -> (outputs, Moments)`.
@@ -74,7 +83,7 @@ def capture(
 
   def captured(params, *args, **kwargs):
     outputs, moments, _ = _capture(
-      fn, params, args, kwargs, select, on_opaque, from_outputs
+      fn, params, args, kwargs, select, on_opaque, Sides(from_outputs, sketch)
     )
     return outputs, moments
 
@@ -88,6 +97,7 @@ def find_sites(
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
   from_outputs: paths.Rules | None = None,
+  sketch: Columns | None = None,
   **kwargs: Any,
 ) -> Sites:
   """Finds every kernel of a function, from shapes alone.
@@ -99,6 +109,7 @@ def find_sites(
     select: as in `capture`.
     on_opaque: as in `capture`.
     from_outputs: as in `capture`.
+    sketch: as in `capture`.
     **kwargs: keyword arguments.
 
   Returns:
@@ -120,7 +131,7 @@ def find_sites(
 
   def shapes(params, args, kwargs):
     outputs, moments, sites = _capture(
-      fn, params, args, kwargs, select, on_opaque, from_outputs
+      fn, params, args, kwargs, select, on_opaque, Sides(from_outputs, sketch)
     )
     found.append(sites)
     return outputs, moments
@@ -150,31 +161,27 @@ def count(
   batch: Any,
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
-  from_outputs: paths.Rules | None = None,
+  sides: Sides = INPUTS,
 ) -> Moments:
   """The moments of `fn(params, batch)` over the rows that count.
 
   With parts, they are an axis of every sum, in front of the features.
   """
-  rules = select, on_opaque, from_outputs
+  rules = select, on_opaque, sides
   return _capture(fn, params, (batch,), {}, *rules, counting)[1]
 
 
-def _capture(
-  fn, params, args, kwargs, rules, on_opaque, from_outputs, counting=EVERY
-):
+def _capture(fn, params, args, kwargs, rules, on_opaque, sides, counting=EVERY):
   if on_opaque not in ('error', 'report'):
     raise ValueError(
       f"on_opaque must be 'error' or 'report', got {on_opaque!r}"
     )
   traced = tracing.trace(fn, params, args, kwargs)
   selected = None if rules is None else paths.select(traced.params, rules)
-  sides = None
-  if from_outputs is not None:
-    sides = paths.select(traced.params, from_outputs)
   rows = Rows(counting, traced)
   is_lenient = on_opaque == 'report'
-  collector = Collector(traced.params, selected, is_lenient, rows, sides)
+  chosen = sides.among(traced.params)
+  collector = Collector(traced.params, selected, is_lenient, rows, chosen)
   walk = Walk(collector)
   values = [
     Param(View.of_leaf(path, leaf.shape, leaf.dtype), Dense(leaf))

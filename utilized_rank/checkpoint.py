@@ -29,6 +29,7 @@ from utilized_rank.moments import Entry
 from utilized_rank.moments import Moments
 from utilized_rank.moments import Sums
 from utilized_rank.narrow import NarrowHeads
+from utilized_rank.sketch import Sketch
 
 _FORMAT = 1
 _KEY = 'utilized_rank'
@@ -221,7 +222,11 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
       str(i): {
         'count': s.count,
         'total': s.total,
-        'panels': _numbered(s.panels),
+        **(
+          {'sketch': s.panels.sums}
+          if isinstance(s.panels, Sketch)
+          else {'panels': _numbered(s.panels)}
+        ),
       }
       for i, s in enumerate(tree.sums)
     }
@@ -308,8 +313,11 @@ def _decode(arrays: Any, structure: Any) -> Any:
 
 
 def _sums(arrays: dict[str, Any]) -> Sums:
-  panels = _panels(arrays['second' if 'second' in arrays else 'panels'])
-  return Sums(arrays['count'], arrays['total'], panels)
+  if 'sketch' in arrays:
+    second: Any = Sketch(arrays['sketch'])
+  else:
+    second = _panels(arrays['second' if 'second' in arrays else 'panels'])
+  return Sums(arrays['count'], arrays['total'], second)
 
 
 def _panels(kept: Any) -> gram.Panels:

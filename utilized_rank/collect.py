@@ -29,6 +29,8 @@ from utilized_rank.plan import passes_within
 from utilized_rank.progress import track
 from utilized_rank.rows import is_explicit
 from utilized_rank.running import RunningSums
+from utilized_rank.sides import Columns
+from utilized_rank.sides import Sides
 from utilized_rank.snapshots import Preempted
 from utilized_rank.snapshots import Snapshots
 from utilized_rank.snapshots import go_to
@@ -53,6 +55,7 @@ def collect(
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
   from_outputs: paths.Rules | None = None,
+  sketch: Columns | None = None,
   mesh: Mesh | None = None,
   batch_axes: Sequence[str] | None = None,
   pmap_axis: str | None = None,
@@ -94,6 +97,9 @@ def collect(
       are measured from the output side, by T (m, m) in place of S (d, d),
       for inputs much wider than outputs. 'output' factors need no more;
       what needs S (k_S, the other methods) raises an error.
+    sketch: ordered `(regex, columns)` rules over leaf paths: kernels of which
+      the product of S with so many random vectors is summed, in place of S
+      (d, d), for inputs that are very wide; as in `capture`.
     mesh: devices to use, all axes flattened; default the mesh that parameters
       are spread over, else every device. Parameters that are spread over this
       mesh stay as they are (fully sharded, tensor parallel), and `fn` runs on
@@ -151,7 +157,8 @@ def collect(
   >>> int(moments['w'].count)
   3
   """
-  what = Measurement(fn, loss, fisher_rows, select, on_opaque, from_outputs)
+  sides = Sides(from_outputs, sketch)
+  what = Measurement(fn, loss, fisher_rows, select, on_opaque, sides)
   accumulation.check(accumulate)
   leaves, treedef = jax.tree.flatten(params)
   arrays = {i: v for i, v in enumerate(leaves) if tracing.is_array(v)}
@@ -237,6 +244,7 @@ def collect(
         mask=mask,
         on_opaque=on_opaque,
         from_outputs=from_outputs,
+        sketch=sketch,
         mesh=mesh,
         batch_axes=batch_axes,
         pmap_axis=pmap_axis,

@@ -23,6 +23,7 @@ from utilized_rank.layout import pieces_of
 from utilized_rank.moments import Sums
 from utilized_rank.product import Product
 from utilized_rank.rows import Rows
+from utilized_rank.sides import Chosen
 from utilized_rank.sites import Site
 from utilized_rank.sites import Sites
 from utilized_rank.sites import layout_conflict
@@ -65,13 +66,13 @@ class Collector:
     selected: dict[str, bool] | None,
     report_holes: bool,
     rows: Rows,
-    from_outputs: dict[str, bool] | None = None,
+    sides: Chosen,
   ):
     self.rows = rows
     self.params = params
     self.selected = selected
     self.report_holes = report_holes
-    self.from_outputs = from_outputs or {}
+    self.sides = sides
     self.holes: dict[str, str] = {}
     self.conflicts: dict[str, str] = {}
     # path -> reasons, in order of appearance (dicts keep it).
@@ -115,7 +116,8 @@ class Collector:
     tokens = [by for _, by in product.view.taken]
     loops = frozenset(t for t in tokens if isinstance(t, Loop))
     traced = [(a, by) for a, by in product.view.taken if isinstance(by, tuple)]
-    side = 'output' if self.from_outputs.get(view.path) else 'input'
+    d, _ = product.layout.matrix_shape
+    side, columns = self.sides.of(view.path, d)
     key: Hashable = (
       walk.origin(x),
       product.key,
@@ -124,16 +126,19 @@ class Collector:
     )
     if side == 'output':  # of this kernel alone
       key = (key, view.path)
+    elif side == 'sketch':
+      key = (key, columns)
     groups = tuple((a,) for a in product.present)
     for a, _ in traced:
       groups = ((a,), *groups)
 
     def make():
       count = self.rows.count(product, eqn, which)
-      if side == 'input':
-        sums = Sums(count, *self.rows.inputs(product, eqn, which, x))
+      if side == 'output':
+        found = self.rows.outputs(product, eqn, which, x, out)
       else:
-        sums = Sums(count, *self.rows.outputs(product, eqn, which, x, out))
+        found = self.rows.inputs(product, eqn, which, x, columns)
+      sums = Sums(count, *found)
       for a, (_, at) in traced:
         size = product.layout.atoms[a]
         sums = jax.tree.map(functools.partial(_put, at=at, size=size), sums)
@@ -180,16 +185,18 @@ class Collector:
         known[signature] = len(sums)
         sums.append(_assemble(parts, layout, self.rows.tail))
       distinct = len({tuple(p.fixed.items()) for p in parts})
+      side, columns = self.sides.of(path, layout.matrix_shape[0])
       sites[path] = Site(
         path,
         layout.coarsen(),
         known[signature],
         biases.get(path),
         pairs[0][1].product.kind,
-        'output' if self.from_outputs.get(path) else 'input',
+        side,
         sum(u.rows for _, u in pairs) // distinct,
         len(pairs),
         tuple(self.drops[path]),
+        columns=columns,
       )
     return self._report(sites, biases), tuple(sums)
 

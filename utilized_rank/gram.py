@@ -180,7 +180,7 @@ def sharded_panels(
     x: what a product reads.
     blocks: number of blocks; only one block's rows exist at a time.
   """
-  return _over_blocks(lambda i, x: panels(features(x, i)), x, blocks)
+  return over_blocks(lambda i, x: panels(features(x, i)), x, blocks)
 
 
 def sharded_total(
@@ -192,10 +192,10 @@ def sharded_total(
     rows = features(x, i)
     return (jnp.sum(rows, axis=-2, dtype=accumulator_dtype(rows.dtype)),)
 
-  return _over_blocks(total, x, blocks)
+  return over_blocks(total, x, blocks)
 
 
-def _over_blocks(read: Callable[[Any, jax.Array], Any], x: Any, blocks: int):
+def over_blocks(read: Callable[[Any, jax.Array], Any], x: Any, blocks: int):
   """The sum of `read(i, x)` over blocks i, replicated, without derivative."""
   x = jax.lax.stop_gradient(x)
 

@@ -10,6 +10,7 @@ import threading
 from typing import Any
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,6 +22,9 @@ from utilized_rank.layout import Layout
 from utilized_rank.moments import Moment
 from utilized_rank.moments import Moments
 from utilized_rank.moments import unknown_inputs
+from utilized_rank.nystrom import Nystrom
+from utilized_rank.nystrom import nystrom
+from utilized_rank.sketch import Sketch
 
 # Rows per input feature below which moments are mostly noise.
 ENOUGH_ROWS = 4
@@ -42,6 +46,7 @@ class Kernel:
     rows_per_example: rows that an example contributes; 0 without gradients.
     row_fisher: (d,) squared gradients of the rows of W; None without.
     from_outputs: whether T was measured and S is not known.
+    sketched: makes what S is taken for, of a kernel with a sketch; else None.
   """
 
   path: str
@@ -55,6 +60,7 @@ class Kernel:
   _gradient: Callable[[], np.ndarray] | None
   _in_basis: _Once
   from_outputs: bool = False
+  sketched: Callable[[], Nystrom] | None = None
 
   @property
   def name(self) -> str:
@@ -90,6 +96,8 @@ class Kernel:
     """T = W^T S W (m, m), or T as it was measured."""
     if self.from_outputs:
       return self._second()
+    if self.sketched is not None:
+      return self.w.T @ self.sketched().times(self.w)
     return self.w.T @ (self.second @ self.w)
 
   @functools.cached_property
@@ -165,7 +173,7 @@ def _pairs(
       raise ValueError(f'kernel {path!r} holds NaN or infinite values')
     for known in (
       moment.sums.total,
-      *moment.sums.panels,
+      *jax.tree.leaves(moment.sums.panels),
       *(moment.grad_panels or ()),
       moment.row_grad,
     ):
@@ -196,8 +204,9 @@ def _members(
     w, basis = matrices[index].astype(np.float64), bases.popleft()
     n, make = max(int(count[index]), 1), basis.second
     if from_outputs:
-      center = basis.mean @ w if centered else None
-      make = functools.partial(_second, moment.sums.panels, index, n, center)
+      center, panels = basis.mean @ w if centered else None, moment.sums.panels
+      assert not isinstance(panels, Sketch)
+      make = functools.partial(_second, panels, index, n, center)
     yield Kernel(
       path,
       index,
@@ -212,6 +221,7 @@ def _members(
       else functools.partial(_second, gradient, index, n, None),
       basis,
       from_outputs,
+      basis.sketched,
     )
 
 
@@ -224,7 +234,13 @@ def _bases(moment: Moment, centered: bool) -> list[_Once]:
     n = max(int(count[index]), 1)
     mean = total[index].astype(np.float64) / n
     center = mean if centered else None
-    make = functools.partial(_second, moment.sums.panels, index, n, center)
+    second = moment.sums.panels
+    if isinstance(second, Sketch):
+      sums = np.asarray(second.sums)[index]
+      known = functools.cache(functools.partial(nystrom, sums, n, center))
+      found.append(_Once(mean, functools.partial(_matrix, known), known))
+      continue
+    make = functools.partial(_second, second, index, n, center)
     found.append(_Once(mean, make))
   return found
 
@@ -246,22 +262,37 @@ def _second(
   return second
 
 
+def _matrix(known: Callable[[], Nystrom]) -> np.ndarray:
+  return known().matrix()
+
+
 class _Once:
   """The eigenbasis of a moment, made when first called for, by one thread.
 
   Attributes:
     mean: mu (d,).
     second: makes S (d, d).
+    sketched: makes what S is taken for, where there is a sketch of it.
   """
 
-  def __init__(self, mean: np.ndarray, second: Callable[[], np.ndarray]):
+  def __init__(
+    self,
+    mean: np.ndarray,
+    second: Callable[[], np.ndarray],
+    sketched: Callable[[], Nystrom] | None = None,
+  ):
     self.mean, self.second, self._lock = mean, second, threading.Lock()
+    self.sketched = sketched
     self._basis: subspace.Basis | None = None
 
   def __call__(self) -> subspace.Basis:
     with self._lock:
       if self._basis is None:
-        self._basis = subspace.input_basis(self.second())
+        self._basis = (
+          subspace.input_basis(self.second())
+          if self.sketched is None
+          else self.sketched().basis()
+        )
       return self._basis
 
 

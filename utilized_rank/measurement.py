@@ -15,12 +15,14 @@ from utilized_rank.gradients import gradient_sums
 from utilized_rank.layout import Layout
 from utilized_rank.moments import Moments
 from utilized_rank.rows import Counting
+from utilized_rank.sides import INPUTS
+from utilized_rank.sides import Sides
 from utilized_rank.sites import Sites
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-  """What is summed; the attributes are arguments of `collect`.
+  """What is summed; the attributes are arguments of `collect`, `sides` two.
 
   >>> what = Measurement(lambda params, x: x @ params['w'])
   >>> params, x = {'w': jnp.eye(2)}, jnp.ones((3, 2))
@@ -34,21 +36,13 @@ class Measurement:
   fisher_rows: bool = False
   select: paths.Rules | None = None
   on_opaque: str = 'error'
-  from_outputs: paths.Rules | None = None
+  sides: Sides = INPUTS
 
   def __post_init__(self):
     if self.fisher_rows and self.loss is None:
       raise ValueError(
         'fisher_rows=True squares gradients of a loss: give loss='
       )
-
-  @property
-  def _rules(self) -> dict[str, Any]:
-    return dict(
-      select=self.select,
-      on_opaque=self.on_opaque,
-      from_outputs=self.from_outputs,
-    )
 
   def only(self, members: Iterable[str]) -> Measurement:
     """The same for some kernels."""
@@ -60,7 +54,15 @@ class Measurement:
     Raises:
       ValueError: there is none.
     """
-    sites = find_sites(self.fn, params, batch, **self._rules)
+    sites = find_sites(
+      self.fn,
+      params,
+      batch,
+      select=self.select,
+      on_opaque=self.on_opaque,
+      from_outputs=self.sides.from_outputs,
+      sketch=self.sides.sketch,
+    )
     if not sites:
       raise ValueError(
         'the function has no kernel: no parameter leaf meets a matrix product '
@@ -83,7 +85,8 @@ class Measurement:
     def sums(params, batch):
       batch, mask = batch
       counting = Counting(mask, over)
-      moments = count(self.fn, counting, params, batch, **self._rules)
+      rules = self.select, self.on_opaque, self.sides
+      moments = count(self.fn, counting, params, batch, *rules)
       if self.loss is None:
         return moments
       gradients = gradient_sums(self.fn, self.loss, layouts, counting)

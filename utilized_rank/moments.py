@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import gram
+from utilized_rank import nystrom
 from utilized_rank import paths
 from utilized_rank.layout import Layout
+from utilized_rank.sketch import Sketch
 
 
 @jax.tree_util.register_dataclass
@@ -27,18 +29,27 @@ class Sums:
     count: n, number of rows.  # shape=(*groups,), dtype=int32
     total: s = sum x.  # shape=(*groups, d), dtype=float32
     panels: C = sum x x^T without what mirrors the rest, see `gram.Panels`; of
-      a kernel that is measured from the output side, sum y y^T.
-      # dtype=float32
+      a kernel that is measured from the output side, sum y y^T; or a `Sketch`
+      of C.  # dtype=float32
   """
 
   count: Any
   total: Any
-  panels: gram.Panels
+  panels: gram.Panels | Sketch
 
   @property
   def second(self) -> Any:
     """C, (*groups, d, d), made anew at each use; from the output side
-    (*groups, m, m)."""
+    (*groups, m, m).
+
+    Raises:
+      ValueError: there is a sketch of it.
+    """
+    if isinstance(self.panels, Sketch):
+      raise ValueError(
+        'of these sums of x x^T there is a sketch: `Moment.second` has what '
+        'they are taken for'
+      )
     return gram.whole(self.panels)
 
 
@@ -53,10 +64,11 @@ class Entry:
     bias: path of the leaf that is added to this product and to nothing else,
       or None; a constant output can be moved there.
     kind: 'dot' or 'conv'.
-    side: 'input', or 'output' where the sums are of outputs y = x W: T is
-      measured, S is not known.
+    side: 'input'; 'output' where the sums are of outputs y = x W: T is
+      measured, S is not known; 'sketch' where they are a sketch of S.
     number: in which pass over the batches it was collected, from 0; not looked
       at where moments are compared or merged.
+    columns: of the sketch; 0 without.
   """
 
   path: str
@@ -66,6 +78,7 @@ class Entry:
   kind: str
   side: str = 'input'
   number: int = dataclasses.field(default=0, compare=False, kw_only=True)
+  columns: int = dataclasses.field(default=0, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +112,44 @@ class Moment:
 
   @property
   def second(self) -> Any:
-    """S = C / n, uncentred, shape (*groups, d, d).
+    """S = C / n, uncentred, shape (*groups, d, d); of a sketch what it is
+    taken for, on the host, see `nystrom`.
 
     Raises:
       ValueError: the kernel was measured from the output side.
     """
     if self.entry.side == 'output':
       raise unknown_inputs(self.entry.path)
+    if self.entry.side == 'sketch':
+      return self._of_sketch(lambda known: known.matrix())
     return self._second
+
+  @property
+  def unseen(self) -> Any:
+    """Of a kernel with a sketch, how much of tr S it does not see, shape
+    (*groups,): no set of directions has more data than `second` says by more
+    than this. Else None."""
+    if self.entry.side != 'sketch':
+      return None
+    return self._of_sketch(lambda known: known.unseen)
+
+  def _of_sketch(
+    self, read: Callable[[nystrom.Nystrom], Any], centered: bool = False
+  ) -> np.ndarray:
+    """`read` of every group's approximation, as one array on the host."""
+    sketch: Any = self.sums.panels
+    found = [
+      read(
+        nystrom.nystrom(
+          np.asarray(sketch.sums)[index],
+          max(int(np.asarray(self.count)[index]), 1),
+          np.asarray(self.mean)[index] if centered else None,
+        )
+      )
+      for index in np.ndindex(*self.layout.group_shape)
+    ]
+    shape = self.layout.group_shape + np.shape(found[0])
+    return np.stack(found).reshape(shape).astype(self.sums.total.dtype)
 
   @property
   def output_second(self) -> Any:
@@ -152,7 +195,10 @@ class Moment:
 
   @property
   def covariance(self) -> Any:
-    """S_c = S - mu mu^T, centred, shape (*groups, d, d)."""
+    """S_c = S - mu mu^T, centred, shape (*groups, d, d); of a sketch that of
+    S_c itself."""
+    if self.entry.side == 'sketch':
+      return self._of_sketch(lambda known: known.matrix(), centered=True)
     mean = self.mean
     return self.second - mean[..., :, None] * mean[..., None, :]
 
@@ -279,6 +325,11 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       raise ValueError(
         f'moments of {path!r} are over {ours[path].layout.shape} in the '
         f'first argument and {theirs[path].layout.shape} in the second'
+      )
+    if ours[path].columns != theirs[path].columns:
+      raise ValueError(
+        f'the sketch of {path!r} has {ours[path].columns} columns in the first '
+        f'argument and {theirs[path].columns} in the second (0: none)'
       )
     if ours[path].side != theirs[path].side:
       raise ValueError(

@@ -98,8 +98,9 @@ class _Finished:
     if not os.path.exists(where):
       return None
     moments, _ = checkpoint.load_file(where)
-    have = {e.path: (e.layout, e.side) for e in moments.table}
-    want = {p: (self._sites[p].layout, self._sites[p].side) for p in members}
+    read = lambda entry: (entry.layout, entry.side, entry.columns)
+    have = {entry.path: read(entry) for entry in moments.table}
+    want = {path: read(self._sites[path]) for path in members}
     if have != want:
       raise ValueError(
         f'{where!r} is of other kernels than this pass, which collects '

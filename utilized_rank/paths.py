@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 import difflib
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 Rules = Sequence[tuple[str, bool]]
+T = TypeVar('T')
 
 
 def flatten(
@@ -50,32 +51,55 @@ def select(paths: Iterable[str], rules: Rules) -> dict[str, bool]:
   Raises:
     ValueError: a rule is no valid regular expression, or matched no path.
   """
+  return choose(paths, rules, 'select', bool, False)
+
+
+def choose(
+  paths: Iterable[str],
+  rules: Sequence[tuple[str, Any]],
+  what: str,
+  read: Callable[[Any], T],
+  default: T,
+) -> dict[str, T]:
+  """Applies ordered `(regex, value)` rules: full match, the first one wins.
+
+  Args:
+    paths: what the rules are over.
+    rules: the rules.
+    what: the argument that they are, for errors.
+    read: of a rule's value; a TypeError or ValueError of it is the rule's.
+    default: the value of a path that no rule matches.
+
+  Raises:
+    ValueError: a rule is no such pair, or matched no path.
+  """
   compiled = []
   for rule in rules:
     try:
-      regex, keep = rule
-      compiled.append((re.compile(regex), bool(keep)))
+      regex, value = rule
+      compiled.append((re.compile(regex), read(value)))
     except (TypeError, ValueError, re.error) as error:
       raise ValueError(
-        f'select rule {rule!r} is not a (regex, bool) pair: {error}'
+        f'{what} rule {rule!r} is not a (regex, {type(default).__name__}) '
+        f'pair: {error}'
       ) from error
   used = set()
-  selected = {}
+  chosen = {}
   paths = list(paths)
   for path in paths:
-    selected[path] = False
-    for i, (pattern, keep) in enumerate(compiled):
+    chosen[path] = default
+    for i, (pattern, value) in enumerate(compiled):
       if pattern.fullmatch(path):
         used.add(i)
-        selected[path] = keep
+        chosen[path] = value
         break
   for i, (pattern, _) in enumerate(compiled):
     if i not in used:
       raise ValueError(
-        f'select rule {pattern.pattern!r} matched no leaf (rules are full '
+        f'{what} rule {pattern.pattern!r} matched no leaf (rules are full '
         f'matches, the first one wins); paths look like {paths[:4]}'
       )
-  return selected
+  return chosen
 
 
 def only(names: Iterable[str]) -> Rules:

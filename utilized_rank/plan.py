@@ -15,10 +15,13 @@ from utilized_rank import flops
 from utilized_rank import gram
 from utilized_rank import paths
 from utilized_rank import program
+from utilized_rank import sketch as sketches
 from utilized_rank import tracing
 from utilized_rank.gradients import LossFn
 from utilized_rank.gradients import gradient_sums
 from utilized_rank.measurement import Measurement
+from utilized_rank.sides import Columns
+from utilized_rank.sides import Sides
 from utilized_rank.sites import Site
 from utilized_rank.sites import Sites
 
@@ -33,7 +36,8 @@ class SitePlan:
     grad_bytes: of its gradients' sums.
     flops: of its Gram matrices for one batch, upper triangles; that of its
       input is 0 where shared.
-    least_flops: the same with half of the products, n d (d + 1).
+    least_flops: the same with half of the products, n d (d + 1); a sketch has
+      no half.
     number: in which pass it is collected, from 0.
   """
 
@@ -155,6 +159,7 @@ def plan(
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
   from_outputs: paths.Rules | None = None,
+  sketch: Columns | None = None,
   memory_limit: int | None = None,
   accumulate: str = 'float32',
 ) -> Plan:
@@ -173,6 +178,7 @@ def plan(
     select: as in `collect`.
     on_opaque: as in `collect`.
     from_outputs: as in `collect`.
+    sketch: as in `collect`.
     memory_limit: bytes on one device; the kernels are split into as many
       passes over the batches as fit it.
     accumulate: as in `collect`; 'compensated' sums take twice the memory.
@@ -190,7 +196,8 @@ def plan(
   (84, 120, (('w',),))
   """
   accumulation.check(accumulate)
-  what = Measurement(fn, loss, fisher_rows, select, on_opaque, from_outputs)
+  sides = Sides(from_outputs, sketch)
+  what = Measurement(fn, loss, fisher_rows, select, on_opaque, sides)
   sites = what.sites(params, batch)
   peak = functools.partial(
     _step_bytes, what, params, (batch, mask), sites, accumulate
@@ -264,7 +271,8 @@ def passes_within(
         f'{_bytes(base)} for the function on one batch and '
         f'{_bytes(rate * weight[largest])} for sums of {weight[largest]} '
         f'bytes; memory_limit is {_bytes(memory_limit)}. Take smaller batches, '
-        'measure wide inputs from_outputs, or leave kernels out with select'
+        'measure wide inputs from_outputs or by a sketch, or leave kernels '
+        'out with select'
       )
     loads = _packed(weight, room, inputs, number)
     pass_bytes = [int(base + rate * load) for load in loads]
@@ -294,16 +302,19 @@ def _site_costs(
     d, m = site.matrix_shape
     groups = site.layout.num_groups
     wide = m if site.side == 'output' else d
+    kept = gram.panel_entries(wide)
+    flop = gram.panel_flops(site.rows, wide)
+    least = site.rows * wide * (wide + 1)
+    if site.columns:
+      kept = d * (site.columns + 1)
+      flop = least = sketches.flops(site.rows, d, site.columns)
     first = site.index not in paid
     paid.add(site.index)
     costs[path] = (
-      first * groups * 4 * (gram.panel_entries(wide) + d + 1),
+      first * groups * 4 * (kept + d + 1),
       groups * 4 * (with_loss * gram.panel_entries(m) + with_fisher * d),
-      first * groups * gram.panel_flops(site.rows, wide)
-      + with_loss * _gradient_flops(site),
-      groups
-      * site.rows
-      * (first * wide * (wide + 1) + with_loss * m * (m + 1)),
+      first * groups * flop + with_loss * _gradient_flops(site),
+      groups * (first * least + with_loss * site.rows * m * (m + 1)),
     )
   return costs
 

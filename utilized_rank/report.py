@@ -51,6 +51,12 @@ class LayerReport:
       W' = P_S W P_T loses, E|x(W - W')|^2 / E|xW|^2; None if S is not known.
     error_bound: the same share for the best factor pair of the same rank.
     number: in which pass over the batches it was measured, from 0.
+    columns: of the sketch that S was measured by; 0 if it was measured whole.
+      k_in is then the most that k_S can be; all else that is of S or T is what
+      the sketch takes them for, `nystrom`.
+    k_in_least: the least that k_S can be; None without a sketch.
+    unseen: share of tr S that the sketch does not see; no directions hold more
+      than that beside what is said here. 0 without a sketch.
   """
 
   path: str
@@ -66,6 +72,16 @@ class LayerReport:
   error_projected: float | None
   error_bound: float
   number: int = 0
+  columns: int = 0
+  k_in_least: int | None = None
+  unseen: float = 0.0
+
+  @property
+  def side(self) -> str:
+    """'input', 'output' or 'sketch': what was measured."""
+    if self.k_in is None:
+      return 'output'
+    return 'sketch' if self.columns else 'input'
 
   @property
   def name(self) -> str:
@@ -208,7 +224,10 @@ class Report(Mapping[str, LayerReport]):
           'utilization': layer.utilization,
           'error_projected': layer.error_projected,
           'error_bound': layer.error_bound,
-          'side': 'output' if layer.k_in is None else 'input',
+          'side': layer.side,
+          'columns': layer.columns,
+          'k_in_least': layer.k_in_least,
+          'unseen': layer.unseen,
           'pass': layer.number,
         }
         for layer in self.layers
@@ -325,10 +344,14 @@ def _layer(kernel: Kernel, energy: float, moments: Moments) -> LayerReport:
   k_out = subspace.energy_rank(t.values, energy)
   total = float(t.values.sum())
   k_in, spectrum_in = None, np.zeros(0)
-  projected = None
+  projected, least, unseen = None, None, 0.0
   if not kernel.from_outputs:
     s = kernel.in_basis
     k_in, spectrum_in = subspace.energy_rank(s.values, energy), s.values
+    if kernel.sketched is not None:
+      known = kernel.sketched()
+      least, k_in = known.energy_ranks(energy)
+      unseen = known.unseen / known.trace if known.trace > 0 else 0.0
     error = subspace.projected_error(kernel.w, s, k_in, t.vectors[:, :k_out])
     projected = error / total if total > 0 else 0.0
   rank = _rank(k_in, k_out)
@@ -348,4 +371,7 @@ def _layer(kernel: Kernel, energy: float, moments: Moments) -> LayerReport:
     projected,
     float(t.values[rank:].sum()) / total if total > 0 else 0.0,
     moments[kernel.path].entry.number,
+    moments[kernel.path].entry.columns,
+    least,
+    unseen,
   )

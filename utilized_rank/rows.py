@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from utilized_rank import compat
 from utilized_rank import gram
+from utilized_rank import sketch
 from utilized_rank.axes import EXAMPLE
 from utilized_rank.axes import TOKEN
 from utilized_rank.axes import Where
@@ -100,14 +102,19 @@ class Rows:
       rows = rows * unit
     return jnp.broadcast_to(rows if self.parts else rows[0], lead + rows.shape)
 
-  def inputs(self, product: Product, eqn: Any, which: int, x: Any):
+  def inputs(
+    self, product: Product, eqn: Any, which: int, x: Any, columns: int = 0
+  ):
     """(sum x, panels of sum x x^T), (*groups, [parts], ...), over the rows
-    that count.
+    that count; with columns a sketch in place of the panels.
 
     Raises:
       ValueError: with a mask, if it is not known which rows are whose.
     """
-    return self._over_inputs(product, eqn, which, x, gram.sharded_panels)
+    of: Callable[..., tuple[Any, ...]] = gram.sharded_panels
+    if columns:
+      of = functools.partial(sketch.sharded_sketch, columns=columns)
+    return self._over_inputs(product, eqn, which, x, of)
 
   def outputs(self, product: Product, eqn: Any, which: int, x: Any, y: Any):
     """(sum x, panels of sum y y^T) of the outputs y, as `inputs`."""

@@ -14,6 +14,7 @@ from utilized_rank import gram
 from utilized_rank import program
 from utilized_rank.moments import Moments
 from utilized_rank.sites import Sites
+from utilized_rank.sketch import Sketch
 from utilized_rank.snapshots import Snapshots
 from utilized_rank.spread import Devices
 from utilized_rank.spread import Measure
@@ -149,7 +150,7 @@ class RunningSums:
       return 0, None
     sums, done, place = found
     state, low = sums['state'], sums.get('low')
-    read = lambda entry: (entry.layout, entry.side)
+    read = lambda entry: (entry.layout, entry.side, entry.columns)
     have = {e.path: read(e) for e in state.table}
     want = {s.path: read(s) for s in sites.values()}
     parts = len(state.sums[0].count)
@@ -180,7 +181,9 @@ def _bytes_on_device(array: Any) -> int:
 def _add(state: State, new: Moments):
   """state + new, whether each input (then each gradient) of `new` is finite,
   and the most rows."""
-  trace = lambda panels: jnp.sum(gram.trace(panels))
+  trace = lambda second: jnp.sum(
+    second.diagonal if isinstance(second, Sketch) else gram.trace(second)
+  )
   finite = jnp.stack(
     [jnp.isfinite(jnp.sum(s.total) + trace(s.panels)) for s in new.sums]
     + [jnp.isfinite(trace(g)) for g in new.grads or ()]

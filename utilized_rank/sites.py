@@ -98,6 +98,8 @@ def _notes(site: Site) -> str:
   notes = [site.kind if site.uses == 1 else f'{site.kind} ×{site.uses}']
   if site.side == 'output':
     notes.append('from its outputs')
+  if site.columns:
+    notes.append(f'sketch of {site.columns} columns')
   if site.bias is not None:
     notes.append(f'bias {site.bias.rsplit("/", 1)[-1]}')
   if site.also:

@@ -291,7 +291,7 @@ class Sharded(Devices):
   def _parts_first(self, moments: Moments) -> Moments:
     """The parts' axis, which is in front of the features, in front of all."""
     front = lambda a, features: jnp.moveaxis(a, a.ndim - 1 - features, 0)
-    panels = lambda second: tuple(front(panel, 2) for panel in second)
+    panels = lambda second: jax.tree.map(lambda a: front(a, 2), second)
     sums = tuple(
       Sums(front(s.count, 0), front(s.total, 1), panels(s.panels))
       for s in moments.sums

@@ -89,6 +89,14 @@ def how_collected(layers: Sequence[LayerReport]) -> list[str]:
       f'{len(outputs)} of {len(layers)} measured from the output side, where r '
       f'is k_T: {first}' + (', …' if others else '')
     )
+  sketched = [layer for layer in layers if layer.columns]
+  if sketched:
+    worst = max(sketched, key=lambda layer: layer.unseen)
+    lines.append(
+      f'{len(sketched)} of {len(layers)} measured by a sketch, where k_S is '
+      f'the most it can be; at most {worst.unseen:.2%} of an input is unseen '
+      f'({worst.name}: k_S from {worst.k_in_least} to {worst.k_in})'
+    )
   passes = len({layer.number for layer in layers})
   if passes > 1:
     lines.append(f'collected in {passes} passes over the batches')
