@@ -1,13 +1,17 @@
 """Latency and throughput of factorized against dense ViT-B/16.
 
-  python -m benchmarks.latency --out benchmarks/results/latency.json
+  python -m benchmarks.latency --out benchmarks/results/latency_default.json
+  MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \\
+    python -m benchmarks.latency --out benchmarks/results/latency.json
 
 One rank for all kernels, 256 for 50 % of their parameters and 128 for 25 %:
 multiples of 64 waste no part of a tile. Factors are random, their shapes are
 what counts. Bar: at batch 64 at least 85 % of the ideal speed-up, the ratio of
 the FLOPs of all products. Larger batches are also run 8 images at a time
 (`jax.lax.map`), as they are fastest where activations should stay in a cache,
-dense or not.
+dense or not. The C library's settings let the process keep the memory that a
+run has freed, as servers do; by default the next run gets it cleared anew, page
+by page, which costs both networks the same time, and the fast one more of it.
 """
 
 from __future__ import annotations
