@@ -96,17 +96,12 @@ def known(network):
       mine = ur.measure(network.params, moments, energy=energy, progress=False)
       layers = [n for n in mine if mine[n].columns]
       row['unseen'] = quantiles([mine[n].unseen for n in layers])
-      of = lambda n, k: k / mine[n].d_in
+      bounds = [(mine[n], report[n].k_in) for n in layers]
       row[f'k_in_{energy}'] = {
-        'above': quantiles(
-          [of(n, mine[n].k_in - report[n].k_in) for n in layers]
-        ),
-        'below': quantiles(
-          [of(n, report[n].k_in - mine[n].k_in_least) for n in layers]
-        ),
+        'above': quantiles([(b.k_in - k) / b.d_in for b, k in bounds]),
+        'below': quantiles([(k - b.k_in_least) / b.d_in for b, k in bounds]),
       }
-      for n in layers:
-        assert mine[n].k_in_least <= report[n].k_in <= mine[n].k_in, n
+      assert all(b.k_in_least <= k <= b.k_in for b, k in bounds)
     print(row, flush=True)
     rows.append(row)
   return rows
