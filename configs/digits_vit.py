@@ -89,6 +89,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.compress.batch_size = 64
   # 128 images are few for the moments of gradients: sixteen augmented passes.
   config.compress.calibration_images = 2048
+  config.compress.memory_limit = 0
 
   if arg == 'testing':
     config.model.width = 16

@@ -95,6 +95,8 @@ def base(arg: str | None, name: str) -> ml_collections.ConfigDict:
   # Drawn at random from all classes; preprocessed as for evaluation.
   config.compress.calibration_images = 4096
   config.compress.calibration_augment = False
+  # Bytes on one device that collecting may take; 0 for one pass of any size.
+  config.compress.memory_limit = 0
   return config
 
 

@@ -115,6 +115,34 @@ def test_the_page_names_every_layer(finished):
   assert page.count('MlpBlock_3') >= 2
 
 
+def test_a_collection_in_passes_measures_the_same(
+  finished, digits, tmp_path, monkeypatch
+):
+  """The images are gone through twice, in one order."""
+  limits = []
+  module = importlib.import_module('utilized_rank.collect')
+  passes_within = module.passes_within
+
+  def in_two(sites, with_loss, with_fisher, peak, limit):
+    limits.append(limit)
+    less = peak(list(sites)) - 1000
+    return passes_within(sites, with_loss, with_fisher, peak, less)
+
+  monkeypatch.setattr(module, 'passes_within', in_two)
+  _, result, _ = finished
+  config = get_config(
+    **{'data.data_dir': digits, 'compress.fractions': ()},
+    **{'compress.memory_limit': 10**9},
+  )
+  again = pipeline.run(config, tmp_path / 'run')
+  assert limits == [10**9]
+  assert {layer['pass'] for layer in again['layers']} == {0, 1}
+  close = dict(rel=1e-4, abs=1e-4)
+  for one, other in zip(again['layers'], result['layers'], strict=True):
+    assert (one['path'], one['count']) == (other['path'], other['count'])
+    assert one['error_bound'] == pytest.approx(other['error_bound'], **close)
+
+
 def test_only_the_evaluation_sees_the_test_split(finished):
   _, _, seen = finished
   assert {stage for stage, splits in seen.items() if 'test' in splits} == {

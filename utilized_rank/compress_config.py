@@ -29,6 +29,8 @@ class CompressConfig:
     calibration_images: images to collect moments over, drawn at random with
       the run's seed; 0 for one pass over the split as it is.
     calibration_augment: augment the images that are drawn.
+    memory_limit: bytes on one device while moments are collected, in as many
+      passes over the calibration images as that takes; 0 for no limit.
     latency_batch_size: images per call when the speed is measured.
   """
 
@@ -44,6 +46,7 @@ class CompressConfig:
   batch_size: int = 64
   calibration_images: int = 0
   calibration_augment: bool = True
+  memory_limit: int = 0
   latency_batch_size: int = 64
 
   def __post_init__(self):
@@ -52,6 +55,10 @@ class CompressConfig:
         f'config.compress.fractions={self.fractions}: shares in (0, 1)'
       )
     methods.check_method(self.method)
+    if self.memory_limit < 0:
+      raise ValueError(
+        f'config.compress.memory_limit={self.memory_limit}: bytes, or 0'
+      )
     if self.allocation not in ('uniform', 'budget', 'compress'):
       raise ValueError(
         f'config.compress.allocation={self.allocation!r}: '

@@ -4,7 +4,7 @@ started again goes on after the last finished one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import functools
 import importlib.metadata
 import itertools
@@ -187,6 +187,7 @@ class Job:
       fisher_rows=self.compress.method == 'fisher_rows',
       select=self.compress.select,
       checkpoint_dir=self.workdir.file('collect'),
+      memory_limit=self.compress.memory_limit or None,
     )
     ur.save(self.workdir.file('moments'), moments, overwrite=True)
     return {'examples': examples, 'kernels': len(moments)}
@@ -204,13 +205,15 @@ class Job:
     size = self.compress.batch_size
     examples = self.compress.calibration_images or len(source)
     steps = -(-examples // size)
-    if self.compress.calibration_images:
-      stream = source.batches(
+
+    def stream():
+      if not self.compress.calibration_images:
+        return source.epoch(size)
+      return source.batches(
         size, seed=self.seed, augment=self.compress.calibration_augment
       )
-    else:
-      stream = source.epoch(size)
-    return examples, _sized(itertools.islice(stream, steps), steps)
+
+    return examples, _Batches(stream, steps)
 
   def measure(self) -> dict[str, Any]:
     report = ur.measure(
@@ -375,14 +378,14 @@ def _run(
   }
 
 
-class _sized:
-  """An iterator that knows how many items it will give."""
+class _Batches:
+  """The first so many items of a stream, from its start at every turn."""
 
-  def __init__(self, items, length: int):
-    self._items, self._length = items, length
+  def __init__(self, stream: Callable[[], Iterable[Any]], length: int):
+    self._stream, self._length = stream, length
 
-  def __iter__(self):
-    return iter(self._items)
+  def __iter__(self) -> Iterator[Any]:
+    return itertools.islice(self._stream(), self._length)
 
   def __len__(self) -> int:
     return self._length
