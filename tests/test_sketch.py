@@ -389,8 +389,8 @@ def test_what_a_sketch_is_used_for(job):
   ('rules', 'said'),
   [
     ([('layers/down', -1)], r'sketch rule .*-1.* is not a \(regex, int\)'),
-    ([('layers/down', 1.5)], 'integer, at least 0'),
-    ([('layers/down', True)], 'integer, at least 0'),
+    ([('layers/down', 1.5)], 'interpreted as an integer'),
+    ([('layers/down', True)], 'at least 0, and a number'),
     ([('layer/down', 4)], "sketch rule 'layer/down' matched no leaf"),
     (['down'], 'sketch rule'),
   ],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 import dataclasses
+import operator
+from typing import Any
 
 from utilized_rank import paths
 from utilized_rank import sketch
@@ -66,7 +68,7 @@ class Chosen:
     return 'input', 0
 
 
-def _columns(value: object) -> int:
-  if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-    raise ValueError('a number of columns is an integer, at least 0')
-  return value
+def _columns(value: Any) -> int:
+  if isinstance(value, bool) or (number := operator.index(value)) < 0:
+    raise ValueError('columns are at least 0, and a number')
+  return number
