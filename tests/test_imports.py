@@ -34,7 +34,7 @@ LAYERS = [
   'shared latency running',
   'division',
   'families plan',
-  'passes',
+  'passes feeding',
   'offers recipe',
   'ranks trials joint',
   'collect factorize search anchoring blocks factorize_heads',

@@ -22,7 +22,7 @@ from utilized_rank.anchoring import Inputs
 from utilized_rank.blocks import Block
 from utilized_rank.blocks import Group
 from utilized_rank.capture import find_sites
-from utilized_rank.collect import check_batch
+from utilized_rank.feeding import check_batch
 from utilized_rank.gauge import check_gauge
 from utilized_rank.kernels import member_name
 from utilized_rank.leaves import Stored

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
-import functools
-import itertools
+from collections.abc import Callable, Iterable, Sequence
 import os
 from typing import Any
 import warnings
@@ -12,13 +10,14 @@ import zlib
 
 import jax
 from jax.sharding import Mesh
-import numpy as np
 
 from utilized_rank import accumulation
 from utilized_rank import passes
 from utilized_rank import paths
 from utilized_rank import processes
 from utilized_rank import tracing
+from utilized_rank.feeding import Feeding
+from utilized_rank.feeding import opened
 from utilized_rank.gradients import LossFn
 from utilized_rank.masks import Mask
 from utilized_rank.masks import Masked
@@ -26,15 +25,10 @@ from utilized_rank.measurement import Measurement
 from utilized_rank.moments import Moments
 from utilized_rank.plan import members_of
 from utilized_rank.plan import passes_within
-from utilized_rank.progress import track
 from utilized_rank.rows import is_explicit
 from utilized_rank.running import RunningSums
 from utilized_rank.sides import Columns
 from utilized_rank.sides import Sides
-from utilized_rank.snapshots import Preempted
-from utilized_rank.snapshots import Snapshots
-from utilized_rank.snapshots import go_to
-from utilized_rank.snapshots import place_of
 from utilized_rank.spread import Devices
 from utilized_rank.spread import Pmapped
 from utilized_rank.spread import Sharded
@@ -165,12 +159,8 @@ def collect(
   values = list(arrays.values())
   if mesh is None and pmap_axis is None:
     mesh = mesh_of(values)
-  total = len(batches) if isinstance(batches, Sized) else None
   everywhere = jax.process_count() > 1 and (mesh is None or crosses(mesh))
-  stream = iter(batches)
-  first = next(stream, None)
-  _agree_on_first(first is not None, everywhere)
-  check_batch(first, 0)
+  stream = opened(batches, everywhere)
 
   def tree_of(values):
     # Flags and functions among the leaves stay what they are.
@@ -196,7 +186,7 @@ def collect(
   )
   spread = _spread(values, mesh, batch_axes, pmap_axis)
   sites = spread.sites(
-    lambda params, batch: what.sites(tree_of(params), batch), first
+    lambda params, batch: what.sites(tree_of(params), batch), stream.first
   )
   if sites.holes:
     warnings.warn(
@@ -204,14 +194,13 @@ def collect(
       'that hide what they compute',
       stacklevel=2,
     )
-  layouts = {path: site.layout for path, site in sites.items()}
 
   def sums_of(members):
     """The running sums of some kernels."""
-    some = {path: layouts[path] for path in members}
+    layouts = {path: sites[path].layout for path in members}
     # All of them are what the caller's own rules select.
-    part = what if len(some) == len(layouts) else what.only(some)
-    measure = part.sums(some, spread.over)
+    part = what if len(layouts) == len(sites) else what.only(layouts)
+    measure = part.sums(layouts, spread.over)
     return RunningSums(
       lambda params, batch: measure(tree_of(params), batch),
       spread,
@@ -220,85 +209,37 @@ def collect(
     )
 
   masked = Masked(mask, spread.shares, 0 if pmap_axis is None else 1)
-  if memory_limit is not None:
-    example = masked(first, 0)
-    kernels, pass_bytes = passes_within(
-      sites,
-      loss is not None,
-      fisher_rows,
-      lambda members: sums_of(members).step_bytes(example),
-      memory_limit,
-    )
-    members = members_of(kernels, len(pass_bytes))
-    if everywhere:
-      _agree_on_passes(members)
+  with_sums = loss is not None, fisher_rows
+  feeding = Feeding(
+    batches, masked, everywhere, joint, *with_sums, checkpoint_every, progress
+  )
+  if memory_limit is None:
+    return feeding.run(sums_of(sites), sites, stream, checkpoint_dir, 'collect')
+  example = masked(stream.first, 0)
+  kernels, pass_bytes = passes_within(
+    sites,
+    *with_sums,
+    lambda members: sums_of(members).step_bytes(example),
+    memory_limit,
+  )
+  members = members_of(kernels, len(pass_bytes))
+  if everywhere:
+    _agree_on_passes(members)
+  if len(members) > 1:
+    passes.check_repeatable(batches, len(members))
+
+  def collect_pass(number, folder):
+    again = stream if not number else opened(batches, everywhere)
+    some = {path: sites[path] for path in members[number]}
+    said = 'collect'
     if len(members) > 1:
-      passes.check_repeatable(batches, len(members))
-      again = functools.partial(
-        collect,
-        fn,
-        params,
-        batches,
-        loss=loss,
-        fisher_rows=fisher_rows,
-        mask=mask,
-        on_opaque=on_opaque,
-        from_outputs=from_outputs,
-        sketch=sketch,
-        mesh=mesh,
-        batch_axes=batch_axes,
-        pmap_axis=pmap_axis,
-        checkpoint_every=checkpoint_every,
-        accumulate=accumulate,
-        progress=progress,
-      )
-      parts = passes.each(
-        members,
-        sites,
-        lambda some, folder: again(
-          select=paths.only(some), checkpoint_dir=folder
-        ),
-        checkpoint_dir,
-        everywhere,
-      )
-      return passes.join(parts, kernels)
-  run = sums_of(layouts)
-  snapshots = None if checkpoint_dir is None else Snapshots(checkpoint_dir)
-  done, place = 0, None
-  if snapshots is not None:
-    done, place = run.restore(snapshots, sites, loss is not None, fisher_rows)
-  if place is not None:
-    go_to(stream, place)
-  else:
-    rest = itertools.chain([first], stream)
-    for _ in itertools.islice(rest, done):
-      pass
-  bar: Iterable[Any] = stream if place is not None else rest
-  if joint:
-    bar = processes.in_step(bar, lambda batch: check_batch(batch, done))
-  if progress:
-    bar = track(bar, total=total, desc='collect', unit='batch', initial=done)
-  for batch in bar:
-    check_batch(batch, done)
-    run.add(masked(batch, done), done)
-    done += 1
-    if snapshots is None:
-      continue
-    is_leaving = processes.is_leaving(done)
-    if is_leaving or done % checkpoint_every == 0:
-      run.save(snapshots, done, place_of(stream))
-    if is_leaving:
-      raise Preempted(
-        f'the job is being preempted: the sums of {done} batches are in '
-        f'{snapshots.folder!r}; collect again with the same checkpoint_dir'
-      )
-  if snapshots is not None and everywhere:
-    # Others may take long to come here, or be killed.
-    run.save(snapshots, done, place_of(stream))
-  moments = run.result()
-  if snapshots is not None:
-    snapshots.remove()
-  return moments
+      said = f'collect {number + 1}/{len(members)}'
+    return feeding.run(sums_of(some), some, again, folder, said)
+
+  if len(members) == 1:
+    return collect_pass(0, checkpoint_dir)
+  parts = passes.each(members, sites, collect_pass, checkpoint_dir, everywhere)
+  return passes.join(parts, kernels)
 
 
 def _check_together(pairs: Iterable[tuple[str, Any, str, Any]]) -> None:
@@ -341,17 +282,6 @@ def _spread(params, mesh, batch_axes, pmap_axis) -> Devices:
   return Devices(params, mine)
 
 
-def _agree_on_first(has_one: bool, everywhere: bool) -> None:
-  told = [[has_one]]
-  if everywhere:
-    # All know, so that none waits for one that has stopped.
-    told = processes.exchange([has_one]).tolist()
-  without = [i for i, (has,) in enumerate(told) if not has]
-  if without:
-    who = f' in processes {without}' if everywhere else ''
-    raise ValueError(f'collect needs at least one batch, got none{who}')
-
-
 def _agree_on_passes(members: Sequence[Sequence[str]]) -> None:
   mine = zlib.crc32(repr(members).encode())
   if len(set(processes.exchange([mine])[:, 0].tolist())) > 1:
@@ -359,27 +289,3 @@ def _agree_on_passes(members: Sequence[Sequence[str]]) -> None:
       'memory_limit splits the kernels differently on the processes; give all '
       'of them one limit, and first batches of one size'
     )
-
-
-def check_batch(batch: Any, number: int) -> int:
-  """The number of examples in a batch.
-
-  Raises:
-    ValueError: it has none, or its arrays disagree.
-  """
-  named, _ = paths.flatten(batch)
-  sizes = {p: np.shape(v)[:1] for p, v in named.items()}
-  if not sizes or any(s == () for s in sizes.values()):
-    raise ValueError(
-      f'batch {number} must be a pytree of arrays that lead with the batch '
-      f'axis, got {sizes or batch!r}'
-    )
-  if len(set(sizes.values())) > 1:
-    raise ValueError(
-      f'the arrays of batch {number} disagree in their leading axis: '
-      f'{ {p: s[0] for p, s in sizes.items()} }'
-    )
-  size = next(iter(sizes.values()))[0]
-  if not size:
-    raise ValueError(f'batch {number} is empty')
-  return size

@@ -17,12 +17,12 @@ from utilized_rank import paths
 from utilized_rank.anchor import anchor
 from utilized_rank.attention import find_attention
 from utilized_rank.capture import find_sites
-from utilized_rank.collect import check_batch
 from utilized_rank.collect import collect
 from utilized_rank.divergence import Divergence
 from utilized_rank.divergence import comes_closer
 from utilized_rank.divergence import squared_error
 from utilized_rank.factorize import factorize
+from utilized_rank.feeding import check_batch
 from utilized_rank.gauge import IDENTITY
 from utilized_rank.gradients import LossFn
 from utilized_rank.heads import Attention

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from utilized_rank import paths
-from utilized_rank.collect import check_batch
 from utilized_rank.collect import collect
 from utilized_rank.divergence import Divergence
 from utilized_rank.divergence import comes_closer
+from utilized_rank.feeding import check_batch
 from utilized_rank.gradients import LossFn
 from utilized_rank.masks import Mask
 from utilized_rank.moments import Moments

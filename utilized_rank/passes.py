@@ -32,7 +32,7 @@ def check_repeatable(batches: Iterable[Any], passes: int) -> None:
 def each(
   members: Sequence[Sequence[str]],
   sites: Sites,
-  collect_some: Callable[[Sequence[str], str | None], Moments],
+  collect_pass: Callable[[int, str | None], Moments],
   folder: str | os.PathLike[str] | None,
   everywhere: bool,
 ) -> list[Moments]:
@@ -41,7 +41,7 @@ def each(
   Args:
     members: paths of the kernels of every pass.
     sites: all kernels.
-    collect_some: collects these kernels, with a folder for the running sums.
+    collect_pass: makes the pass of a number, with a folder for running sums.
     folder: None to keep nothing.
     everywhere: all processes of the job collect together.
 
@@ -49,16 +49,16 @@ def each(
     ValueError: the folder holds something else.
   """
   if folder is None:
-    return [collect_some(some, None) for some in members]
+    return [collect_pass(i, None) for i in range(len(members))]
   finished = _Finished(folder, members, sites)
   parts = []
-  for i, some in enumerate(members):
+  for i in range(len(members)):
     have = finished.take(i)
     # A process that was killed before it had written has all collect again.
     if everywhere and not processes.exchange([have is not None]).all():
       have = None
     if have is None:
-      have = collect_some(some, finished.running(i))
+      have = collect_pass(i, finished.running(i))
       finished.keep(i, have)
     parts.append(have)
   finished.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from utilized_rank import accumulation
 from utilized_rank import gram
 from utilized_rank import program
 from utilized_rank.moments import Moments
-from utilized_rank.sites import Sites
+from utilized_rank.sites import Site
 from utilized_rank.sketch import Sketch
 from utilized_rank.snapshots import Snapshots
 from utilized_rank.spread import Devices
@@ -140,11 +141,15 @@ class RunningSums:
   def restore(
     self,
     snapshots: Snapshots,
-    sites: Sites,
+    sites: Mapping[str, Site],
     with_loss: bool,
     with_fisher: bool = False,
   ) -> tuple[int, Any]:
-    """Takes up a snapshot: how many batches it has, and where they end."""
+    """Takes up a snapshot: how many batches it has, and where they end.
+
+    Raises:
+      ValueError: it is of another collection than that of these kernels.
+    """
     found = snapshots.latest()
     if found is None:
       return 0, None

@@ -1,0 +1,168 @@
+"""One pass over the batches: into running sums, with snapshots on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+import dataclasses
+import itertools
+import os
+from typing import Any
+
+import numpy as np
+
+from utilized_rank import paths
+from utilized_rank import processes
+from utilized_rank.masks import Masked
+from utilized_rank.moments import Moments
+from utilized_rank.progress import track
+from utilized_rank.running import RunningSums
+from utilized_rank.sites import Site
+from utilized_rank.snapshots import Preempted
+from utilized_rank.snapshots import Snapshots
+from utilized_rank.snapshots import go_to
+from utilized_rank.snapshots import place_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A stream of batches of which one has been read.
+
+  Attributes:
+    first: that one.
+    rest: the stream.
+  """
+
+  first: Any
+  rest: Iterator[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Feeding:
+  """How batches are fed to sums, the same in every pass over them.
+
+  Attributes:
+    batches: an iterator can be gone through once.
+    masked: gives a batch its mask.
+    everywhere: the result is that of all processes.
+    joint: they make every step together.
+    with_loss: gradients' sums are taken.
+    with_fisher: squared gradients of rows are.
+    checkpoint_every: batches between two snapshots.
+    progress: show a progress bar.
+  """
+
+  batches: Iterable[Any]
+  masked: Masked
+  everywhere: bool
+  joint: bool
+  with_loss: bool
+  with_fisher: bool
+  checkpoint_every: int
+  progress: bool
+
+  def run(
+    self,
+    sums: RunningSums,
+    sites: Mapping[str, Site],
+    opened: Opened,
+    folder: str | os.PathLike[str] | None,
+    what: str,
+  ) -> Moments:
+    """The moments of all batches.
+
+    Args:
+      sums: of no batch yet.
+      sites: the kernels that they are of.
+      opened: the batches.
+      folder: where snapshots are, or None.
+      what: what the progress bar says.
+
+    Raises:
+      ValueError: a batch is none; a snapshot of another collection.
+      FloatingPointError: NaN or infinity.
+      Preempted: the scheduler takes the machines away; all is saved.
+    """
+    stream = opened.rest
+    snapshots = None if folder is None else Snapshots(folder)
+    done, place = 0, None
+    if snapshots is not None:
+      done, place = sums.restore(
+        snapshots, sites, self.with_loss, self.with_fisher
+      )
+    if place is not None:
+      go_to(stream, place)
+      left: Iterable[Any] = stream
+    else:
+      left = itertools.chain([opened.first], stream)
+      for _ in itertools.islice(left, done):
+        pass
+    if self.joint:
+      left = processes.in_step(left, lambda batch: check_batch(batch, done))
+    if self.progress:
+      total = len(self.batches) if isinstance(self.batches, Sized) else None
+      left = track(left, total=total, desc=what, unit='batch', initial=done)
+    for batch in left:
+      check_batch(batch, done)
+      sums.add(self.masked(batch, done), done)
+      done += 1
+      if snapshots is None:
+        continue
+      is_leaving = processes.is_leaving(done)
+      if is_leaving or done % self.checkpoint_every == 0:
+        sums.save(snapshots, done, place_of(stream))
+      if is_leaving:
+        raise Preempted(
+          f'the job is being preempted: the sums of {done} batches are in '
+          f'{snapshots.folder!r}; collect again with the same checkpoint_dir'
+        )
+    if snapshots is not None and self.everywhere:
+      # Others may take long to come here, or be killed.
+      sums.save(snapshots, done, place_of(stream))
+    moments = sums.result()
+    if snapshots is not None:
+      snapshots.remove()
+    return moments
+
+
+def opened(batches: Iterable[Any], everywhere: bool) -> Opened:
+  """Batches from their start, the first one read and checked.
+
+  Raises:
+    ValueError: there is none, on any process if all collect together.
+  """
+  stream = iter(batches)
+  first = next(stream, None)
+  told = [[first is not None]]
+  if everywhere:
+    # All know, so that none waits for one that has stopped.
+    told = processes.exchange([first is not None]).tolist()
+  without = [i for i, (has,) in enumerate(told) if not has]
+  if without:
+    who = f' in processes {without}' if everywhere else ''
+    raise ValueError(f'collect needs at least one batch, got none{who}')
+  check_batch(first, 0)
+  return Opened(first, stream)
+
+
+def check_batch(batch: Any, number: int) -> int:
+  """The number of examples in a batch.
+
+  Raises:
+    ValueError: it has none, or its arrays disagree.
+  """
+  named, _ = paths.flatten(batch)
+  sizes = {p: np.shape(v)[:1] for p, v in named.items()}
+  if not sizes or any(s == () for s in sizes.values()):
+    raise ValueError(
+      f'batch {number} must be a pytree of arrays that lead with the batch '
+      f'axis, got {sizes or batch!r}'
+    )
+  if len(set(sizes.values())) > 1:
+    raise ValueError(
+      f'the arrays of batch {number} disagree in their leading axis: '
+      f'{ {p: s[0] for p, s in sizes.items()} }'
+    )
+  size = next(iter(sizes.values()))[0]
+  if not size:
+    raise ValueError(f'batch {number} is empty')
+  return size
