@@ -332,6 +332,8 @@ def test_a_plan_counts_a_sketch(job):
   kernel = costs.kernels['layers/down']
   assert kernel.sums_bytes == 3 * 4 * (40 * 10 + 40 + 1)
   assert kernel.flops == 3 * (4 * 90 * 40 * 9 + 2 * 90 * 40)
+  (line,) = (s for s in str(costs).splitlines() if 'layers/down' in s)
+  assert ' sketch  ' in line
   text = str(ur.find_sites(stacked, params, batch, sketch=RULES))
   assert 'dot; sketch of 9 columns' in text
   limit = int(costs.peak_bytes * 0.97)

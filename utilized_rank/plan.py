@@ -25,6 +25,9 @@ from utilized_rank.sides import Sides
 from utilized_rank.sites import Site
 from utilized_rank.sites import Sites
 
+# What stands behind an input's number where not all of S is summed.
+_MEASURED = {'input': '', 'output': ' T', 'sketch': ' sketch'}
+
 
 @dataclasses.dataclass(frozen=True)
 class SitePlan:
@@ -108,7 +111,7 @@ class Plan:
           path,
           '×'.join(map(str, shape)),
           '×'.join(map(str, k.site.matrix_shape)),
-          f'#{k.site.index}',
+          f'#{k.site.index}{_MEASURED[k.site.side]}',
           _bytes(k.sums_bytes + k.grad_bytes) if k.sums_bytes else 'shared',
           f'{k.flops:.2e}' if k.flops else '',
           str(k.number + 1),
