@@ -27,6 +27,7 @@ LAYERS = [
   'nystrom',
   'moments threads sides',
   'sites lowrank layers dense heads narrow',
+  'assembly',
   'collector flatten readings spread substitution',
   'capture kernels allocation pairing follow',
   'checkpoint methods plots gradients fisher comparison_plots',

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 import dataclasses
 import functools
 import math
@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from utilized_rank import compat
 from utilized_rank import products
+from utilized_rank.assembly import Part
+from utilized_rank.assembly import Use
+from utilized_rank.assembly import assemble
 from utilized_rank.interpret import PART
-from utilized_rank.layout import Atoms
 from utilized_rank.layout import Layout
 from utilized_rank.layout import View
 from utilized_rank.layout import common_atoms
@@ -32,29 +33,6 @@ from utilized_rank.values import Loop
 from utilized_rank.values import Output
 from utilized_rank.values import Param
 from utilized_rank.values import UnsupportedError
-
-
-@dataclasses.dataclass
-class _Use:
-  """One product's use of one emission.
-
-  `groups` names the leading axes of the emitted sums, outermost first, each by
-  the kernel's atoms that it runs over.
-  """
-
-  product: Product
-  groups: tuple[Atoms, ...]
-  rows: int
-  bias: str | None = None
-
-  @property
-  def path(self) -> str:
-    return self.product.view.path
-
-  @property
-  def fixed(self) -> dict[int, int]:
-    """Atoms of which this product sees one index, known when tracing."""
-    return {a: by for a, by in self.product.view.taken if isinstance(by, int)}
 
 
 class Collector:
@@ -144,7 +122,7 @@ class Collector:
         sums = jax.tree.map(functools.partial(_put, at=at, size=size), sums)
       return sums
 
-    use = _Use(product, groups, product.num_rows)
+    use = Use(product, groups, product.num_rows)
     walk.tape.emit(key, make, use, loops)
     return Output(product.output, out, use)
 
@@ -154,7 +132,7 @@ class Collector:
     output.use.bias = bias.view.path
     return True
 
-  def stacked(self, use: _Use, loop, size: int, is_stacked: bool) -> _Use:
+  def stacked(self, use: Use, loop, size: int, is_stacked: bool) -> Use:
     if not is_stacked:
       return dataclasses.replace(use, rows=use.rows * size)
     atoms = tuple(a for a, by in use.product.view.taken if by is loop)
@@ -163,7 +141,7 @@ class Collector:
   # --- from emissions to one set of sums per kernel ---
 
   def finish(self, emissions: list[Emission]) -> tuple[Sites, tuple[Sums, ...]]:
-    uses: dict[str, list[tuple[Emission, _Use]]] = {}
+    uses: dict[str, list[tuple[Emission, Use]]] = {}
     for emission in emissions:
       for use in emission.uses:
         uses.setdefault(use.path, []).append((emission, use))
@@ -175,7 +153,7 @@ class Collector:
       layout = self._unify(path, pairs)
       if layout is None or path in self.holes:
         continue
-      parts = [_Part.of(e, u, layout) for e, u in pairs]
+      parts = [Part.of(e, u, layout) for e, u in pairs]
       signature = (
         tuple(part.signature(layout) for part in parts),
         layout.group_shape,
@@ -183,7 +161,7 @@ class Collector:
       )
       if signature not in known:
         known[signature] = len(sums)
-        sums.append(_assemble(parts, layout, self.rows.tail))
+        sums.append(assemble(parts, layout, self.rows.tail))
       distinct = len({tuple(p.fixed.items()) for p in parts})
       side, columns = self.sides.of(path, layout.matrix_shape[0])
       sites[path] = Site(
@@ -317,88 +295,3 @@ def _put(array: jax.Array, at: Any, size: int) -> jax.Array:
   """One slice of a new leading axis, zeros elsewhere."""
   empty = jnp.zeros((size, *array.shape), array.dtype)
   return jax.lax.dynamic_update_index_in_dim(empty, array, at, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-  """An emission as a part of one kernel's sums."""
-
-  emission: Emission
-  lead: tuple[int, ...]  # group atoms of the sums' leading axes, in order
-  fixed: dict[int, int]  # group atom -> the one index that this part is of
-
-  @classmethod
-  def of(cls, emission: Emission, use: _Use, layout: Layout) -> _Part:
-    pieces = pieces_of(use.product.layout.atoms, layout.atoms)
-    lead = tuple(p for axis in use.groups for a in axis for p in pieces[a])
-    fixed: dict[int, int] = {}
-    for a, index in use.fixed.items():
-      sizes = [layout.atoms[p] for p in pieces[a]]
-      fixed.update(zip(pieces[a], map(int, np.unravel_index(index, sizes))))
-    return cls(emission, lead, fixed)
-
-  def signature(self, layout: Layout) -> Hashable:
-    """Two leaves of equal signatures have the same sums.
-
-    Atoms are told by their place among the groups: `a[0]` and `b[:, 0]` may
-    read one value, and are of different members of their stacks.
-    """
-    place = {a: i for i, a in enumerate(layout.groups)}
-    lead = tuple(place[a] for a in self.lead)
-    fixed = tuple(sorted((place[a], i) for a, i in self.fixed.items()))
-    return self.emission.key, lead, fixed
-
-  def arrange(self, array: Any, tail: int, layout: Layout) -> Any:
-    """Splits all but `tail` axes into group atoms, in the leaf's order."""
-    sizes = [layout.atoms[a] for a in self.lead]
-    array = array.reshape(*sizes, *array.shape[array.ndim - tail :])
-    order = sorted(range(len(self.lead)), key=lambda i: self.lead[i])
-    return array.transpose(*order, *range(len(self.lead), array.ndim))
-
-
-def _assemble(parts: Sequence[_Part], layout: Layout, inner: int) -> Sums:
-  """Adds the parts of one kernel's sums into (*groups, ...) arrays.
-
-  `inner` axes are between the groups and the features.
-  """
-
-  def joined(tail, *arrays):
-    return _join(
-      [
-        (p.fixed, p.arrange(a, tail, layout))
-        for p, a in zip(parts, arrays, strict=True)
-      ],
-      layout,
-    )
-
-  return Sums(
-    *(
-      jax.tree.map(
-        functools.partial(joined, tail),
-        *(getattr(p.emission.value, field) for p in parts),
-      )
-      for tail, field in enumerate(('count', 'total', 'panels'), inner)
-    )
-  )
-
-
-def _join(parts: Sequence[tuple[dict[int, int], Any]], layout: Layout) -> Any:
-  """Adds arrays that are each of all groups, or of one index of some."""
-  by_index: dict[tuple[tuple[int, int], ...], Any] = {}
-  for fixed, array in parts:
-    at = tuple(sorted(fixed.items()))
-    by_index[at] = array if at not in by_index else by_index[at] + array
-  if list(by_index) == [()]:
-    return by_index[()]
-  groups, sizes = layout.groups, layout.group_shape
-  first = {tuple(a for a, _ in at) for at in by_index}
-  if first == {groups[:1]} and len(by_index) == sizes[0]:
-    # A Python loop over a stack of layers: every index, once.
-    return jnp.stack([by_index[at] for at in sorted(by_index)])
-  at, example = next(iter(by_index.items()))
-  tail = example.shape[len(groups) - len(at) :]
-  full = jnp.zeros((*sizes, *tail), example.dtype)
-  for at, array in by_index.items():
-    where = dict(at)
-    full = full.at[tuple(where.get(a, slice(None)) for a in groups)].add(array)
-  return full
