@@ -17,7 +17,7 @@ from utilized_rank import paths
 from utilized_rank import processes
 from utilized_rank import tracing
 from utilized_rank.feeding import Feeding
-from utilized_rank.feeding import opened
+from utilized_rank.feeding import started
 from utilized_rank.gradients import LossFn
 from utilized_rank.masks import Mask
 from utilized_rank.masks import Masked
@@ -160,7 +160,7 @@ def collect(
   if mesh is None and pmap_axis is None:
     mesh = mesh_of(values)
   everywhere = jax.process_count() > 1 and (mesh is None or crosses(mesh))
-  stream = opened(batches, everywhere)
+  stream = started(batches, everywhere)
 
   def tree_of(values):
     # Flags and functions among the leaves stay what they are.
@@ -213,31 +213,28 @@ def collect(
   feeding = Feeding(
     batches, masked, everywhere, joint, *with_sums, checkpoint_every, progress
   )
-  if memory_limit is None:
+  members: Sequence[Sequence[str]] = [list(sites)]
+  if memory_limit is not None:
+    example = masked(stream.first, 0)
+    kernels, pass_bytes = passes_within(
+      sites,
+      *with_sums,
+      lambda members: sums_of(members).step_bytes(example),
+      memory_limit,
+    )
+    members = members_of(kernels, len(pass_bytes))
+    if everywhere:
+      _agree_on_passes(members)
+  if len(members) == 1:
     return feeding.run(sums_of(sites), sites, stream, checkpoint_dir, 'collect')
-  example = masked(stream.first, 0)
-  kernels, pass_bytes = passes_within(
-    sites,
-    *with_sums,
-    lambda members: sums_of(members).step_bytes(example),
-    memory_limit,
-  )
-  members = members_of(kernels, len(pass_bytes))
-  if everywhere:
-    _agree_on_passes(members)
-  if len(members) > 1:
-    passes.check_repeatable(batches, len(members))
+  passes.check_repeatable(batches, len(members))
 
   def collect_pass(number, folder):
-    again = stream if not number else opened(batches, everywhere)
+    again = started(batches, everywhere) if number else stream
     some = {path: sites[path] for path in members[number]}
-    said = 'collect'
-    if len(members) > 1:
-      said = f'collect {number + 1}/{len(members)}'
+    said = f'collect {number + 1}/{len(members)}'
     return feeding.run(sums_of(some), some, again, folder, said)
 
-  if len(members) == 1:
-    return collect_pass(0, checkpoint_dir)
   parts = passes.each(members, sites, collect_pass, checkpoint_dir, everywhere)
   return passes.join(parts, kernels)
 

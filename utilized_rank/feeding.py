@@ -24,7 +24,7 @@ from utilized_rank.snapshots import place_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class Started:
   """A stream of batches of which one has been read.
 
   Attributes:
@@ -64,7 +64,7 @@ class Feeding:
     self,
     sums: RunningSums,
     sites: Mapping[str, Site],
-    opened: Opened,
+    stream: Started,
     folder: str | os.PathLike[str] | None,
     what: str,
   ) -> Moments:
@@ -73,7 +73,7 @@ class Feeding:
     Args:
       sums: of no batch yet.
       sites: the kernels that they are of.
-      opened: the batches.
+      stream: the batches.
       folder: where snapshots are, or None.
       what: what the progress bar says.
 
@@ -82,7 +82,6 @@ class Feeding:
       FloatingPointError: NaN or infinity.
       Preempted: the scheduler takes the machines away; all is saved.
     """
-    stream = opened.rest
     snapshots = None if folder is None else Snapshots(folder)
     done, place = 0, None
     if snapshots is not None:
@@ -90,10 +89,10 @@ class Feeding:
         snapshots, sites, self.with_loss, self.with_fisher
       )
     if place is not None:
-      go_to(stream, place)
-      left: Iterable[Any] = stream
+      go_to(stream.rest, place)
+      left: Iterable[Any] = stream.rest
     else:
-      left = itertools.chain([opened.first], stream)
+      left = itertools.chain([stream.first], stream.rest)
       for _ in itertools.islice(left, done):
         pass
     if self.joint:
@@ -109,7 +108,7 @@ class Feeding:
         continue
       is_leaving = processes.is_leaving(done)
       if is_leaving or done % self.checkpoint_every == 0:
-        sums.save(snapshots, done, place_of(stream))
+        sums.save(snapshots, done, place_of(stream.rest))
       if is_leaving:
         raise Preempted(
           f'the job is being preempted: the sums of {done} batches are in '
@@ -117,14 +116,14 @@ class Feeding:
         )
     if snapshots is not None and self.everywhere:
       # Others may take long to come here, or be killed.
-      sums.save(snapshots, done, place_of(stream))
+      sums.save(snapshots, done, place_of(stream.rest))
     moments = sums.result()
     if snapshots is not None:
       snapshots.remove()
     return moments
 
 
-def opened(batches: Iterable[Any], everywhere: bool) -> Opened:
+def started(batches: Iterable[Any], everywhere: bool) -> Started:
   """Batches from their start, the first one read and checked.
 
   Raises:
@@ -141,7 +140,7 @@ def opened(batches: Iterable[Any], everywhere: bool) -> Opened:
     who = f' in processes {without}' if everywhere else ''
     raise ValueError(f'collect needs at least one batch, got none{who}')
   check_batch(first, 0)
-  return Opened(first, stream)
+  return Started(first, stream)
 
 
 def check_batch(batch: Any, number: int) -> int:

@@ -23,7 +23,6 @@ from utilized_rank.moments import Moment
 from utilized_rank.moments import Moments
 from utilized_rank.moments import unknown_inputs
 from utilized_rank.nystrom import Nystrom
-from utilized_rank.nystrom import nystrom
 from utilized_rank.sketch import Sketch
 
 # Rows per input feature below which moments are mostly noise.
@@ -236,8 +235,9 @@ def _bases(moment: Moment, centered: bool) -> list[_Once]:
     center = mean if centered else None
     second = moment.sums.panels
     if isinstance(second, Sketch):
-      sums = np.asarray(second.sums)[index]
-      known = functools.cache(functools.partial(nystrom, sums, n, center))
+      known = functools.cache(
+        functools.partial(moment.sketched, index, centered)
+      )
       found.append(_Once(mean, functools.partial(_matrix, known), known))
       continue
     make = functools.partial(_second, second, index, n, center)

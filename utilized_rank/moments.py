@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import gram
-from utilized_rank import nystrom
 from utilized_rank import paths
 from utilized_rank.layout import Layout
+from utilized_rank.nystrom import Nystrom
+from utilized_rank.nystrom import nystrom
 from utilized_rank.sketch import Sketch
 
 
@@ -80,6 +81,11 @@ class Entry:
   number: int = dataclasses.field(default=0, compare=False, kw_only=True)
   columns: int = dataclasses.field(default=0, kw_only=True)
 
+  @property
+  def measured(self) -> tuple[Layout, str, int]:
+    """What was summed for it: sums of unequal ones are of unequal things."""
+    return self.layout, self.side, self.columns
+
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
@@ -133,19 +139,26 @@ class Moment:
       return None
     return self._of_sketch(lambda known: known.unseen)
 
+  def sketched(self, index: tuple[int, ...], centered: bool) -> Nystrom:
+    """What one matrix's S is taken for, of a kernel with a sketch.
+
+    Args:
+      index: place in the group axes.
+      centered: S - mu mu^T in place of S.
+    """
+    sketch: Any = self.sums.panels
+    # What was never reached has no rows: moments of zero, not NaN.
+    n = max(int(np.asarray(self.count)[index]), 1)
+    mean = np.asarray(self.sums.total)[index].astype(np.float64) / n
+    sums = np.asarray(sketch.sums)[index]
+    return nystrom(sums, n, mean if centered else None)
+
   def _of_sketch(
-    self, read: Callable[[nystrom.Nystrom], Any], centered: bool = False
+    self, read: Callable[[Nystrom], Any], centered: bool = False
   ) -> np.ndarray:
     """`read` of every group's approximation, as one array on the host."""
-    sketch: Any = self.sums.panels
     found = [
-      read(
-        nystrom.nystrom(
-          np.asarray(sketch.sums)[index],
-          max(int(np.asarray(self.count)[index]), 1),
-          np.asarray(self.mean)[index] if centered else None,
-        )
-      )
+      read(self.sketched(index, centered))
       for index in np.ndindex(*self.layout.group_shape)
     ]
     shape = self.layout.group_shape + np.shape(found[0])

@@ -98,9 +98,8 @@ class _Finished:
     if not os.path.exists(where):
       return None
     moments, _ = checkpoint.load_file(where)
-    read = lambda entry: (entry.layout, entry.side, entry.columns)
-    have = {entry.path: read(entry) for entry in moments.table}
-    want = {path: read(self._sites[path]) for path in members}
+    have = {entry.path: entry.measured for entry in moments.table}
+    want = {path: self._sites[path].measured for path in members}
     if have != want:
       raise ValueError(
         f'{where!r} is of other kernels than this pass, which collects '
@@ -119,8 +118,7 @@ class _Finished:
       os.rmdir(self._folder)
 
   def _path(self, number: int) -> str:
-    index, count = jax.process_index(), jax.process_count()
-    return f'{self.running(number)}.process-{index}-of-{count}.npz'
+    return f'{self.running(number)}.{processes.own_name()}.npz'
 
 
 def join(parts: Sequence[Moments], kernels: dict[str, SitePlan]) -> Moments:

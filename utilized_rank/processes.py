@@ -112,6 +112,11 @@ def gathered(
     del arrived[sender][:size]
 
 
+def own_name() -> str:
+  """This process's name for its files: its number, and of how many."""
+  return f'process-{jax.process_index()}-of-{jax.process_count()}'
+
+
 def is_leaving(step: int) -> bool:
   """Whether the job is being preempted, and all processes are at this step.
 

@@ -155,9 +155,8 @@ class RunningSums:
       return 0, None
     sums, done, place = found
     state, low = sums['state'], sums.get('low')
-    read = lambda entry: (entry.layout, entry.side, entry.columns)
-    have = {e.path: read(e) for e in state.table}
-    want = {s.path: read(s) for s in sites.values()}
+    have = {e.path: e.measured for e in state.table}
+    want = {s.path: s.measured for s in sites.values()}
     parts = len(state.sums[0].count)
     if (
       have != want

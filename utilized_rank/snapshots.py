@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from utilized_rank import checkpoint
+from utilized_rank import processes
 from utilized_rank.moments import Moments
 
 _GONE = 'finished-'
@@ -40,10 +41,9 @@ class Snapshots:
 
   def __init__(self, folder: str | os.PathLike[str]):
     self.folder = os.path.abspath(os.fspath(folder))
-    index, count = jax.process_index(), jax.process_count()
-    self.name = f'process-{index}-of-{count}'
+    self.name = processes.own_name()
     self._mine = os.path.join(self.folder, self.name)
-    self._suffix = '' if count == 1 else '.npz'
+    self._suffix = '' if jax.process_count() == 1 else '.npz'
 
   def latest(self) -> tuple[dict[str, Moments], int, Any] | None:
     """(sums by name, batches, iterator's state), or None.
