@@ -5,8 +5,9 @@
     python -m benchmarks.latency --out benchmarks/results/latency.json
 
 One rank for all kernels, 256 for 50 % of their parameters and 128 for 25 %:
-multiples of 64 waste no part of a tile. Factors are random, their shapes are
-what counts. Bar: at batch 64 at least 85 % of the ideal speed-up, the ratio of
+multiples of 64 waste no part of a tile. The same pairs are also stored with an
+identity block, as `compress` does. Factors are random, their shapes are what
+counts. Bar: at batch 64 at least 85 % of the ideal speed-up, the ratio of
 the FLOPs of all products. Larger batches are also run 8 images at a time
 (`jax.lax.map`), as they are fastest where activations should stay in a cache,
 dense or not. The C library's settings let the process keep the memory that a
@@ -26,6 +27,7 @@ from benchmarks import record
 from benchmarks import timing
 import utilized_rank as ur
 from utilized_rank import flops
+from utilized_rank import gauge
 from utilized_rank.lowrank import LowRank
 from utilized_rank.models.vit import VARIANTS
 from utilized_rank.models.vit import ViT
@@ -36,8 +38,12 @@ _TILE = 64
 _CHUNK = 8
 
 
-def factorized(params, sites, fraction):
-  """Random pairs of the one rank that keeps a fraction of all kernels."""
+def factorized(params, sites, fraction, form=None):
+  """Random pairs of the one rank that keeps a fraction of all kernels.
+
+  With the form 'identity' they are stored with an identity block: of the same
+  rank, fewer numbers.
+  """
   named, treedef = flatten(params)
   key = jax.random.key(1)
   shapes = [site.matrix_shape for site in sites.values()]
@@ -46,25 +52,34 @@ def factorized(params, sites, fraction):
   for path, site in sites.items():
     d, m = site.matrix_shape
     layout = site.layout
-    keys = jax.random.split(key)
+    keys = jax.random.split(key, 3)
+    order, outputs = None, layout.output_shape
+    if gauge.has_identity(layout, rank, form):
+      order = gauge.Order(jax.random.permutation(keys[2], m))
+      outputs = (m - rank,)
     named[path] = LowRank(
       jax.random.normal(keys[0], (*layout.input_shape, rank)) / d**0.5,
-      jax.random.normal(keys[1], (rank, *layout.output_shape)) / rank**0.5,
+      jax.random.normal(keys[1], (rank, *outputs)) / rank**0.5,
       None,
       layout,
+      order,
     )
   return unflatten(treedef, named)
 
 
-def networks(variant, pixels, fractions):
-  """A ViT, and its trees: 'dense', and the factorized ones by fraction."""
+def networks(variant, pixels, fractions, forms=(None,)):
+  """A ViT, and its trees: 'dense', '50%', '50% identity' and so on."""
   model = ViT(num_classes=1000, **VARIANTS[variant])
   image = jnp.zeros((1, pixels, pixels, 3))
   dense = jax.jit(model.init)(jax.random.key(0), image)
   sites = ur.find_sites(model.apply, dense, image)
   return model, {
     'dense': dense,
-    **{f'{f:.0%}': factorized(dense, sites, f) for f in fractions},
+    **{
+      f'{f:.0%} {form or ""}'.rstrip(): factorized(dense, sites, f, form)
+      for f in fractions
+      for form in forms
+    },
   }
 
 
@@ -110,7 +125,7 @@ def compared(took, cost, name, batch):
 
 def main():
   args = parse(batches=[1, 8, 64], repeats=5)
-  model, trees = networks(args.variant, args.pixels, (0.5, 0.25))
+  model, trees = networks(args.variant, args.pixels, (0.5, 0.25), gauge.GAUGES)
   fn = ur.low_rank(model.apply)
   rows = []
   for batch in args.batches:
@@ -125,6 +140,7 @@ def main():
       )
       for name in list(trees)[1:]:
         row = {'batch': batch, 'at_a_time': chunk, 'kept': name}
+        row['parameters'] = ur.count_params(trees[name])
         row |= compared(took, cost, name, batch)
         print(row, flush=True)
         rows.append(row)

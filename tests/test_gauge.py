@@ -126,9 +126,38 @@ def test_an_order_is_hashed_by_what_it_holds():
 # --- every product ---
 
 
+@pytest.fixture(params=['joined', 'written out'])
+def run_as(request, monkeypatch):
+  """How pairs are run, however many rows there are."""
+  whole = request.param == 'written out'
+  monkeypatch.setattr(gauge, 'pays_written_out', lambda *_: whole)
+  return request.param
+
+
+def test_a_block_is_written_out_where_rows_are_many_and_the_rank_is_low():
+  pays = gauge.pays_written_out
+  assert pays(1576, 104, 768) and pays(1576, 128, 3072)
+  assert not pays(1, 104, 768) and not pays(64, 104, 768)  # few rows
+  assert not pays(10**9, 512, 768)  # r^2 multiplications take longer
+  assert not pays(0, 1, 2)
+
+
+def test_the_flops_of_many_rows_are_those_that_run():
+  layout = ur.Layout.of((256, 300), inputs=(0,), outputs=(1,))
+  x = jax.ShapeDtypeStruct((10**6, 256), jnp.float32)
+  flops = {}
+  for rank in (100, 190, 200, 250):
+    w = identity_pair(layout, rank)
+    flops[rank] = gauge.pair_flops(layout, rank, 'identity')
+    ran, _ = dot_flops(ur.low_rank(USES['x W']), w, x)
+    assert ran == 10**6 * flops[rank]
+  assert flops[190] == 190 * 556 and flops[200] == 200 * 556 - 200**2
+  assert gauge.pair_flops(layout, 200) == 200 * 556
+
+
 # Between them these slice, stack and spread what is loop-invariant elsewhere.
 @pytest.mark.parametrize('wrap', ['scan_stacked', 'shard_map_spread'])
-def test_every_form_of_product_in_loops_and_over_devices(wrap):
+def test_every_form_of_product_in_loops_and_over_devices(wrap, run_as):
   wrapper = test_matrix.WRAPPERS[wrap]
   cells = {
     name: test_matrix.cell(form, wrapper, forms.seed_of(name))
@@ -197,13 +226,14 @@ USES = {
 
 
 @pytest.mark.parametrize('name', USES)
-def test_no_identity_is_multiplied_with_and_no_kernel_made(name):
+def test_every_side_of_a_product_and_no_kernel_made(name, run_as):
   fn = USES[name]
   w = identity_pair(LAYOUT, R)
   small_fn = ur.low_rank(fn)
   flops, shapes = dot_flops(small_fn, w, X)
-  assert flops == len(X) * gauge.pair_cost(LAYOUT, R, 'identity')
-  assert flops == len(X) * ur.count_params(w)
+  # Outputs put in order: no identity is multiplied with.
+  stored = None if run_as == 'written out' else 'identity'
+  assert flops == len(X) * gauge.pair_cost(LAYOUT, R, stored)
   assert not [s for s in shapes if sorted(s[-2:]) == sorted((D, M))]
   # Two sums of 12 products in another order.
   np.testing.assert_allclose(
@@ -224,7 +254,7 @@ WRAPS = {
 
 @pytest.mark.parametrize('wrap', WRAPS)
 @pytest.mark.parametrize('model', ['plain', 'scan'])
-def test_gradients_are_those_of_the_product_written_out(wrap, model):
+def test_gradients_are_those_of_the_dense_product(wrap, model, run_as):
   w = identity_pair(LAYOUT if model == 'plain' else STACK, R)
   fn = USES['x W'] if model == 'plain' else scanned
   loss = lambda f: lambda p: jnp.sum(jnp.sin(WRAPS[wrap](f)(p, np.float64(X))))
@@ -237,10 +267,10 @@ def test_gradients_are_those_of_the_product_written_out(wrap, model):
     np.testing.assert_allclose(g, v, rtol=1e-9, atol=1e-12)
 
 
-def test_scanned_pairs_do_the_work_of_their_parameters():
-  w = identity_pair(STACK, R)
-  flops, shapes = dot_flops(ur.low_rank(scanned), w, X)
-  assert flops == len(X) * ur.count_params(w)
+def test_scanned_pairs_of_few_rows_do_the_work_of_their_parameters():
+  w, x = identity_pair(STACK, R), X[:R]
+  flops, shapes = dot_flops(ur.low_rank(scanned), w, x)
+  assert flops == len(x) * ur.count_params(w)
   assert not [s for s in shapes if s[-2:] == (D, D)]
 
 
@@ -264,8 +294,17 @@ def test_explicit_shardings_are_refused_by_name():
   mesh = jax.make_mesh((2,), ('d',), axis_types=(AxisType.Explicit,))
   with jax.set_mesh(mesh):
     x = jax.device_put(draw(4, D), NamedSharding(mesh, P('d')))
+    small_fn = ur.low_rank(lambda p, x: x @ p['w'])
+    small = {'w': identity_pair(LAYOUT, R)}
     with pytest.raises(ValueError, match="'w' has an identity block"):
-      ur.low_rank(lambda p, x: x @ p['w'])({'w': identity_pair(LAYOUT, R)}, x)
+      small_fn(small, x)
+    # What the error advises; two sums of 12 products in another order.
+    np.testing.assert_allclose(
+      small_fn(ur.write_out(small), x),
+      np.asarray(x) @ small['w'].dense(),
+      rtol=1e-5,
+      atol=1e-5,
+    )
 
 
 # --- trees ---
@@ -372,6 +411,29 @@ def test_saving_stacking_and_merging_keep_it(problem, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, together, tree)
 
 
+@pytest.mark.parametrize('form', ['heads', 'stack', 'experts'])
+def test_writing_out_gives_plain_pairs_of_the_same_function(form):
+  layout = {
+    'heads': ur.Layout.of((8, 2, 6), inputs=(0,), outputs=(1, 2)),
+    'stack': STACK,
+    'experts': ur.Layout.of((8, 3, 5), groups=(1,), inputs=(0,), outputs=(2,)),
+  }[form]
+  tree = {'w': identity_pair(layout, R), 'bias': draw(4)}
+  whole = ur.write_out(tree)
+  assert whole['w'].order is None and whole['bias'] is tree['bias']
+  assert ur.count_params(whole) - ur.count_params(tree) == (
+    layout.num_groups * R**2
+  )
+  # Products with an identity: the very numbers, but for the others' sums.
+  np.testing.assert_allclose(
+    whole['w'].dense(), tree['w'].dense(), rtol=1e-6, atol=1e-6
+  )
+  again = ur.write_out(whole)
+  assert again['w'] is whole['w']
+  shapes = jax.eval_shape(ur.write_out, tree)
+  assert jax.tree.structure(shapes) == jax.tree.structure(whole)
+
+
 def test_layers_of_different_rank_are_widened_into_one_stack():
   layout = ur.Layout.of((2, 6, 5), groups=(0,), inputs=(1,), outputs=(2,))
   tree = {f'b{i}': identity_pair(layout, r) for i, r in enumerate((2, 4, 3))}
@@ -413,6 +475,19 @@ def test_every_rank_function_counts_what_is_kept(problem):
       assert ur.count_params(small) - biases <= fraction * dense
   ranks = ur.energy_ranks(params, moments, energy=0.9999, gauge='identity')
   assert set(ur.energy_ranks(params, moments, energy=0.9999)) < set(ranks)
+
+
+def test_a_budget_of_multiplications_counts_those_that_run(problem):
+  fn, params, moments, x = problem
+  x = jnp.tile(x, (5, 1))
+  dense, _ = dot_flops(fn, params, x)
+  for fraction in (0.4, 0.7):
+    ranks = ur.budget_ranks(
+      params, moments, flops_fraction=fraction, gauge='identity'
+    )
+    small = ur.factorize(params, moments, ranks, gauge='identity')
+    flops, _ = dot_flops(ur.low_rank(fn), small, x)
+    assert 0.9 * fraction * dense < flops <= fraction * dense
 
 
 def test_an_unknown_gauge_is_refused(problem):

@@ -40,6 +40,7 @@ from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
 from utilized_rank.lowrank import count_params
 from utilized_rank.lowrank import merge
+from utilized_rank.lowrank import write_out
 from utilized_rank.moments import Moment
 from utilized_rank.moments import Moments
 from utilized_rank.moments import merge_moments

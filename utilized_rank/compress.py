@@ -95,8 +95,8 @@ def compress(
     select: ordered `(regex, bool)` rules over leaf paths; default all kernels.
       Given moments are of selected kernels already.
     multiple_of: ranks are multiples of this.
-    gauge: as for `factorize`; None where the order of outputs that 'identity'
-      restores costs more time than its r^2 multiplications.
+    gauge: as for `factorize`; None for plain pairs (`write_out` makes them
+      later, for serving and for meshes of explicit axes).
     anchored: fit the factors anew behind compressed kernels, if the examples
       kept give four rows for every input feature; kept where outputs then
       are closer by more than the standard error of the difference.

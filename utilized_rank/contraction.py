@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -68,7 +69,7 @@ def dot(eqn: Any, view: View, which: int) -> Product | str:
   kernel_axes = lambda axes: [view.axes[i] for i in axes]
 
   def factored(x, factors: Factors, once):
-    pair = oriented(factors, layout, view)
+    pair = oriented(factors, layout, view, math.prod(x_sizes))
 
     def lay(factor, axes, rank_first=False):
       kept = kernel_axes(axes), kernel_sizes(kernel_batch), kernel_sizes(axes)

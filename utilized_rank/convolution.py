@@ -91,7 +91,8 @@ def convolution(eqn: Any, view: View, which: int) -> Product | str:
   )
 
   def factored(x, factors: Factors, once):
-    pair = oriented(factors, layout, view)
+    positions = math.prod(out_shape) // out_shape[o_feature]
+    pair = oriented(factors, layout, view, positions)
     rank = pair.first.rank
     group_axes = [] if group_axis is None else [view.axes[group_axis]]
     group_sizes = [] if group_axis is None else [groups]

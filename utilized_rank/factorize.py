@@ -129,10 +129,10 @@ def factorize(
     damping: for 'loss', share of the mean of the gradient moment's diagonal
       that is added to it; without any, few examples make things worse.
     gauge: 'identity' stores each pair without the r^2 numbers that it does
-      not need: the same W' in r (d + m) - r^2 of them, and as many
-      multiplications per row. r of the outputs are then x A itself, the
-      others x A B'. At r = m nothing of B is left to store: such a pair
-      stays as without a gauge.
+      not need: the same W' in r (d + m) - r^2 of them. r of the outputs are
+      then x A itself, the others x A B'; where it takes less time, `low_rank`
+      writes B out. At r = m nothing of B is left to store: such a pair stays
+      as without a gauge.
     families: what `decompose` made of these parameters and moments, with the
       same three options; default to decompose here.
     processes: share the kernels out over the processes of the job

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from utilized_rank import gauge
 from utilized_rank.layout import Atoms
 from utilized_rank.layout import Layout
 from utilized_rank.layout import View
@@ -51,8 +52,8 @@ class Pair:
   swapped: bool
 
 
-def oriented(factors: Factors, layout: Layout, view: View) -> Pair:
-  """The factors for a product's roles, in its dtype."""
+def oriented(factors: Factors, layout: Layout, view: View, rows: int) -> Pair:
+  """The factors for a product's roles with so many rows, in its dtype."""
   fine = factors.layout.refine(layout.atoms)
   pieces = pieces_of(factors.layout.atoms, layout.atoms)
   present = tuple(p for a in factors.present for p in pieces[a])
@@ -64,15 +65,19 @@ def oriented(factors: Factors, layout: Layout, view: View) -> Pair:
     array.reshape([special[n] if n < 0 else layout.atoms[n] for n in names]),
     names,
   )
-  free = fine.outputs if factors.order is None else (OTHERS,)
-  a = named(factors.a, present + fine.inputs + (RANK,))
-  b = named(factors.b, present + (RANK,) + free)
-  a, b = a.astype(view.dtype), b.astype(view.dtype)
   c = order = None
+  if factors.order is None:
+    b = named(factors.b, present + (RANK,) + fine.outputs)
+  elif gauge.pays_written_out(rows, special[RANK], factors.order.shape[-1]):
+    whole = gauge.written_out(factors.b, factors.order)
+    b = named(whole, present + fine.outputs + (RANK,))
+  else:
+    b = named(factors.b, present + (RANK, OTHERS))
+    order = named(factors.order, present + fine.outputs)
+  a = named(factors.a, present + fine.inputs + (RANK,))
+  a, b = a.astype(view.dtype), b.astype(view.dtype)
   if factors.c is not None:
     c = named(factors.c, present + fine.outputs)
-  if factors.order is not None:
-    order = named(factors.order, present + fine.outputs)
   swapped = (fine.inputs, fine.outputs) != (layout.inputs, layout.outputs)
   return Pair(b if swapped else a, a if swapped else b, c, order, swapped)
 

@@ -1,10 +1,14 @@
 """The r^2 numbers that a pair of factors does not need.
 
 A pair A B of rank r is the same map as (A M) (M^-1 B) for every invertible
-M (r, r). The one that makes r columns of B an identity need not store them,
-nor multiply with them: as a product, y = [z, z B'] in another order, z = x A.
-Then r (d + m) - r^2 numbers are kept, fewer than d m at every r < min(d, m).
-PIFA calls it a pivoting factorization, LatentLLM a junction matrix.
+M (r, r). The one that makes r columns of B an identity need not store them:
+B = [I, B'] in another order. Then r (d + m) - r^2 numbers are kept, fewer than
+d m at every r < min(d, m). PIFA calls it a pivoting factorization, LatentLLM a
+junction matrix.
+
+As a product, y = [z, z B'] in that order, z = x A, multiplies no more than it
+stores, but moves every output once more. Where rows are many and r is not, it
+takes less time to write B out and to multiply with it (`written_out`).
 """
 
 from __future__ import annotations
@@ -20,6 +24,10 @@ from utilized_rank.layout import Layout
 
 IDENTITY = 'identity'
 GAUGES = (None, IDENTITY)
+# Multiplications that take as long as moving an output. On two CPU cores it is
+# 50 to 130 forward, and more backward (`benchmarks.gauge`); a GPU has several
+# hundred multiplications for each number that its memory moves.
+_MOVE = 128
 # No entry of B' is larger: a product then loses no more digits to rounding
 # than a few additions do.
 LARGEST = 2.0
@@ -68,7 +76,7 @@ def has_identity(layout: Layout, rank: int, gauge: str | None) -> bool:
 
 
 def pair_cost(layout: Layout, rank: int, gauge: str | None = None) -> int:
-  """Numbers in a pair, which are its multiplications per row as well.
+  """Numbers in a pair: the least multiplications that a row takes, as well.
 
   >>> layout = Layout.of((8, 8), inputs=(0,), outputs=(1,))
   >>> pair_cost(layout, 6), pair_cost(layout, 6, 'identity')
@@ -77,6 +85,19 @@ def pair_cost(layout: Layout, rank: int, gauge: str | None = None) -> int:
   d, m = layout.matrix_shape
   free = rank * rank if has_identity(layout, rank, gauge) else 0
   return rank * (d + m) - free
+
+
+def pair_flops(layout: Layout, rank: int, gauge: str | None = None) -> int:
+  """Multiplications of a row with a pair as `low_rank` runs it on many rows.
+
+  >>> layout = Layout.of((512, 512), inputs=(0,), outputs=(1,))
+  >>> [pair_flops(layout, r, 'identity') - r * 1024 for r in (128, 384)]
+  [0, -147456]
+  """
+  d, m = layout.matrix_shape
+  if _saved_by_row(rank, m) > 0:
+    return rank * (d + m)
+  return pair_cost(layout, rank, gauge)
 
 
 def to_identity(
@@ -156,6 +177,38 @@ def _exchange(share: np.ndarray, pivots: np.ndarray) -> bool:
     share -= np.outer(column / share[i, j], share[i])
     pivots[i] = j
     exchanged = True
+
+
+def pays_written_out(rows: int, rank: int, outputs: int) -> bool:
+  """Whether a product with `written_out` takes less time than one with B'.
+
+  It moves r (m outputs) numbers of the factor in place of `rows`, and
+  multiplies r^2 more a row.
+  """
+  return rank * _MOVE * outputs < rows * _saved_by_row(rank, outputs)
+
+
+def _saved_by_row(rank: int, outputs: int) -> int:
+  """Moving a row's outputs, in multiplications, less those it has more."""
+  return _MOVE * outputs - rank * rank
+
+
+def written_out(b: Any, order: Any) -> Any:
+  """B whole, its outputs leading: [I, B'][:, order]^T.
+
+  Args:
+    b: B', (*groups, r, m - r).
+    order: (*groups, m), int32.
+
+  Returns:
+    (*groups, m, r).
+  """
+  groups = order.ndim - 1
+  rank = b.shape[groups]
+  block = jnp.broadcast_to(
+    jnp.eye(rank, dtype=b.dtype), (*b.shape[:groups], rank, rank)
+  )
+  return join(block, jnp.swapaxes(b, -1, -2), order, groups)
 
 
 def join(z: Any, rest: Any, order: Any, axis: int) -> Any:

@@ -77,6 +77,17 @@ class LowRank:
       )
     return self.layout.from_matrices(multiply(self.payload().factors))
 
+  def written_out(self) -> LowRank:
+    """The same pair without an order: all of B is stored."""
+    if self.order is None:
+      return self
+    layout = self.layout
+    b = gauge.written_out(self.b, self.order.array)
+    b = b.swapaxes(-1, -2).reshape(
+      *layout.group_shape, self.rank, *layout.output_shape
+    )
+    return dataclasses.replace(self, b=b, order=None)
+
   def payload(self) -> Any:
     """What stands for the leaf while a function is walked."""
     layout = self.layout
@@ -151,6 +162,31 @@ def merge(tree: Any) -> Any:
         )
       named[path] = leaf.dense()
   return paths.unflatten(treedef, named)
+
+
+def write_out(tree: Any) -> Any:
+  """Gives pairs with an identity block all of their B: the same function.
+
+  For serving from a tree that `factorize(gauge='identity')` or `compress` made,
+  where its r^2 numbers may be had again: `low_rank` does it at every call.
+
+  Args:
+    tree: parameters with `LowRank` leaves.
+
+  Returns:
+    The tree with plain pairs, of the same ranks.
+
+  >>> layout = Layout.of((4, 3), inputs=(0,), outputs=(1,))
+  >>> order = gauge.Order([1, 0, 2])
+  >>> w = LowRank(jnp.ones((4, 1)), jnp.full((1, 2), 2.0), None, layout, order)
+  >>> write_out({'w': w})['w'].b
+  Array([[2., 1., 2.]], dtype=float32)
+  """
+  return jax.tree.map(
+    lambda leaf: leaf.written_out() if is_low_rank(leaf) else leaf,
+    tree,
+    is_leaf=is_low_rank,
+  )
 
 
 def count_params(tree: Any) -> int:

@@ -15,6 +15,7 @@ from utilized_rank.allocation import Choices
 from utilized_rank.allocation import allocate
 from utilized_rank.families import Families
 from utilized_rank.gauge import pair_cost
+from utilized_rank.gauge import pair_flops
 from utilized_rank.latency import LatencyTable
 from utilized_rank.moments import Moments
 from utilized_rank.shared import Key
@@ -62,7 +63,8 @@ class Terms:
       pairs = ranks * sum(shared.matrix_shape(key, self.moments))
     else:
       layout = self.moments[names[0]].layout
-      pairs = np.array([pair_cost(layout, int(r), self.gauge) for r in ranks])
+      cost = pair_flops if self.by_flops else pair_cost
+      pairs = np.array([cost(layout, int(r), self.gauge) for r in ranks])
     return (self.times(key) * (pairs + extra)).astype(np.int64)
 
 

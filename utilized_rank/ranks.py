@@ -189,7 +189,8 @@ def budget_ranks(
     compensate_mean: whether the mean will be compensated; it costs a constant
       where the function adds no bias.
     damping: as for `factorize`.
-    gauge: as for `factorize`; what it saves is counted.
+    gauge: as for `factorize`; what it saves is counted, multiplications as
+      `low_rank` has them where rows are many.
     share: offer each set of kernels that read one value (q, k and v, say)
       one left factor for all of them as well.
     families: what `decompose` made of these parameters and moments, with the

@@ -27,11 +27,12 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
 
   At every product of an activation x with such a kernel, x W becomes
   (x A) B (+ c); a convolution becomes one with r outputs and a 1x1. Where
-  kernels share A, x A is computed once; an identity block is not multiplied
-  with (on meshes of explicit axes that is an error). Works
-  under and over `jit`, `grad`, `vmap`, `remat` and `scan`. A leaf that meets
-  anything but a product (an embedding's lookup, say) is multiplied out there,
-  and a warning says so once per place.
+  kernels share A, x A is computed once. An identity block is multiplied with
+  where that takes less time than to put outputs in order: where rows are many
+  and the rank is low (`gauge.pays_written_out`; on meshes of explicit axes
+  such a block is an error). Works under and over `jit`, `grad`, `vmap`, `remat`
+  and `scan`. A leaf that meets anything but a product (an embedding's lookup,
+  say) is multiplied out there, and a warning says so once per place.
 
   Args:
     fn: `fn(params, *args, **kwargs)`, the dense model's own function.
@@ -134,7 +135,7 @@ class _Substitution:
         raise ValueError(
           f'{param.view.path!r} has an identity block, whose outputs are put '
           'in order by a lookup; on AxisType.Explicit meshes JAX does not say '
-          'how that is sharded: use AxisType.Auto, or gauge=None'
+          'how that is sharded: use AxisType.Auto, or write_out(tree)'
         )
       left = self._lefts.get(param.view.path)
       if left is None:
