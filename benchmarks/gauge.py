@@ -4,7 +4,7 @@
 
 Times of x W, and of its gradient by the factors, over those of a plain pair of
 the same rank in the same run: with the outputs put in order, with the block
-written out, and as `low_rank` chooses.
+written out, and as `low_rank` chooses. Then the same of all of ViT-B/16.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import latency
 from benchmarks import record
 from benchmarks import timing
 import utilized_rank as ur
@@ -51,13 +52,29 @@ def random_pairs(d, m, rank):
   )
 
 
-def compiled(form, backward, w, x):
-  product = ur.low_rank(lambda w, x: x @ w)
-  loss = lambda w, x: jnp.sum(product(w, x) ** 2)
-  run = jax.jit(jax.grad(loss) if backward else product)
+def compiled(fn, form, backward, tree, x):
+  """A call of fn or of the gradient of its outputs' sum of squares."""
+  fn = ur.low_rank(fn)
+  loss = lambda tree, x: jnp.sum(fn(tree, x) ** 2)
+  run = jax.jit(jax.grad(loss) if backward else fn)
   with mock.patch.object(gauge, 'pays_written_out', form):
-    jax.block_until_ready(run(w, x))
-  return functools.partial(run, w, x)
+    jax.block_until_ready(run(tree, x))
+  return functools.partial(run, tree, x)
+
+
+def compared(fn, plain, identity, x, repeats):
+  """Times of each form, forward and backward, over those of plain pairs."""
+  row = {}
+  for name, backward in (('forward', False), ('gradient', True)):
+    fns = {'pair': compiled(fn, _CHOSEN, backward, plain, x)}
+    for form, choose in _FORMS.items():
+      fns[form] = compiled(fn, choose, backward, identity, x)
+    times = timing.interleaved(fns, repeats)
+    seconds = {form: t['wall'] for form, t in times.items()}
+    pair = seconds.pop('pair')
+    row[f'{name}_pair_milliseconds'] = round(1e3 * pair, 3)
+    row[name] = {form: round(s / pair, 2) for form, s in seconds.items()}
+  return row
 
 
 def measure(rows, d, m, rank, repeats):
@@ -65,15 +82,20 @@ def measure(rows, d, m, rank, repeats):
   x = jax.random.normal(jax.random.key(0), (rows, d))
   row = dict(rows=rows, d=d, m=m, rank=rank)
   row['block_written_out'] = bool(_CHOSEN(rows, rank, m))
-  for name, backward in (('forward', False), ('gradient', True)):
-    fns = {'pair': compiled(_CHOSEN, backward, plain, x)}
-    for form, choose in _FORMS.items():
-      fns[form] = compiled(choose, backward, identity, x)
-    times = timing.interleaved(fns, repeats)
-    seconds = {form: t['wall'] for form, t in times.items()}
-    pair = seconds.pop('pair')
-    row[f'{name}_pair_milliseconds'] = round(1e3 * pair, 3)
-    row[name] = {form: round(s / pair, 2) for form, s in seconds.items()}
+  row |= compared(lambda w, x: x @ w, plain, identity, x, repeats)
+  print(row, flush=True)
+  return row
+
+
+def measure_network(fraction, batch, repeats):
+  """All of ViT-B/16 at 224 px, its kernels of one rank."""
+  pixels = 224
+  forms = (None, gauge.IDENTITY)
+  model, trees = latency.networks('B/16', pixels, (fraction,), forms)
+  _, plain, identity = trees.values()
+  images = latency.random_images(batch, pixels)
+  row = dict(network='ViT-B/16', kept=fraction, batch=batch)
+  row |= compared(model.apply, plain, identity, images, repeats)
   print(row, flush=True)
   return row
 
@@ -88,7 +110,13 @@ def main():
     for n, d, m in _SHAPES
     for share in _SHARES
   ]
-  record.write(args.out, record.command('gauge'), {'rows': rows})
+  networks = [
+    measure_network(fraction, batch, max(2, args.repeats // 4))
+    for fraction in (0.5, 0.25)
+    for batch in (1, 8)
+  ]
+  result = {'rows': rows, 'networks': networks}
+  record.write(args.out, record.command('gauge'), result)
 
 
 if __name__ == '__main__':

@@ -70,7 +70,7 @@ def oriented(factors: Factors, layout: Layout, view: View, rows: int) -> Pair:
     b = named(factors.b, present + (RANK,) + fine.outputs)
   elif gauge.pays_written_out(rows, special[RANK], factors.order.shape[-1]):
     whole = gauge.written_out(factors.b, factors.order)
-    b = named(whole, present + fine.outputs + (RANK,))
+    b = named(whole, present + (RANK,) + fine.outputs)
   else:
     b = named(factors.b, present + (RANK, OTHERS))
     order = named(factors.order, present + fine.outputs)

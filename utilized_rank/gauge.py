@@ -194,21 +194,24 @@ def _saved_by_row(rank: int, outputs: int) -> int:
 
 
 def written_out(b: Any, order: Any) -> Any:
-  """B whole, its outputs leading: [I, B'][:, order]^T.
+  """B whole: [I, B'][:, order].
 
   Args:
     b: B', (*groups, r, m - r).
     order: (*groups, m), int32.
 
   Returns:
-    (*groups, m, r).
+    (*groups, r, m).
   """
-  groups = order.ndim - 1
-  rank = b.shape[groups]
-  block = jnp.broadcast_to(
-    jnp.eye(rank, dtype=b.dtype), (*b.shape[:groups], rank, rank)
-  )
-  return join(block, jnp.swapaxes(b, -1, -2), order, groups)
+
+  def whole(b, order):
+    rank = len(b)
+    # Looked up in B' itself: an array of both would be one more to write.
+    others = b.at[:, jnp.maximum(order - rank, 0)].get(mode='promise_in_bounds')
+    block = jnp.arange(rank)[:, None] == order
+    return jnp.where(order < rank, block.astype(b.dtype), others)
+
+  return _over(whole, order.ndim - 1)(jnp.asarray(b), jnp.asarray(order))
 
 
 def join(z: Any, rest: Any, order: Any, axis: int) -> Any:

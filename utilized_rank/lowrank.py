@@ -83,9 +83,7 @@ class LowRank:
       return self
     layout = self.layout
     b = gauge.written_out(self.b, self.order.array)
-    b = b.swapaxes(-1, -2).reshape(
-      *layout.group_shape, self.rank, *layout.output_shape
-    )
+    b = b.reshape(*layout.group_shape, self.rank, *layout.output_shape)
     return dataclasses.replace(self, b=b, order=None)
 
   def payload(self) -> Any:
