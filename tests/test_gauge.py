@@ -1,5 +1,6 @@
 """Pairs with an identity block: the same function of fewer numbers."""
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -288,6 +289,22 @@ def test_a_convolution_meets_its_block_one_way_only():
   with pytest.warns(UserWarning, match='over other axes'):
     got = ur.low_rank(fn)(w, x)
   np.testing.assert_allclose(got, fn(w.dense(), x), rtol=1e-4, atol=1e-4)
+
+
+def test_factors_spread_over_a_mesh_of_automatic_axes(run_as):
+  mesh = jax.make_mesh((2,), ('d',), axis_types=(AxisType.Auto,))
+  put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+  w, x = identity_pair(LAYOUT, R), draw(4, D)
+  spread = jax.tree.map(
+    lambda v: put(v, None, 'd' if v.shape[1] > R else None), w
+  )
+  # Two sums of 12 products in another order.
+  np.testing.assert_allclose(
+    jax.jit(ur.low_rank(USES['x W']))(spread, put(x, 'd')),
+    x @ w.dense(),
+    rtol=1e-5,
+    atol=1e-5,
+  )
 
 
 def test_explicit_shardings_are_refused_by_name():
