@@ -1,5 +1,7 @@
 """Decompositions that fail are tried again, and factors certify themselves."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -366,6 +368,20 @@ def test_families_without_factors_or_kernels_say_so():
     ur.factorize(params, moments, {'layer/w': 5}, families=none)
 
 
+def test_a_long_call_does_not_stop_what_was_taken_ahead():
+  first = threading.Event()
+
+  def call(i):
+    if i == 0:  # until all that may be taken beside it has run
+      assert first.wait(timeout=60)
+    elif i == 5:
+      first.set()
+    return i
+
+  results = threads.ordered_map(call, range(9), workers=2, ahead=4)
+  assert list(results) == list(range(9))
+
+
 def test_a_map_keeps_order_takes_few_at_a_time_and_passes_errors_on():
   taken = []
 
@@ -377,6 +393,10 @@ def test_a_map_keeps_order_takes_few_at_a_time_and_passes_errors_on():
   results = threads.ordered_map(lambda i: i * i, items(), workers=3)
   assert next(results) == 0
   assert len(taken) == 4  # one more than there are workers
+  assert list(results) == [i * i for i in range(1, 20)]
+  taken.clear()
+  results = threads.ordered_map(lambda i: i * i, items(), workers=2, ahead=5)
+  assert next(results) == 0 and len(taken) == 7
   assert list(results) == [i * i for i in range(1, 20)]
   assert list(threads.ordered_map(str, range(3), workers=1)) == ['0', '1', '2']
   with pytest.raises(ZeroDivisionError):

@@ -24,17 +24,21 @@ _MOST_WORKERS = 8
 
 
 def ordered_map(
-  fn: Callable[[T], R], items: Iterable[T], workers: int | None = None
+  fn: Callable[[T], R],
+  items: Iterable[T],
+  workers: int | None = None,
+  ahead: int = 1,
 ) -> Iterator[R]:
   """Yields fn(item) for every item, in order, computed on all cores.
 
-  Items are taken from the iterable as they are needed, one more than there are
-  workers: they may be large.
+  Items are taken from the iterable as they are needed: they may be large.
 
   Args:
     fn: a function that spends its time in numpy.
     items: what to call it with.
     workers: threads; default one for each core, eight at most.
+    ahead: items that are taken, or results that are kept, beside one for each
+      worker: the more of them, the less often a long call has the others wait.
 
   >>> list(ordered_map(lambda x: x * x, range(4)))
   [0, 1, 4, 9]
@@ -51,7 +55,7 @@ def ordered_map(
     try:
       for item in items:
         pending.append(pool.submit(fn, item))
-        if len(pending) > workers:
+        if len(pending) >= workers + ahead:
           yield pending.popleft().result()
       while pending:
         yield pending.popleft().result()
