@@ -25,8 +25,8 @@ from utilized_rank.layout import Layout
 IDENTITY = 'identity'
 GAUGES = (None, IDENTITY)
 # Multiplications that take as long as moving an output. On two CPU cores it is
-# 50 to 130 forward, and more backward (`benchmarks.gauge`); a GPU has several
-# hundred multiplications for each number that its memory moves.
+# 50 to 130 forward, and more backward (`benchmarks.gauge`). The matrix units of
+# a GPU do a few hundred while its memory moves one number; not measured there.
 _MOVE = 128
 # No entry of B' is larger: a product then loses no more digits to rounding
 # than a few additions do.
