@@ -235,6 +235,7 @@ def test_every_side_of_a_product_and_no_kernel_made(name, run_as):
   # Outputs put in order: no identity is multiplied with.
   stored = None if run_as == 'written out' else 'identity'
   assert flops == len(X) * gauge.pair_cost(LAYOUT, R, stored)
+  assert flops == len(X) * ur.count_params(w if stored else ur.write_out(w))
   assert not [s for s in shapes if sorted(s[-2:]) == sorted((D, M))]
   # Two sums of 12 products in another order.
   np.testing.assert_allclose(

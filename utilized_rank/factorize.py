@@ -82,7 +82,9 @@ def project(
     return path, to_leaf(projected, moments[path].layout, named[path])
 
   for path, leaf in threads.ordered_map(
-    solve, kernels(params, moments, centered=centered, only=per_path)
+    solve,
+    kernels(params, moments, centered=centered, only=per_path),
+    ahead=threads.FAR,
   ):
     named[path] = leaf
   return paths.unflatten(treedef, named)

@@ -67,6 +67,7 @@ def energy_ranks(
   most = threads.ordered_map(
     lambda item: (item[0], max(min(k.ranks(energy, energy)) for k in item[1])),
     kernels(params, moments, centered=centered),
+    ahead=threads.FAR,
   )
   for path, rank in most:
     rank = max(rank, 1)

@@ -27,10 +27,6 @@ if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
 ENERGIES = (0.9, 0.95, 0.99, 0.999)
-# Kernels that wait: the eigenbasis of an MLP's hidden features takes longer
-# than all else of its block, and so far ahead the next block's is begun beside
-# it. A kernel that waits is no more than W in float64.
-_AHEAD = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,8 +329,9 @@ def measure(
     for _, members in kernels(params, moments, centered=centered)
     for kernel in members
   )
+  # A kernel that waits is no more than W in float64.
   layers = threads.ordered_map(
-    lambda kernel: _layer(kernel, energy, moments), every, ahead=_AHEAD
+    lambda kernel: _layer(kernel, energy, moments), every, ahead=threads.FAR
   )
   if progress:
     total = sum(moments[path].layout.num_groups for path in moments)

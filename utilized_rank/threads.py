@@ -21,6 +21,10 @@ R = TypeVar('R')
 
 # Each holds the moments of a kernel in float64, and several of its products.
 _MOST_WORKERS = 8
+# `ahead` where what waits is light. The eigenbasis of an MLP's hidden features
+# takes longer than all else of its block: so far ahead, the next block's is
+# begun beside it.
+FAR = 8
 
 
 def ordered_map(
