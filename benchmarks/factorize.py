@@ -27,9 +27,9 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks import record
 import utilized_rank as ur
+from utilized_rank import best_pairs
 from utilized_rank import kernels
 from utilized_rank import methods
-from utilized_rank import subspace
 from utilized_rank.models import vit
 
 FRACTION = 0.5
@@ -154,7 +154,7 @@ def of_shape(params, moments) -> list[dict[str, Any]]:
         )
         rank = max(1, int(FRACTION * shape[0] * shape[1] / sum(shape)))
         row[f'{method}_balance'], _ = seconds(
-          lambda f=family, r=rank: subspace.balanced(methods.truncate(f, r))
+          lambda f=family, r=rank: best_pairs.balanced(methods.truncate(f, r))
         )
         row[f'{method}_floor'] = floor(fresh(path), method)
     print(row, flush=True)

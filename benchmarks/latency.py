@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from benchmarks import record
 from benchmarks import timing
 import utilized_rank as ur
-from utilized_rank import flops
+from utilized_rank import cost
 from utilized_rank import gauge
 from utilized_rank.lowrank import LowRank
 from utilized_rank.models.vit import VARIANTS
@@ -130,7 +130,7 @@ def main():
   rows = []
   for batch in args.batches:
     images = random_images(batch, args.pixels)
-    cost = {k: flops.forward_flops(fn, v, images) for k, v in trees.items()}
+    cost = {k: cost.forward_flops(fn, v, images) for k, v in trees.items()}
     repeats = max(2, args.repeats if batch > 8 else 4 * args.repeats)
     for chunk in (batch, _CHUNK) if batch > _CHUNK else (batch,):
       run = jax.jit(functools.partial(in_chunks, fn, chunk))

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 import utilized_rank as ur
+from utilized_rank import best_pairs
 from utilized_rank import certify
 from utilized_rank import processes
 from utilized_rank import running
 from utilized_rank import shared
-from utilized_rank import subspace
 
 SHAPES = {'first': (6, 8), 'second': (8, 4)}
 # Batches of each process: unequal in number and in size.
@@ -250,15 +250,15 @@ def factorized(index):
   out['refused']['all wrong'] = refusal(
     lambda: ur.factorize(tree, moments, OWN, method='sum', **both)
   )
-  was = subspace.balanced
+  was = best_pairs.balanced
   for kind, wrong in (
     (FloatingPointError, lambda pair: was(pair)._replace(a=1.1 * pair.a)),
     (RuntimeError, lambda pair: pair.nothing),
   ):
-    subspace.balanced = wrong if index else was  # in process 1 alone
+    best_pairs.balanced = wrong if index else was  # in process 1 alone
     call = lambda: ur.factorize(tree, moments, OWN, **both)
     out['failed'][kind.__name__] = refusal(call, kind)
-  subspace.balanced = was
+  best_pairs.balanced = was
   # Bytes of all values; sizes that rounds cut anywhere, and none at all.
   sizes, senders = [0, 1, 700, 49, 50, 51, 0, 300], [0, 1, 1, 0, 0, 1, 1, 1]
   said = [bytes(i * j % 256 for j in range(n)) for i, n in enumerate(sizes)]

@@ -9,6 +9,7 @@ import references
 
 import utilized_rank as ur
 from utilized_rank import anchoring
+from utilized_rank import best_pairs
 from utilized_rank import blocks
 from utilized_rank import subspace
 
@@ -78,10 +79,10 @@ def test_it_contains_the_other_methods(shape):
   inputs = moments_of(x, x)
   basis = inputs.basis
   u = subspace.output_basis(w, inputs.h, basis).vectors
-  output = subspace.output_factors(w, u)
+  output = best_pairs.output_factors(w, u)
   t = w.T @ inputs.h @ w
-  loss, _ = subspace.loss_factors(w, inputs.h, g, 1e-12, t)
-  plain = subspace.weight_factors(w)
+  loss, _ = best_pairs.loss_factors(w, inputs.h, g, 1e-12, t)
+  plain = best_pairs.weight_factors(w)
   cut = lambda f: f.a[:, :RANK] @ f.b[:RANK]
   # Directions without data get 1e-9 of the trace where d <= m; eigenvalues
   # here go down to a hundredth of it.

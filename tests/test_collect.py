@@ -12,9 +12,9 @@ import references
 import utilized_rank as ur
 from utilized_rank import running
 from utilized_rank.capture import count
+from utilized_rank.pmapped import Pmapped
 from utilized_rank.rows import EVERY
 from utilized_rank.spread import Devices
-from utilized_rank.spread import Pmapped
 
 
 def model(params, x):

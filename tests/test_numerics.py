@@ -10,6 +10,7 @@ import references
 
 import utilized_rank as ur
 from utilized_rank import anchoring
+from utilized_rank import best_pairs
 from utilized_rank import certify
 from utilized_rank import kernels
 from utilized_rank import methods
@@ -103,17 +104,17 @@ def test_no_cutoff_is_absolute(shape, method, scale):
   def product(s, g, damping=0.0):
     basis = subspace.input_basis(s)
     if method == 'scaled':
-      a, b = subspace.scaled_factors(w, np.sqrt(np.diagonal(s)))
+      a, b = best_pairs.scaled_factors(w, np.sqrt(np.diagonal(s)))
     elif method == 'output' and shape[0] < shape[1]:
-      a, b = subspace.input_side_factors(w, basis, None, 0.0)
+      a, b = best_pairs.input_side_factors(w, basis, None, 0.0)
     elif method == 'output':
-      a, b = subspace.output_factors(
+      a, b = best_pairs.output_factors(
         w, subspace.output_basis(w, s, basis).vectors
       )
     elif shape[0] <= shape[1]:
-      a, b = subspace.input_side_factors(w, basis, g, damping)
+      a, b = best_pairs.input_side_factors(w, basis, g, damping)
     else:
-      (a, b), cross = subspace.loss_factors(w, s, g, damping, w.T @ s @ w)
+      (a, b), cross = best_pairs.loss_factors(w, s, g, damping, w.T @ s @ w)
       np.testing.assert_allclose(
         cross, a.T @ s @ a, rtol=0, atol=1e-9 * np.abs(cross).max()
       )
@@ -132,8 +133,8 @@ def test_the_two_sides_have_one_optimum(shape):
   w = rng.normal(size=shape)
   s, g = moment(shape[0]), moment(shape[1], 1)
   basis = subspace.input_basis(s)
-  left = subspace.input_side_factors(w, basis, g, 0.01)
-  right, _ = subspace.loss_factors(w, s, g, 0.01, w.T @ s @ w)
+  left = best_pairs.input_side_factors(w, basis, g, 0.01)
+  right, _ = best_pairs.loss_factors(w, s, g, 0.01, w.T @ s @ w)
   for rank in range(1, shape[0] + 1):
     np.testing.assert_allclose(
       left.a[:, :rank] @ left.b[:rank],
@@ -173,8 +174,8 @@ def test_stored_factors_of_every_method_certify_themselves(shape, dtype):
   family = methods.family(kernel, 'output')
   tails = family.damages['output']
   for rank in (1, 5, 9):
-    pair = subspace.balanced(methods.truncate(family, rank))
-    stored = subspace.Factors(
+    pair = best_pairs.balanced(methods.truncate(family, rank))
+    stored = best_pairs.Pair(
       *(np.asarray(jnp.asarray(f, dtype), np.float64) for f in pair)
     )
     check = lambda pair, predicted: certify.check(
@@ -184,16 +185,16 @@ def test_stored_factors_of_every_method_certify_themselves(shape, dtype):
     # 20 roundings of every number, all in one direction, are too many. What is
     # left of the energy hides them at low ranks, float32 moments do at any.
     off = 1 + 20 * float(jnp.finfo(dtype).eps)
-    wrong = subspace.Factors(stored.a * off, stored.b * off)
+    wrong = best_pairs.Pair(stored.a * off, stored.b * off)
     if rank == 9 and dtype != 'float32':
       with pytest.raises(FloatingPointError, match='was predicted'):
         check(wrong, tails[rank])
     for broken in (
-      subspace.Factors(stored.a[:, ::-1] * 1.0, stored.b)
+      best_pairs.Pair(stored.a[:, ::-1] * 1.0, stored.b)
       if rank > 1
-      else subspace.Factors(-stored.a, stored.b),
-      subspace.Factors(stored.a * np.nan, stored.b),
-      subspace.Factors(stored.a[::-1], stored.b),
+      else best_pairs.Pair(-stored.a, stored.b),
+      best_pairs.Pair(stored.a * np.nan, stored.b),
+      best_pairs.Pair(stored.a[::-1], stored.b),
     ):
       with pytest.raises(FloatingPointError, match=rf"rank-{rank} .*'layer/w'"):
         check(broken, tails[rank])
@@ -241,8 +242,8 @@ def test_balanced_pairs_have_the_product_and_one_scale():
   zero = np.where(np.arange(12) < 5, 1.0, 0.0)
   for scale in (np.ones(12), small, zero, 0 * zero):
     for right in (b, rows):
-      pair = subspace.Factors(a * scale, right)
-      got = subspace.balanced(pair)
+      pair = best_pairs.Pair(a * scale, right)
+      got = best_pairs.balanced(pair)
       product = pair.a @ pair.b
       size = np.abs(product).max()
       np.testing.assert_allclose(got.a @ got.b, product, atol=1e-13 * size)
@@ -258,7 +259,7 @@ def test_balanced_pairs_have_the_product_and_one_scale():
 def test_a_corrupted_family_is_noticed_by_name(monkeypatch, method):
   params, moments = problem((12, 20))
   real, one = methods.family, methods.output
-  wrong = lambda pair: subspace.Factors(pair.a, pair.b * 1.01)
+  wrong = lambda pair: best_pairs.Pair(pair.a, pair.b * 1.01)
 
   def corrupted(*args):
     family = real(*args)
@@ -286,7 +287,7 @@ def test_a_corrupted_anchor_is_noticed_by_name(monkeypatch):
 
   def corrupted(*args):
     a, b = real(*args)
-    return subspace.Factors(a, b * (1.01 if b.shape[1] == 20 else 1.0))
+    return best_pairs.Pair(a, b * (1.01 if b.shape[1] == 20 else 1.0))
 
   monkeypatch.setattr(anchoring, 'factors', corrupted)
   with pytest.raises(FloatingPointError, match="rank-5 factors of 'w' leave"):
@@ -306,9 +307,9 @@ def test_a_corrupted_head_is_noticed_by_name(monkeypatch, broken):
   )
   run()
   place, name = (
-    (subspace, 'loss_factors')
+    (best_pairs, 'loss_factors')
     if broken == 'solution'
-    else (subspace, 'balanced')
+    else (best_pairs, 'balanced')
   )
   real = getattr(place, name)
 
@@ -316,8 +317,8 @@ def test_a_corrupted_head_is_noticed_by_name(monkeypatch, broken):
     found = real(*args)
     if broken == 'solution':
       (a, b), cross = found
-      return subspace.Factors(a, b * 1.01), cross
-    return subspace.Factors(found.a, found.b * 1.01)
+      return best_pairs.Pair(a, b * 1.01), cross
+    return best_pairs.Pair(found.a, found.b * 1.01)
 
   monkeypatch.setattr(place, name, corrupted)
   with pytest.raises(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import flops
+from utilized_rank import cost
 
 RNG = np.random.default_rng(0)
 SHAPES = {'q': (64, 32), 'k': (64, 32), 'up': (32, 160), 'down': (160, 64)}
@@ -64,13 +64,13 @@ def test_products_are_counted_inside_everything():
   branched = lambda w, x: jax.lax.cond(
     x[0, 0] > 0, lambda x: x @ w @ w, lambda x: x @ w, x
   )
-  assert flops.forward_flops(scanned, w, x) == 5 * one
-  assert flops.forward_flops(branched, w, x) == 2 * one
+  assert cost.forward_flops(scanned, w, x) == 5 * one
+  assert cost.forward_flops(branched, w, x) == 2 * one
   grouped = lambda w, x: jax.lax.conv_general_dilated(
     x, w, (1,), 'VALID', feature_group_count=2
   )
   kernel, image = jnp.ones((6, 2, 3)), jnp.ones((5, 4, 10))
-  got = flops.forward_flops(grouped, kernel, image)
+  got = cost.forward_flops(grouped, kernel, image)
   assert got == 2 * (5 * 6 * 8) * (2 * 3)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import utilized_rank as ur
 from utilized_rank import convolution
-from utilized_rank.program import peak_bytes
+from utilized_rank.cost import peak_bytes
 from utilized_rank.running import RunningSums
 
 RNG = np.random.default_rng(0)

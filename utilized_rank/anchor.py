@@ -1,4 +1,4 @@
-"""Factors fitted block after block, each to what the dense network does."""
+"""Pair fitted block after block, each to what the dense network does."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import anchoring
+from utilized_rank import best_pairs
 from utilized_rank import certify
 from utilized_rank import lowrank
 from utilized_rank import methods
@@ -19,6 +20,7 @@ from utilized_rank import paths
 from utilized_rank import subspace
 from utilized_rank import tracing
 from utilized_rank.anchoring import Inputs
+from utilized_rank.best_pairs import Pair
 from utilized_rank.blocks import Block
 from utilized_rank.blocks import Group
 from utilized_rank.capture import find_sites
@@ -37,7 +39,6 @@ from utilized_rank.shared import per_member
 from utilized_rank.sites import Site
 from utilized_rank.streams import Streams
 from utilized_rank.streams import distinct
-from utilized_rank.subspace import Factors
 
 
 def anchor(
@@ -288,12 +289,12 @@ class _Fit:
     gradient = None if self._gradients is None else self._gradients[matrix]
     factors = anchoring.factors(target, gradient, self._damping)
     rank = int(self._ranks[matrix])
-    pair = Factors(factors.a[:, :rank], factors.b[:rank])
-    stored = self._store(subspace.balanced(pair))
+    pair = Pair(factors.a[:, :rank], factors.b[:rank])
+    stored = self._store(best_pairs.balanced(pair))
     self._stored[matrix] = stored
     pair = stored.pair()
     cross = factors.a.T @ target.metric @ factors.a
-    (tails,) = subspace.tails(cross, factors.b, gradient)
+    (tails,) = best_pairs.tails(cross, factors.b, gradient)
     energy = tails[0]
     if self._compensate_mean:
       kept = (inputs.mean_hat @ pair.a) @ pair.b
@@ -313,7 +314,7 @@ class _Fit:
     index = map(int, np.unravel_index(matrix, groups)) if groups else ()
     return member_name(self._site.path, tuple(index))
 
-  def _store(self, pair: Factors) -> Stored:
+  def _store(self, pair: Pair) -> Stored:
     rank = int(max(self._ranks))
     return store(pair, self._site.layout, rank, self._dtype, self._gauge)
 
@@ -322,7 +323,7 @@ class _Fit:
     factors are yet."""
     path, layout, bias = self._site.path, self._site.layout, self._site.bias
     d, m = layout.matrix_shape
-    none = self._store(Factors(np.zeros((d, 1)), np.zeros((1, m))))
+    none = self._store(Pair(np.zeros((d, 1)), np.zeros((1, m))))
     stored = [none if s is None else s for s in self._stored]
     leaf = jax.tree.map(jnp.asarray, assemble(stored, layout))
     if not self._compensate_mean:

@@ -23,11 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utilized_rank import best_pairs
 from utilized_rank import numerics
 from utilized_rank import subspace
+from utilized_rank.best_pairs import Pair
 from utilized_rank.readings import PairSums
 from utilized_rank.subspace import Basis
-from utilized_rank.subspace import Factors
 
 
 class Inputs(NamedTuple):
@@ -110,19 +111,19 @@ def target(w: np.ndarray, of: Inputs, ridge: float) -> Target:
   )
 
 
-def factors(of: Target, gradient: np.ndarray | None, damping: float) -> Factors:
+def factors(of: Target, gradient: np.ndarray | None, damping: float) -> Pair:
   """The best W' of each rank. Truncate to any.
 
   Args:
     of: the target.
-    gradient: G (m, m), damped as in `subspace.loss_factors`; None for I.
+    gradient: G (m, m), damped as in `best_pairs.loss_factors`; None for I.
     damping: share of the mean of G's diagonal that is added to it.
   """
   d, m = of.w.shape
   if d <= m:
-    return subspace.input_side_factors(of.w, of.basis, gradient, damping)
+    return best_pairs.input_side_factors(of.w, of.basis, gradient, damping)
   if gradient is not None:
     t = of.w.T @ of.metric @ of.w
-    return subspace.loss_factors(of.w, of.metric, gradient, damping, t)[0]
+    return best_pairs.loss_factors(of.w, of.metric, gradient, damping, t)[0]
   best = subspace.output_basis(of.w, of.metric, None)
-  return subspace.output_factors(of.w, best.vectors)
+  return best_pairs.output_factors(of.w, best.vectors)

@@ -9,11 +9,11 @@ from utilized_rank import compat
 from utilized_rank import heads
 from utilized_rank import tracing
 from utilized_rank.capture import eval_shape
-from utilized_rank.dense import Dense
 from utilized_rank.follow import Follower
 from utilized_rank.follow import Recorder
 from utilized_rank.layout import View
 from utilized_rank.pairing import Projection
+from utilized_rank.values import Dense
 from utilized_rank.values import Param
 
 

@@ -11,7 +11,6 @@ import jax
 from utilized_rank import paths
 from utilized_rank import tracing
 from utilized_rank.collector import Collector
-from utilized_rank.dense import Dense
 from utilized_rank.interpret import Walk
 from utilized_rank.layout import View
 from utilized_rank.moments import Entry
@@ -23,6 +22,7 @@ from utilized_rank.sides import INPUTS
 from utilized_rank.sides import Columns
 from utilized_rank.sides import Sides
 from utilized_rank.sites import Sites
+from utilized_rank.values import Dense
 from utilized_rank.values import Param
 
 

@@ -1,4 +1,4 @@
-"""Factors are believed when the error they leave is the one predicted."""
+"""Pair are believed when the error they leave is the one predicted."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import numerics
+from utilized_rank.best_pairs import Pair
 from utilized_rank.kernels import Kernel
-from utilized_rank.subspace import Factors
 
 # Rounding errors are as good as independent, and each at most eps/2 of its
 # value: taken for the standard deviation (it is less), their sums stay within a
@@ -20,7 +20,7 @@ _DEVIATIONS = 4.0
 
 def check(
   kernel: Kernel,
-  stored: Factors,
+  stored: Pair,
   predicted: float,
   dtype: Any,
   weighted: bool,
@@ -58,7 +58,7 @@ def check(
   _compare(kernel.name, stored, measured, predicted, energy, noise)
 
 
-def _inputs(w: np.ndarray, stored: Factors, dtype: Any) -> np.ndarray:
+def _inputs(w: np.ndarray, stored: Pair, dtype: Any) -> np.ndarray:
   """Q (m, r) with W Q = a, up to what rounding added to a.
 
   Where rows of outputs are projected, Q is the pseudo-inverse of b, several
@@ -89,7 +89,7 @@ class Metric(NamedTuple):
 def check_in(
   name: str,
   metric: Metric,
-  stored: Factors,
+  stored: Pair,
   predicted: float,
   dtype: Any,
   energy: float,
@@ -103,7 +103,7 @@ def check_in(
   _compare(name, stored, measured, predicted, energy, noise)
 
 
-def check_product(name: str, meant: Factors, pair: Factors, dtype: Any) -> None:
+def check_product(name: str, meant: Pair, pair: Pair, dtype: Any) -> None:
   """Raises unless a pair, stored in `dtype`, has the product of another.
 
   Args:
@@ -115,7 +115,7 @@ def check_product(name: str, meant: Factors, pair: Factors, dtype: Any) -> None:
   Raises:
     FloatingPointError: the products differ by more than rounding.
   """
-  stored = Factors(*(f.astype(dtype).astype(np.float64) for f in pair))
+  stored = Pair(*(f.astype(dtype).astype(np.float64) for f in pair))
   product = meant.a @ meant.b
   metric = Metric(product, np.eye(len(product)), None)
   check_in(name, metric, stored, 0.0, dtype, _form(product, product))
@@ -123,7 +123,7 @@ def check_product(name: str, meant: Factors, pair: Factors, dtype: Any) -> None:
 
 def _compare(
   name: str,
-  stored: Factors,
+  stored: Pair,
   measured: float,
   predicted: float,
   energy: float,
@@ -159,7 +159,7 @@ def mean_energy(mean: np.ndarray, w: np.ndarray, g: np.ndarray | None) -> float:
 
 
 def _noise(
-  stored: Factors, s: np.ndarray, g: np.ndarray | None, dtype: Any
+  stored: Pair, s: np.ndarray, g: np.ndarray | None, dtype: Any
 ) -> float:
   """The root of tr(N^T S N G) for N = what rounding the factors added to a b.
 

@@ -25,12 +25,12 @@ from utilized_rank.measurement import Measurement
 from utilized_rank.moments import Moments
 from utilized_rank.plan import members_of
 from utilized_rank.plan import passes_within
+from utilized_rank.pmapped import Pmapped
 from utilized_rank.rows import is_explicit
 from utilized_rank.running import RunningSums
 from utilized_rank.sides import Columns
 from utilized_rank.sides import Sides
 from utilized_rank.spread import Devices
-from utilized_rank.spread import Pmapped
 from utilized_rank.spread import Sharded
 from utilized_rank.spread import crosses
 from utilized_rank.spread import mesh_of

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from utilized_rank import depth
 from utilized_rank import tables
-from utilized_rank.ranks import check_energy
+from utilized_rank.repetitions import Spread
+from utilized_rank.repetitions import percent
+from utilized_rank.repetitions import spread
 from utilized_rank.report import Report
+from utilized_rank.subspace import check_energy
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
 ENERGIES = (0.9, 0.95, 0.99)
-
-
-class Spread(NamedTuple):
-  """What repetitions of a measurement give.
-
-  Attributes:
-    mean: over the repetitions.
-    std: their standard deviation (with n - 1); NaN of a single one.
-    low: the smallest.
-    high: the largest.
-    runs: how many there are.
-  """
-
-  mean: float
-  std: float
-  low: float
-  high: float
-  runs: int
 
 
 class Comparison(Mapping[str, tuple[Report, ...]]):
@@ -72,7 +57,7 @@ class Comparison(Mapping[str, tuple[Report, ...]]):
 
   def mean_layer_utilization(self, name: str, energy: float) -> Spread:
     """MLU at an energy, over the repetitions."""
-    return _spread(self.utilization(name, energy).mean(axis=1))
+    return spread(self.utilization(name, energy).mean(axis=1))
 
   def by_depth(self, name: str, energy: float) -> list[tuple[str, Spread]]:
     """Mean utilization of every block, in order: its label, and the spread."""
@@ -80,7 +65,7 @@ class Comparison(Mapping[str, tuple[Report, ...]]):
     column = np.array([int(place.x) for place in plan.places])
     values = self.utilization(name, energy)
     return [
-      (label, _spread(values[:, column == i].mean(axis=1)))
+      (label, spread(values[:, column == i].mean(axis=1)))
       for i, label in enumerate(plan.ticks)
     ]
 
@@ -90,7 +75,7 @@ class Comparison(Mapping[str, tuple[Report, ...]]):
     kinds = np.array([place.kind for place in plan.places])
     values = self.utilization(name, energy)
     return [
-      (kind, _spread(values[:, kinds == kind].mean(axis=1)))
+      (kind, spread(values[:, kinds == kind].mean(axis=1)))
       for kind in plan.kinds
     ]
 
@@ -148,7 +133,12 @@ class Comparison(Mapping[str, tuple[Report, ...]]):
     """
     from utilized_rank import comparison_plots
 
-    return comparison_plots.by_depth(self)
+    first = next(iter(self.values()))[0]
+    lines = {
+      name: {energy: self.by_depth(name, energy) for energy in self.energies}
+      for name in self
+    }
+    return comparison_plots.by_depth(lines, depth.arrange(first.layers).axis)
 
   def html(self, title: str = 'Utilized rank, compared') -> str:
     """The comparison as one page that loads nothing; needs matplotlib.
@@ -157,7 +147,18 @@ class Comparison(Mapping[str, tuple[Report, ...]]):
     """
     from utilized_rank import comparison_page
 
-    return comparison_page.html(self, title)
+    energy = self.energies[-1]
+    most = max(len(group) for group in self.values())
+    facts = [
+      f'{len(self)} compared',
+      f'up to {most} runs each' if most > 1 else 'one run each',
+      'spectra about the mean' if self.centered else 'uncentred',
+    ]
+    tables = {'Mean layer utilization by energy': self.table()} | {
+      f'{name[0].upper()}{name[1:]}, energy {energy:g}': table
+      for name, table in self.details(energy).items()
+    }
+    return comparison_page.html(title, facts, tables, self.plot(), most > 1)
 
   def json(self) -> dict[str, Any]:
     """Every number that the table and the plot show, as plain ones."""
@@ -249,21 +250,6 @@ def compare(
           'give them names of their own'
         )
   return Comparison(groups, energies, reports[0].centered)
-
-
-def percent(spread: Spread) -> str:
-  """The mean in percent, with the standard deviation where there is one."""
-  text = f'{100 * spread.mean:.1f}%'
-  if spread.runs > 1:
-    text += f' ±{100 * spread.std:.1f}'
-  return text
-
-
-def _spread(values: np.ndarray) -> Spread:
-  count = len(values)
-  std = float(values.std(ddof=1)) if count > 1 else float('nan')
-  low, high = float(values.min()), float(values.max())
-  return Spread(float(values.mean()), std, low, high, count)
 
 
 def _plain(spread: Spread) -> dict[str, float | None]:

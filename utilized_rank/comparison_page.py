@@ -2,53 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from utilized_rank import comparison_plots
+from utilized_rank import look
 from utilized_rank import page
-from utilized_rank import svg
 
 if TYPE_CHECKING:
-  from utilized_rank.comparison import Comparison
+  from matplotlib.figure import Figure
+
+# Titles of the columns, and rows.
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
-def html(comparison: Comparison, title: str) -> str:
-  """A complete page: the mean layer utilization, by depth, and by kind.
+def html(
+  title: str,
+  facts: Sequence[str],
+  tables: Mapping[str, Table],
+  picture: Figure,
+  repeated: bool,
+) -> str:
+  """A complete page: the mean layer utilization, by depth, and the rest.
 
   Args:
-    comparison: what to show.
     title: of the page.
+    facts: what stands below it.
+    tables: by heading; the first is of the mean layer utilization.
+    picture: utilization by depth.
+    repeated: whether numbers are means over runs.
   """
-  energy = comparison.energies[-1]
-  most = max(len(group) for group in comparison.values())
-  facts = [
-    f'{len(comparison)} compared',
-    f'up to {most} runs each' if most > 1 else 'one run each',
-    'spectra about the mean' if comparison.centered else 'uncentred',
-  ]
-  picture = svg.inline(
-    comparison_plots.by_depth(comparison),
-    'depth',
-    'Layer utilization along the models',
-  )
   note = ''
-  if most > 1:
+  if repeated:
     note = (
       '<p class="note">Mean ± standard deviation over runs; bands in the plot '
       'run from the smallest to the largest.</p>'
     )
+  (heading, first), *others = tables.items()
+  drawn = look.inline(picture, 'depth', 'Layer utilization along the models')
   parts = [
     f'<header><h1>{page.escape(title)}</h1>\n'
     f'<p class="sub">{page.escape(" · ".join(facts))}</p></header>',
-    page.section(
-      'Mean layer utilization by energy', note + _table(*comparison.table())
-    ),
-    page.section('By depth', f'<div class="plot">{picture}</div>'),
+    page.section(heading, note + _table(*first)),
+    page.section('By depth', f'<div class="plot">{drawn}</div>'),
   ]
-  for name, table in comparison.details(energy).items():
-    heading = f'{name[0].upper()}{name[1:]}, energy {energy:g}'
-    parts.append(page.section(heading, _table(*table)))
+  parts += [page.section(name, _table(*table)) for name, table in others]
   return page.document(title, '\n'.join(parts))
 
 

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utilized_rank import depth
 from utilized_rank import look
+from utilized_rank.repetitions import Spread
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
-  from utilized_rank.comparison import Comparison
-
+# Blocks in order, each with its label.
+Line = Sequence[tuple[str, Spread]]
 _PANELS_ACROSS = 3
 
 
-def by_depth(comparison: Comparison) -> Figure:
+def by_depth(lines: Mapping[str, Mapping[float, Line]], axis: str) -> Figure:
   """Mean utilization of every block along the model, a panel per energy.
 
   Lines are means over the repetitions and bands run from the smallest to the
   largest. Models that differ in their blocks are drawn from first to last.
+
+  Args:
+    lines: by name and energy; all names have the same energies.
+    axis: what the blocks of the first model are.
   """
-  energies = comparison.energies
+  energies = list(next(iter(lines.values())))
   across = min(len(energies), _PANELS_ACROSS)
   down = -(-len(energies) // across)
   figure = look.figure(max(5.0, 3.0 * across), 2.6 * down + 0.5)
   grid = figure.subplots(down, across, squeeze=False, sharey=True).flat
   labels = {
-    name: [label for label, _ in comparison.by_depth(name, energies[0])]
-    for name in comparison
+    name: [label for label, _ in line[energies[0]]]
+    for name, line in lines.items()
   }
   shared = len({tuple(each) for each in labels.values()}) == 1
   panels = list(grid)
@@ -39,8 +44,8 @@ def by_depth(comparison: Comparison) -> Figure:
     axes.set_visible(False)
   for axes, energy in zip(panels, energies, strict=False):
     look.style(axes)
-    for number, name in enumerate(comparison):
-      _line(axes, comparison, name, energy, number, shared)
+    for number, (name, line) in enumerate(lines.items()):
+      _line(axes, line[energy], name, number, shared)
     axes.set_title(f'energy {energy:g}', fontsize=9.5, color=look.INK)
     axes.yaxis.set_major_formatter(lambda value, _: f'{value:.0%}')
     if shared:
@@ -48,8 +53,7 @@ def by_depth(comparison: Comparison) -> Figure:
       step = max(1, -(-len(ticks) // 12))
       at = range(0, len(ticks), step)
       axes.set_xticks(at, [look.label(ticks[i], 8) for i in at])
-      first = next(iter(comparison.values()))[0]
-      axes.set_xlabel(look.label(depth.arrange(first.layers).axis))
+      axes.set_xlabel(look.label(axis))
     else:
       axes.set_xticks([0, 1], ['first', 'last'])
       axes.set_xlabel('depth')
@@ -67,17 +71,10 @@ def by_depth(comparison: Comparison) -> Figure:
   return figure
 
 
-def _line(
-  axes: Axes,
-  comparison: Comparison,
-  name: str,
-  energy: float,
-  number: int,
-  shared: bool,
-) -> None:
+def _line(axes: Axes, line: Line, name: str, number: int, shared: bool) -> None:
   color = look.KIND_COLORS[number % len(look.KIND_COLORS)]
   marker = look.KIND_MARKERS[number % len(look.KIND_MARKERS)]
-  spreads = [spread for _, spread in comparison.by_depth(name, energy)]
+  spreads = [spread for _, spread in line]
   x = np.arange(len(spreads), dtype=float)
   if not shared:
     x = x / max(len(spreads) - 1, 1)

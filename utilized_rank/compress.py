@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from utilized_rank import holdout
+from utilized_rank import masks
 from utilized_rank import narrowed
-from utilized_rank import padding
 from utilized_rank import paths
 from utilized_rank.anchor import anchor
 from utilized_rank.attention import find_attention
@@ -32,16 +32,16 @@ from utilized_rank.kernels import scarce
 from utilized_rank.lowrank import merge
 from utilized_rank.masks import Mask
 from utilized_rank.masks import Masked
+from utilized_rank.measure import measure
 from utilized_rank.methods import DAMPING
 from utilized_rank.moments import Moments
 from utilized_rank.ranks import one_fraction
-from utilized_rank.ranks import uniform_ranks
 from utilized_rank.recipe import Recipe
 from utilized_rank.report import Report
-from utilized_rank.report import measure
 from utilized_rank.streams import Streams
 from utilized_rank.trials import divergences
 from utilized_rank.tune import tune_ranks
+from utilized_rank.uniform import uniform_ranks
 
 
 def compress(
@@ -160,9 +160,9 @@ def compress(
   if mask is not None:
     masked = Masked(mask, 1)
     kept = [masked(batch, i) for i, batch in enumerate(kept)]
-    fn, real, anchored = padding.hidden(fn), padding.mask_of, False
-    divergence = padding.of_batch(divergence)
-    loss = None if loss is None else padding.of_batch(loss)
+    fn, real, anchored = masks.hidden(fn), masks.mask_of, False
+    divergence = masks.of_batch(divergence)
+    loss = None if loss is None else masks.of_batch(loss)
   report = measure(params, moments, energy=energy, progress=progress)
   budget: dict[str, Any] = dict(
     params_fraction=params_fraction,

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 import dataclasses
 import itertools
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-  from utilized_rank.report import LayerReport
+from utilized_rank.layer import LayerReport
 
 OTHERS = 'other layers'
 ALL = 'all layers'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 import dataclasses
 import itertools
 from typing import Any, NamedTuple
@@ -11,83 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank import best_pairs
 from utilized_rank import certify
 from utilized_rank import lowrank
 from utilized_rank import methods
 from utilized_rank import paths
 from utilized_rank import shared
-from utilized_rank import subspace
-from utilized_rank import threads
+from utilized_rank.best_pairs import Pair
 from utilized_rank.division import Unit
 from utilized_rank.division import agree
 from utilized_rank.division import each_unit
 from utilized_rank.families import Families
 from utilized_rank.gauge import check_gauge
 from utilized_rank.kernels import Kernel
-from utilized_rank.kernels import kernels
-from utilized_rank.kernels import to_leaf
 from utilized_rank.leaves import Stored
 from utilized_rank.leaves import assemble
 from utilized_rank.leaves import give_back
 from utilized_rank.leaves import store
 from utilized_rank.moments import Moments
-from utilized_rank.ranks import check_energy
 from utilized_rank.shared import Key
 from utilized_rank.shared import Ranks
 from utilized_rank.shared import check_ranks
 from utilized_rank.shared import per_member
-from utilized_rank.subspace import Factors
-
-Energies = float | Mapping[str, float | tuple[float, float]]
-
-
-def project(
-  params: Any,
-  moments: Moments,
-  *,
-  energy: Energies = 0.99,
-  centered: bool = False,
-) -> Any:
-  """The paper's transformation W' = P_S W P_T: same tree, same shapes.
-
-  Args:
-    params: dense parameters.
-    moments: moments of their kernels.
-    energy: share of both spectra to keep, in (0, 1]; or a mapping from path
-      to a share, or to a pair (e_S, e_T). Paths that it lacks stay as they
-      are.
-    centered: take the spectra about the mean.
-
-  Returns:
-    The parameters with projected kernels; the function they compute on the
-    data changes by the discarded energy.
-
-  Raises:
-    ValueError: an energy is outside (0, 1], or a path has no moments.
-
-  Source: arXiv 2407.04797, W' = P_S W P_T (rows of X act from the left).
-  """
-  per_path = (
-    energy if isinstance(energy, Mapping) else dict.fromkeys(moments, energy)
-  )
-  named, treedef = paths.flatten(params, lowrank.is_low_rank)
-
-  def solve(item: tuple[str, Iterator[Kernel]]) -> tuple[str, Any]:
-    path, members = item
-    share = per_path[path]
-    e_s, e_t = share if isinstance(share, tuple) else (share, share)
-    projected = [
-      k.projected(check_energy(e_s), check_energy(e_t)) for k in members
-    ]
-    return path, to_leaf(projected, moments[path].layout, named[path])
-
-  for path, leaf in threads.ordered_map(
-    solve,
-    kernels(params, moments, centered=centered, only=per_path),
-    ahead=threads.FAR,
-  ):
-    named[path] = leaf
-  return paths.unflatten(treedef, named)
 
 
 def factorize(
@@ -198,7 +142,7 @@ def factorize(
     solution = _solve(group, method, int(each[place]), damping, family)
     parts = [
       store(
-        Factors(solution.pair.a, b),
+        Pair(solution.pair.a, b),
         moments[path].layout,
         int(max(each)),
         named[path].dtype,
@@ -216,7 +160,7 @@ def factorize(
       energy += certify.mean_energy(kernel.mean, kernel.w, gradient)
     certify.check(
       kernel,
-      Factors(pairs[0].a, np.concatenate([f.b for f in pairs], axis=1)),
+      Pair(pairs[0].a, np.concatenate([f.b for f in pairs], axis=1)),
       solution.error,
       named[names[0]].dtype,
       solution.weighted,
@@ -264,7 +208,7 @@ class _Member(NamedTuple):
 class _Solution(NamedTuple):
   """A pair, the error it should leave, and in which of the two metrics."""
 
-  pair: Factors
+  pair: Pair
   error: float
   energy: float
   weighted: bool
@@ -285,10 +229,10 @@ def _solve(
     alone = methods.output(shared.joint(group), rank)
   if alone is not None:
     pair, error, energy = alone
-    return _Solution(subspace.balanced(pair), error, energy, False)
+    return _Solution(best_pairs.balanced(pair), error, energy, False)
   if family is None:
     family = shared.family(group, method, damping)
-  pair = subspace.balanced(methods.truncate(family, rank))
+  pair = best_pairs.balanced(methods.truncate(family, rank))
   weighted = method == 'loss' and kernel.rows_per_example > 0
   tails = family.damages['loss' if weighted else 'output']
   if weighted:

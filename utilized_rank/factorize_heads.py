@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import allocation
+from utilized_rank import best_pairs
 from utilized_rank import certify
 from utilized_rank import heads
 from utilized_rank import joint
@@ -18,7 +19,6 @@ from utilized_rank import methods
 from utilized_rank import offers
 from utilized_rank import paths
 from utilized_rank import shared
-from utilized_rank import subspace
 from utilized_rank.kernels import kernels
 from utilized_rank.moments import Moments
 from utilized_rank.narrow import NarrowHeads
@@ -325,10 +325,10 @@ def _truncated(
   lost = np.zeros((left.shape[0], right.shape[3]))
   for head in np.ndindex(*problem.sigma.shape[:2]):
     full, tails = problem.family(head)
-    p = subspace.Factors(full.a[:, :rank], full.b[:rank])
+    p = best_pairs.Pair(full.a[:, :rank], full.b[:rank])
     flat = [w[head].reshape(-1, w.shape[-1]) for w in (left, right)]
-    product = subspace.Factors(flat[0] @ p.a, (flat[1] @ p.b.T).T)
-    pair = subspace.balanced(product)
+    product = best_pairs.Pair(flat[0] @ p.a, (flat[1] @ p.b.T).T)
+    pair = best_pairs.balanced(product)
     place = f'{name} head {",".join(map(str, head))}'
     certify.check_in(
       place,

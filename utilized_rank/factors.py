@@ -38,7 +38,7 @@ class Factors:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class Oriented:
   """Factors as a product meets them, one named axis per atom.
 
   A kernel that was factored for x @ W serves x @ W.T as well: the factors are
@@ -52,7 +52,9 @@ class Pair:
   swapped: bool
 
 
-def oriented(factors: Factors, layout: Layout, view: View, rows: int) -> Pair:
+def oriented(
+  factors: Factors, layout: Layout, view: View, rows: int
+) -> Oriented:
   """The factors for a product's roles with so many rows, in its dtype."""
   fine = factors.layout.refine(layout.atoms)
   pieces = pieces_of(factors.layout.atoms, layout.atoms)
@@ -79,7 +81,7 @@ def oriented(factors: Factors, layout: Layout, view: View, rows: int) -> Pair:
   if factors.c is not None:
     c = named(factors.c, present + fine.outputs)
   swapped = (fine.inputs, fine.outputs) != (layout.inputs, layout.outputs)
-  return Pair(b if swapped else a, a if swapped else b, c, order, swapped)
+  return Oriented(b if swapped else a, a if swapped else b, c, order, swapped)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -181,3 +181,29 @@ def decompose(
   ):
     found.setdefault(key, []).append(family)
   return Families(found, method, compensate_mean, damping)
+
+
+def known(
+  families: Families | None,
+  params: Any,
+  moments: Moments,
+  wanted: Iterable[Key],
+  method: str,
+  compensate_mean: bool,
+  damping: float,
+  progress: bool,
+) -> Families:
+  """The families that were given, checked, or else made: damages alone."""
+  if families is None:
+    return decompose(
+      params,
+      moments,
+      method=method,
+      compensate_mean=compensate_mean,
+      damping=damping,
+      only=wanted,
+      keep_factors=False,
+      progress=progress,
+    )
+  families.check(method, compensate_mean, damping, wanted)
+  return families

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from utilized_rank import compat
 from utilized_rank import control
 from utilized_rank import interpret
-from utilized_rank.dense import Dense
 from utilized_rank.interpret import Walk
 from utilized_rank.layout import View
 from utilized_rank.tracing import Traced
+from utilized_rank.values import Dense
 from utilized_rank.values import Loop
 from utilized_rank.values import Output
 from utilized_rank.values import Param

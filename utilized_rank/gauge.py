@@ -14,6 +14,7 @@ takes less time to write B out and to multiply with it (`written_out`).
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import jax
@@ -246,3 +247,8 @@ def _over(fn: Any, groups: int) -> Any:
   for _ in range(groups):
     fn = jax.vmap(fn)
   return fn
+
+
+def saves(layout: Layout, rank: int, gauge: str | None = None) -> bool:
+  """Whether a pair of this rank has fewer parameters than the kernel."""
+  return pair_cost(layout, rank, gauge) < math.prod(layout.matrix_shape)

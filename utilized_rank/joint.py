@@ -29,13 +29,13 @@ from typing import Any
 
 import numpy as np
 
+from utilized_rank import best_pairs
 from utilized_rank import methods
-from utilized_rank import subspace
+from utilized_rank.best_pairs import Pair
 from utilized_rank.heads import HeadPair
 from utilized_rank.heads import Side
 from utilized_rank.kernels import Kernel
 from utilized_rank.layout import Atoms
-from utilized_rank.subspace import Factors
 
 METHODS = ('output', 'loss')
 # A metric without data in some directions is given this share of its trace, so
@@ -66,16 +66,16 @@ class Problem:
   mean: np.ndarray | None = None
   nats: np.ndarray | None = None
 
-  def family(self, head: tuple[int, ...]) -> tuple[Factors, np.ndarray]:
+  def family(self, head: tuple[int, ...]) -> tuple[Pair, np.ndarray]:
     """One head's P of every rank, a[:, :r] b[:r], and (e + 1,) their errors.
 
     Errors are tr((I - P)^T Sigma (I - P) N), N without damping.
     """
     sigma, e = self.sigma[head], self.sigma.shape[-1]
-    factors, cross = subspace.loss_factors(
+    factors, cross = best_pairs.loss_factors(
       np.eye(e), sigma, self.metric[head], _FLOOR, sigma
     )
-    (tails,) = subspace.tails(cross, factors.b, self.judged[head])
+    (tails,) = best_pairs.tails(cross, factors.b, self.judged[head])
     return factors, tails
 
   def damages(self) -> np.ndarray:

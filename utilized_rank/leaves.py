@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank.best_pairs import Pair
 from utilized_rank.gauge import Order
 from utilized_rank.gauge import has_identity
 from utilized_rank.gauge import to_identity
 from utilized_rank.gauge import widen
 from utilized_rank.layout import Layout
 from utilized_rank.lowrank import LowRank
-from utilized_rank.subspace import Factors
 
 
 class Stored(NamedTuple):
@@ -31,16 +31,16 @@ class Stored(NamedTuple):
   b: np.ndarray
   order: np.ndarray | None
 
-  def pair(self) -> Factors:
+  def pair(self) -> Pair:
     """(A, B) in float64."""
     a, b = (np.asarray(v, np.float64) for v in (self.a, self.b))
     if self.order is not None:
       b = np.hstack([np.eye(len(b)), b])[:, self.order]
-    return Factors(a, b)
+    return Pair(a, b)
 
 
 def store(
-  pair: Factors, layout: Layout, rank: int, dtype: Any, gauge: str | None
+  pair: Pair, layout: Layout, rank: int, dtype: Any, gauge: str | None
 ) -> Stored:
   """A pair as its leaf will hold it.
 
@@ -82,7 +82,7 @@ def assemble(stored: Sequence[Stored], layout: Layout) -> LowRank:
   )
 
 
-def stored_pairs(leaf: LowRank) -> list[Factors]:
+def stored_pairs(leaf: LowRank) -> list[Pair]:
   """The factors of every member of a leaf, as they are stored, in float64."""
   (d, m), rank = leaf.layout.matrix_shape, leaf.rank
   a = np.asarray(leaf.a).reshape(-1, d, rank)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utilized_rank import best_pairs
 from utilized_rank import subspace
+from utilized_rank.best_pairs import Pair
 from utilized_rank.kernels import Kernel
-from utilized_rank.subspace import Factors
 
 METRICS = ('loss', 'output', 'relative', 'geometric')
 DAMPING = 0.01
@@ -39,15 +40,15 @@ class Family(NamedTuple):
       there are gradients); 'geometric', the geometric mean of the last two.
   """
 
-  factors: Factors | None
+  factors: Pair | None
   damages: dict[str, np.ndarray]
 
 
-# Factors, and a^T S a of them as `subspace.tails` takes it.
-Solution = tuple[Factors, np.ndarray]
+# Pair, and a^T S a of them as `best_pairs.tails` takes it.
+Solution = tuple[Pair, np.ndarray]
 
 
-def _solution(kernel: Kernel, factors: Factors) -> Solution:
+def _solution(kernel: Kernel, factors: Pair) -> Solution:
   """For factors that know nothing of S, worked out on the smaller side."""
   d, m = kernel.w.shape
   if d > m or kernel.from_outputs:  # b is orthogonal and a = W b^T
@@ -57,13 +58,13 @@ def _solution(kernel: Kernel, factors: Factors) -> Solution:
 
 def _weight(kernel: Kernel, damping: float) -> Solution:
   del damping
-  return _solution(kernel, subspace.weight_factors(kernel.w))
+  return _solution(kernel, best_pairs.weight_factors(kernel.w))
 
 
 def _scaled(kernel: Kernel, damping: float) -> Solution:
   del damping
   scale = np.sqrt(np.maximum(np.diagonal(kernel.second), 0))
-  return _solution(kernel, subspace.scaled_factors(kernel.w, scale))
+  return _solution(kernel, best_pairs.scaled_factors(kernel.w, scale))
 
 
 def _fisher_rows(kernel: Kernel, damping: float) -> Solution:
@@ -74,7 +75,7 @@ def _fisher_rows(kernel: Kernel, damping: float) -> Solution:
       'collect them with loss= and fisher_rows=True'
     )
   scale = np.sqrt(kernel.row_fisher)
-  return _solution(kernel, subspace.scaled_factors(kernel.w, scale))
+  return _solution(kernel, best_pairs.scaled_factors(kernel.w, scale))
 
 
 def _output(kernel: Kernel, damping: float) -> Solution:
@@ -83,7 +84,7 @@ def _output(kernel: Kernel, damping: float) -> Solution:
   if d < m and not kernel.from_outputs:
     return _input_side(kernel, None, 0.0)
   values, vectors = kernel.out_basis
-  return subspace.output_factors(kernel.w, vectors), values
+  return best_pairs.output_factors(kernel.w, vectors), values
 
 
 def _loss(kernel: Kernel, damping: float) -> Solution:
@@ -92,7 +93,7 @@ def _loss(kernel: Kernel, damping: float) -> Solution:
     raise needs_gradients(kernel.path)
   d, m = kernel.w.shape
   if d > m:
-    return subspace.loss_factors(
+    return best_pairs.loss_factors(
       kernel.w, kernel.second, gradient, damping, kernel.out_second
     )
   return _input_side(kernel, gradient, damping)
@@ -101,7 +102,7 @@ def _loss(kernel: Kernel, damping: float) -> Solution:
 def _input_side(
   kernel: Kernel, gradient: np.ndarray | None, damping: float
 ) -> Solution:
-  factors = subspace.input_side_factors(
+  factors = best_pairs.input_side_factors(
     kernel.w, kernel.in_basis, gradient, damping
   )
   if subspace.is_full(kernel.in_basis):
@@ -133,7 +134,7 @@ def check_method(method: str, known: tuple[str, ...] = METHODS) -> None:
 
 
 def family(kernel: Kernel, method: str, damping: float = DAMPING) -> Family:
-  """Factors of full rank, to be truncated to any rank, and what each costs.
+  """Pair of full rank, to be truncated to any rank, and what each costs.
 
   Args:
     kernel: the kernel with its moments.
@@ -155,7 +156,7 @@ def costs(
   """`Family.damages` of factors a and b, whatever made them; a^T S a given."""
   gradient = kernel.gradient
   weights = (None,) if gradient is None else (None, gradient)
-  output, *loss = subspace.tails(cross, b, *weights)
+  output, *loss = best_pairs.tails(cross, b, *weights)
   total = output[0]
   damages = {
     'output': output,
@@ -167,7 +168,7 @@ def costs(
   return damages
 
 
-def output(kernel: Kernel, rank: int) -> tuple[Factors, float, float]:
+def output(kernel: Kernel, rank: int) -> tuple[Pair, float, float]:
   """The method 'output' at one rank, without what other ranks need.
 
   Returns:
@@ -175,17 +176,21 @@ def output(kernel: Kernel, rank: int) -> tuple[Factors, float, float]:
   """
   d, m = kernel.w.shape
   if d < m and not kernel.from_outputs:
-    return subspace.input_side_pair(kernel.w, kernel.second, rank)
+    return best_pairs.input_side_pair(kernel.w, kernel.second, rank)
   values, vectors = kernel.leading_outputs(rank)
   left, energy = values[rank:].sum(), values.sum()
-  return subspace.output_factors(kernel.w, vectors), float(left), float(energy)
+  return (
+    best_pairs.output_factors(kernel.w, vectors),
+    float(left),
+    float(energy),
+  )
 
 
-def truncate(family: Family, rank: int) -> Factors:
+def truncate(family: Family, rank: int) -> Pair:
   if family.factors is None:
     raise ValueError('these families were made with keep_factors=False')
   a, b = family.factors
-  return Factors(a[:, :rank], b[:rank])
+  return Pair(a[:, :rank], b[:rank])
 
 
 def damages(path: str, family: Family, metric: str) -> np.ndarray:
@@ -195,7 +200,7 @@ def damages(path: str, family: Family, metric: str) -> np.ndarray:
   return family.damages[metric]
 
 
-def utilized(kernel: Kernel, rank: int) -> tuple[Factors, float, float]:
+def utilized(kernel: Kernel, rank: int) -> tuple[Pair, float, float]:
   """The paper's P_S W P_T at the highest shared energy of this rank.
 
   Returns:
@@ -206,8 +211,8 @@ def utilized(kernel: Kernel, rank: int) -> tuple[Factors, float, float]:
   energies = [subspace.energy(b.values)[rank - 1] for b in bases]
   shared = max(energies)
   if not shared > 0:  # no data: nothing to project on
-    a, b = subspace.weight_factors(kernel.w)
-    return Factors(a[:, :rank], b[:rank]), 0.0, 0.0
+    a, b = best_pairs.weight_factors(kernel.w)
+    return Pair(a[:, :rank], b[:rank]), 0.0, 0.0
   # The side that reaches the energy at this rank sets the rank.
   k_s, k_t = (
     rank
@@ -217,7 +222,7 @@ def utilized(kernel: Kernel, rank: int) -> tuple[Factors, float, float]:
   )
   v, u = of_s.vectors[:, :k_s], of_t.vectors[:, :k_t]
   return (
-    subspace.utilized_factors(kernel.w, v, u),
+    best_pairs.utilized_factors(kernel.w, v, u),
     subspace.projected_error(kernel.w, of_s, k_s, u),
     float(of_s.values[0] * np.sum(kernel.w**2)),
   )

@@ -7,18 +7,15 @@ import html as html_lib
 import importlib.resources
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from utilized_rank import depth
 from utilized_rank import look
 from utilized_rank import plots
-from utilized_rank import svg
 from utilized_rank import tables
-
-if TYPE_CHECKING:
-  from utilized_rank.report import LayerReport
+from utilized_rank.layer import LayerReport
 
 META_KEYS = ('title', 'config', 'versions', 'seconds', 'centered', 'energy')
 
@@ -271,7 +268,7 @@ def _run_section(runs: Sequence[Mapping[str, Any]]) -> str:
   )
   if runs[0]['test_accuracy'] is None:
     return table + note
-  picture = svg.inline(
+  picture = look.inline(
     plots.accuracy_by_size(runs),
     'size',
     'Test accuracy against number of parameters',
@@ -280,7 +277,7 @@ def _run_section(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _depth_section(layers: Sequence[LayerReport]) -> str:
-  picture = svg.inline(
+  picture = look.inline(
     plots.utilization_by_depth(layers),
     'depth',
     'Layer utilization along the model, by kind of kernel',
@@ -292,7 +289,7 @@ def _spectra_section(layers: Sequence[LayerReport], energy: float) -> str:
   figures = plots.spectra_by_kind(layers, energy)
   panels = ''.join(
     '<div class="panel">'
-    f'{svg.inline(figure, f"s{i}", f"Spectra of {kind}")}</div>'
+    f'{look.inline(figure, f"s{i}", f"Spectra of {kind}")}</div>'
     for i, (kind, figure) in enumerate(figures.items())
   )
   key = ''

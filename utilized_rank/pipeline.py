@@ -27,9 +27,9 @@ from utilized_rank import page
 from utilized_rank import paths
 from utilized_rank import tables
 from utilized_rank import train
-from utilized_rank.compress_config import CompressConfig
 from utilized_rank.lowrank import is_low_rank
 from utilized_rank.report import Report
+from utilized_rank.shrink import CompressConfig
 from utilized_rank.shrink import shrink
 from utilized_rank.workdir import Workdir
 

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from utilized_rank import accumulation
-from utilized_rank import flops
+from utilized_rank import cost
 from utilized_rank import gram
 from utilized_rank import paths
-from utilized_rank import program
 from utilized_rank import sketch as sketches
 from utilized_rank import tracing
 from utilized_rank.gradients import LossFn
@@ -208,11 +207,11 @@ def plan(
   with_sums = loss is not None, fisher_rows
   kernels, pass_bytes = passes_within(sites, *with_sums, peak, memory_limit)
   plain = _plain_bytes(fn, params, batch)
-  forward = flops.forward_flops(fn, params, batch)
+  forward = cost.forward_flops(fn, params, batch)
   backward = 0
   if loss is not None:
     layouts = {path: site.layout for path, site in sites.items()}
-    every = flops.forward_flops(gradient_sums(fn, loss, layouts), params, batch)
+    every = cost.forward_flops(gradient_sums(fn, loss, layouts), params, batch)
     backward = every - forward - sum(map(_gradient_flops, sites.values()))
   return Plan(
     kernels,
@@ -354,13 +353,13 @@ def _step_bytes(what, params, batch, sites, accumulate, members) -> int:
   compiled = jax.jit(step, donate_argnums=(0, 1), keep_unused=True).lower(
     state, low, *arrays
   )
-  return program.peak_bytes(compiled.compile())
+  return cost.peak_bytes(compiled.compile())
 
 
 def _plain_bytes(fn, params, batch) -> int:
   on_arrays, arrays = _on_arrays(fn, params, batch)
   compiled = jax.jit(on_arrays, keep_unused=True).lower(*arrays).compile()
-  return program.peak_bytes(compiled)
+  return cost.peak_bytes(compiled)
 
 
 def _on_arrays(fn: Any, *args: Any):

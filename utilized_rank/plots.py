@@ -15,13 +15,13 @@ import numpy as np
 from utilized_rank import depth
 from utilized_rank import look
 from utilized_rank import tables
+from utilized_rank.layer import LayerReport
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
   from matplotlib.figure import FigureBase
 
-  from utilized_rank.report import LayerReport
 
 _MAX_TICKS = 26
 

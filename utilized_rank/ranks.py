@@ -2,144 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-import math
+from collections.abc import Sequence
 import re
 from typing import Any
 
 from utilized_rank import methods
 from utilized_rank import offers
 from utilized_rank import shared
-from utilized_rank import threads
 from utilized_rank.families import Families
-from utilized_rank.families import decompose
+from utilized_rank.families import known
 from utilized_rank.gauge import check_gauge
-from utilized_rank.gauge import pair_cost
-from utilized_rank.kernels import kernels
 from utilized_rank.latency import LatencyTable
-from utilized_rank.layout import Layout
 from utilized_rank.moments import Moments
-from utilized_rank.shared import Ranks
-from utilized_rank.shared import check_ranks
-from utilized_rank.shared import per_member
-
-
-def check_energy(energy: float) -> float:
-  """Raises ValueError unless `energy` is in (0, 1]."""
-  if not 0 < energy <= 1:
-    raise ValueError(f'energy is a share in (0, 1], got {energy!r}')
-  return energy
-
-
-def saves(layout: Layout, rank: int, gauge: str | None = None) -> bool:
-  """Whether a pair of this rank has fewer parameters than the kernel."""
-  return pair_cost(layout, rank, gauge) < math.prod(layout.matrix_shape)
-
-
-def energy_ranks(
-  params: Any,
-  moments: Moments,
-  *,
-  energy: float = 0.99,
-  centered: bool = False,
-  gauge: str | None = None,
-) -> dict[str, int]:
-  """The utilized rank r = min(k_S, k_T) wherever it saves parameters.
-
-  A stack of kernels (scan steps, experts) gets one rank, that of the member
-  that needs most.
-
-  Args:
-    params: dense parameters.
-    moments: moments of their kernels.
-    energy: share of each spectrum to keep, in (0, 1].
-    centered: take the spectra about the mean.
-    gauge: as for `factorize`; with 'identity' every r < min(d, m) saves.
-
-  Returns:
-    Path to rank; kernels that a pair would not make smaller are absent.
-
-  Source: arXiv 2407.04797, r = min(k_S, k_T).
-  """
-  check_energy(energy)
-  check_gauge(gauge)
-  ranks = {}
-  most = threads.ordered_map(
-    lambda item: (item[0], max(min(k.ranks(energy, energy)) for k in item[1])),
-    kernels(params, moments, centered=centered),
-    ahead=threads.FAR,
-  )
-  for path, rank in most:
-    rank = max(rank, 1)
-    if saves(moments[path].layout, rank, gauge):
-      ranks[path] = rank
-  return ranks
-
-
-def uniform_ranks(
-  params: Any,
-  moments: Moments,
-  *,
-  params_fraction: float,
-  multiple_of: int = 1,
-  gauge: str | None = None,
-) -> dict[str, int]:
-  """Every kernel keeps the same share of its own parameters.
-
-  Args:
-    params: dense parameters; only checked against the moments.
-    moments: moments of the kernels to shrink.
-    params_fraction: share of the kernels' parameters to keep, in (0, 1]; the
-      pairs never have more.
-    multiple_of: ranks are multiples of this.
-    gauge: as for `factorize`; the same share then holds higher ranks.
-
-  Returns:
-    Path to the highest rank whose pair keeps no more than the share, at least
-    `multiple_of`: without a gauge floor(fraction d m / (d + m)). Empty for a
-    fraction of 1.
-
-  Raises:
-    ValueError: the fraction is outside (0, 1], or below what the least ranks
-      cost; a multiple below 1.
-
-  >>> import jax.numpy as jnp, utilized_rank as ur
-  >>> w = jnp.ones((8, 8))
-  >>> _, moments = ur.capture(lambda p, x: x @ p['w'])({'w': w}, w)
-  >>> uniform_ranks({'w': w}, moments, params_fraction=0.75)
-  {'w': 3}
-  >>> uniform_ranks({'w': w}, moments, params_fraction=0.75, gauge='identity')
-  {'w': 4}
-  """
-  check_gauge(gauge)
-  if not 0 < params_fraction <= 1:
-    raise ValueError(
-      f'params_fraction is a share in (0, 1], got {params_fraction!r}'
-    )
-  if multiple_of < 1:
-    raise ValueError(f'multiple_of must be at least 1, got {multiple_of!r}')
-  if params_fraction == 1:
-    return {}
-  ranks = {}
-  total = cost = 0
-  for path in moments:
-    layout = moments[path].layout
-    dense = math.prod(layout.matrix_shape)
-    rank = min(multiple_of, layout.full_rank)
-    for higher in range(rank, layout.full_rank + 1, multiple_of):
-      if pair_cost(layout, higher, gauge) <= params_fraction * dense:
-        rank = higher
-    pair = pair_cost(layout, rank, gauge)
-    total += layout.num_groups * dense
-    cost += layout.num_groups * min(pair, dense)
-    if pair < dense:
-      ranks[path] = rank
-  if cost > params_fraction * total:
-    raise ValueError(
-      f'params_fraction={params_fraction} keeps {params_fraction * total:.0f}'
-      f' of {total} parameters; rank {multiple_of} everywhere needs {cost}'
-    )
-  return ranks
 
 
 def budget_ranks(
@@ -238,7 +112,7 @@ def budget_ranks(
   set_of = {name: names for names in sets for name in names}
   keys = list(dict.fromkeys(set_of.get(path, path) for path in moments))
   wanted = [*moments, *sets]
-  families = _known(
+  families = known(
     families,
     params,
     moments,
@@ -290,32 +164,6 @@ def one_fraction(
   return fractions[0]
 
 
-def _known(
-  families: Families | None,
-  params: Any,
-  moments: Moments,
-  wanted: Iterable[shared.Key],
-  method: str,
-  compensate_mean: bool,
-  damping: float,
-  progress: bool,
-) -> Families:
-  """The families that were given, checked, or else made: damages alone."""
-  if families is None:
-    return decompose(
-      params,
-      moments,
-      method=method,
-      compensate_mean=compensate_mean,
-      damping=damping,
-      only=wanted,
-      keep_factors=False,
-      progress=progress,
-    )
-  families.check(method, compensate_mean, damping, wanted)
-  return families
-
-
 def _limits(
   moments: Moments, rules: Sequence[tuple[str, tuple[int, int]]]
 ) -> dict[str, tuple[int, int]]:
@@ -333,41 +181,3 @@ def _limits(
       )
     found.update(dict.fromkeys(hits, (low, high)))
   return found
-
-
-def predict_loss(
-  params: Any,
-  moments: Moments,
-  ranks: Ranks,
-  *,
-  method: str = 'loss',
-  compensate_mean: bool = True,
-  damping: float = methods.DAMPING,
-  families: Families | None = None,
-) -> float:
-  """Predicted increase of the loss for a set of ranks, in nats per example.
-
-  The sum over kernels of 1/2 tr(D^T S D G), times the rows of an example,
-  with D = W - W': a quadratic approximation with a Kronecker-factored Fisher
-  for each kernel, and no interaction between kernels.
-
-  Args:
-    params: dense parameters.
-    moments: moments that were collected with a loss.
-    ranks: path to rank.
-    method: how the kernels are factorized.
-    compensate_mean: as for `factorize`.
-    damping: as for `factorize`.
-    families: as for `budget_ranks`.
-  """
-  check_ranks(ranks, moments)
-  families = _known(
-    families, params, moments, ranks, method, compensate_mean, damping, False
-  )
-  total = 0.0
-  for key, given in ranks.items():
-    names = shared.names_of(key)
-    each = per_member(key, given, moments[names[0]].layout)
-    for family, rank in zip(families[key], each, strict=True):
-      total += methods.damages(names[0], family, 'loss')[rank]
-  return float(total)

@@ -13,13 +13,13 @@ import numpy as np
 from utilized_rank import compat
 from utilized_rank import gram
 from utilized_rank import products
-from utilized_rank.dense import Dense
 from utilized_rank.interpret import Walk
 from utilized_rank.layout import Layout
 from utilized_rank.layout import View
 from utilized_rank.layout import common_atoms
 from utilized_rank.layout import pieces_of
 from utilized_rank.product import Product
+from utilized_rank.values import Dense
 from utilized_rank.values import Loop
 from utilized_rank.values import Output
 from utilized_rank.values import Param

@@ -14,98 +14,15 @@ from utilized_rank import files
 from utilized_rank import paths
 from utilized_rank import subspace
 from utilized_rank import tables
-from utilized_rank import threads
-from utilized_rank.kernels import Kernel
-from utilized_rank.kernels import kernels
-from utilized_rank.kernels import member_name
-from utilized_rank.moments import Moments
-from utilized_rank.progress import track
-from utilized_rank.ranks import check_energy
+from utilized_rank.layer import LayerReport
+from utilized_rank.layer import utilized
 from utilized_rank.recipe import Recipe
+from utilized_rank.subspace import check_energy
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
 ENERGIES = (0.9, 0.95, 0.99, 0.999)
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerReport:
-  """Utilization of one kernel, or of one member of a stack of kernels.
-
-  Attributes:
-    path: path of the leaf in the parameter tree, keys joined by `/`.
-    index: place in the leaf's group axes (scan steps, experts); `()` for a
-      leaf that holds one kernel.
-    d_in: input features of the kernel seen as a matrix (d).
-    d_out: output features of the kernel seen as a matrix (m).
-    count: rows (samples x positions) that the moments were taken over.
-    energy: share of the spectrum that `k_in` and `k_out` keep.
-    k_in: k_S, directions of the input moment S that hold `energy`; None of a
-      kernel that was measured from the output side, whose S is not known.
-    k_out: k_T, directions of the output moment T that hold `energy`.
-    spectrum_in: eigenvalues of S, shape (d_in,), descending; (0,) if S is not
-      known.
-    spectrum_out: eigenvalues of T, shape (d_out,), descending.
-    error_projected: share of the output energy that the paper's
-      W' = P_S W P_T loses, E|x(W - W')|^2 / E|xW|^2; None if S is not known.
-    error_bound: the same share for the best factor pair of the same rank.
-    number: in which pass over the batches it was measured, from 0.
-    columns: of the sketch that S was measured by; 0 if it was measured whole.
-      k_in is then the most that k_S can be; all else that is of S or T is what
-      the sketch takes them for, `nystrom`.
-    k_in_least: the least that k_S can be; None without a sketch.
-    unseen: share of tr S that the sketch does not see; no directions hold more
-      than that beside what is said here. 0 without a sketch.
-  """
-
-  path: str
-  index: tuple[int, ...]
-  d_in: int
-  d_out: int
-  count: int
-  energy: float
-  k_in: int | None
-  k_out: int
-  spectrum_in: np.ndarray
-  spectrum_out: np.ndarray
-  error_projected: float | None
-  error_bound: float
-  number: int = 0
-  columns: int = 0
-  k_in_least: int | None = None
-  unseen: float = 0.0
-
-  @property
-  def side(self) -> str:
-    """'input', 'output' or 'sketch': what was measured."""
-    if self.k_in is None:
-      return 'output'
-    return 'sketch' if self.columns else 'input'
-
-  @property
-  def name(self) -> str:
-    """Path, with the place in the stack in brackets where there is one."""
-    return member_name(self.path, self.index)
-
-  @property
-  def rank(self) -> int:
-    """r = min(k_S, k_T), the utilized rank; without k_S no less than it."""
-    return _rank(self.k_in, self.k_out)
-
-  @property
-  def full_rank(self) -> int:
-    return min(self.d_in, self.d_out)
-
-  @property
-  def rows_per_feature(self) -> float:
-    """N over the features that were measured; below 4 moments are noisy."""
-    return self.count / (self.d_out if self.k_in is None else self.d_in)
-
-  @property
-  def utilization(self) -> float:
-    """r / min(d, m), in [0, 1]."""
-    return self.rank / self.full_rank
 
 
 class Report(Mapping[str, LayerReport]):
@@ -280,99 +197,4 @@ def _ranks_at(layer: LayerReport, energy: float) -> tuple[int | None, int, int]:
   k_in, k_out = None, subspace.energy_rank(layer.spectrum_out, energy)
   if layer.k_in is not None:
     k_in = subspace.energy_rank(layer.spectrum_in, energy)
-  return k_in, k_out, _rank(k_in, k_out)
-
-
-def _rank(k_in: int | None, k_out: int) -> int:
-  return k_out if k_in is None else min(k_in, k_out)
-
-
-def measure(
-  params: Any,
-  moments: Moments,
-  *,
-  energy: float = 0.99,
-  centered: bool = False,
-  progress: bool = True,
-) -> Report:
-  """Measures each kernel's utilized rank.
-
-  Args:
-    params: dense parameters.
-    moments: moments of their kernels.
-    energy: share of each spectrum to keep, in (0, 1].
-    centered: take the spectra about the mean; the paper's re-implementation
-      does not, and a large mean then dominates the energy.
-    progress: show a progress bar.
-
-  Returns:
-    A `Report` with k_S, k_T, r, utilization and spectra per layer. Of kernels
-    that were measured from the output side k_S is not known, and r is k_T,
-    which it cannot exceed.
-
-  Raises:
-    ValueError: the energy is outside (0, 1], or the moments are not of these
-      parameters.
-
-  >>> import jax.numpy as jnp, utilized_rank as ur
-  >>> params = {'w': jnp.eye(4)}
-  >>> x = jnp.tile(jnp.eye(4)[:1], (16, 1))
-  >>> _, moments = ur.capture(lambda p, x: x @ p['w'])(params, x)
-  >>> measure(params, moments)['w'].utilization
-  0.25
-
-  Source: arXiv 2407.04797.
-  """
-  check_energy(energy)
-  every = (
-    kernel
-    for _, members in kernels(params, moments, centered=centered)
-    for kernel in members
-  )
-  # A kernel that waits is no more than W in float64.
-  layers = threads.ordered_map(
-    lambda kernel: _layer(kernel, energy, moments), every, ahead=threads.FAR
-  )
-  if progress:
-    total = sum(moments[path].layout.num_groups for path in moments)
-    layers = track(layers, total=total, desc='measure', unit='kernel')
-  return Report(list(layers), energy, centered)
-
-
-def _layer(kernel: Kernel, energy: float, moments: Moments) -> LayerReport:
-  d, m = kernel.w.shape
-  t = kernel.out_basis
-  k_out = subspace.energy_rank(t.values, energy)
-  total = float(t.values.sum())
-  k_in, spectrum_in = None, np.zeros(0)
-  projected, least, unseen = None, None, 0.0
-  if not kernel.from_outputs:
-    s = kernel.in_basis
-    k_in, spectrum_in = subspace.energy_rank(s.values, energy), s.values
-    if kernel.sketched is not None:
-      known = kernel.sketched()
-      least, k_in = known.energy_ranks(energy)
-      unseen = known.unseen / known.trace if known.trace > 0 else 0.0
-    error = subspace.projected_error(kernel.w, s, k_in, t.vectors[:, :k_out])
-    projected = error / total if total > 0 else 0.0
-  rank = _rank(k_in, k_out)
-  spectrum_out = np.zeros(m)
-  spectrum_out[: len(t.values)] = t.values
-  return LayerReport(
-    kernel.path,
-    kernel.index,
-    d,
-    m,
-    kernel.count,
-    energy,
-    k_in,
-    k_out,
-    spectrum_in,
-    spectrum_out,
-    projected,
-    float(t.values[rank:].sum()) / total if total > 0 else 0.0,
-    moments[kernel.path].entry.number,
-    moments[kernel.path].entry.columns,
-    least,
-    unseen,
-  )
+  return k_in, k_out, utilized(k_in, k_out)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank import accumulation
+from utilized_rank import cost
 from utilized_rank import gram
-from utilized_rank import program
 from utilized_rank.moments import Moments
 from utilized_rank.sites import Site
 from utilized_rank.sketch import Sketch
@@ -68,8 +68,8 @@ class RunningSums:
     compiled = self.step(whole).lower(*args).compile()
     # Parameters that some kernels' sums do not need are no arguments, and stay.
     held = sum(map(_bytes_on_device, jax.tree.leaves(args)))
-    used = program.arguments_bytes(compiled)
-    return program.peak_bytes(compiled) + max(held - used, 0)
+    used = cost.arguments_bytes(compiled)
+    return cost.peak_bytes(compiled) + max(held - used, 0)
 
   def add(self, batch: Any, number: int) -> None:
     for part, whole in self.spread.split(batch):

@@ -17,14 +17,14 @@ import numpy as np
 from utilized_rank import files
 from utilized_rank import paths
 from utilized_rank.gauge import check_gauge
+from utilized_rank.gauge import saves
 from utilized_rank.kernels import Kernel
 from utilized_rank.kernels import kernels
 from utilized_rank.kernels import to_leaf
 from utilized_rank.lowrank import is_low_rank
 from utilized_rank.moments import Moments
 from utilized_rank.progress import track
-from utilized_rank.ranks import check_energy
-from utilized_rank.ranks import saves
+from utilized_rank.subspace import check_energy
 
 Pair = tuple[float, float]
 

@@ -17,12 +17,12 @@ import numpy as np
 
 from utilized_rank import methods
 from utilized_rank import paths
+from utilized_rank.best_pairs import Pair
 from utilized_rank.kernels import Kernel
 from utilized_rank.kernels import kernels
 from utilized_rank.layout import Layout
 from utilized_rank.methods import Family
 from utilized_rank.moments import Moments
-from utilized_rank.subspace import Factors
 
 # A kernel's path, or those of kernels that share a left factor.
 Key = str | tuple[str, ...]
@@ -145,7 +145,7 @@ def family(group: Sequence[Kernel], method: str, damping: float) -> Family:
     for kernel, part in zip(group, split(b, group), strict=True)
   ]
   damages = {m: np.sum([d[m] for d in each], axis=0) for m in each[0]}
-  return Family(Factors(a, b), damages)
+  return Family(Pair(a, b), damages)
 
 
 def joint(group: Sequence[Kernel], damping: float = 0.0) -> Kernel:

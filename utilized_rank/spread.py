@@ -26,7 +26,7 @@ from utilized_rank.moments import Sums
 from utilized_rank.rows import is_explicit
 from utilized_rank.sites import Sites
 
-_AXIS = 'examples'
+EXAMPLES = 'examples'
 # `measure(params, (batch, mask)) -> Moments`; a step is `(state, params, batch)
 # -> (state, whether each sum is finite, the most rows)`; a state is a pytree of
 # sums.
@@ -42,8 +42,8 @@ class Devices:
   def __init__(self, params: Sequence[Any], devices: Sequence[Any]):
     self.devices = list(devices)
     self.parts = len(self.devices)
-    self.mesh = Mesh(np.array(self.devices), (_AXIS,))
-    self.placement = NamedSharding(self.mesh, PartitionSpec(_AXIS))
+    self.mesh = Mesh(np.array(self.devices), (EXAMPLES,))
+    self.placement = NamedSharding(self.mesh, PartitionSpec(EXAMPLES))
     everywhere = NamedSharding(self.mesh, PartitionSpec())
     self.params = [jax.device_put(local_copy(v), everywhere) for v in params]
 
@@ -69,7 +69,7 @@ class Devices:
     )
     out = []
     if even:
-      out.append((put(PartitionSpec(_AXIS), slice(even)), False))
+      out.append((put(PartitionSpec(EXAMPLES), slice(even)), False))
     if even < size:
       out.append((put(PartitionSpec(), slice(even, None)), True))
     return out
@@ -80,7 +80,7 @@ class Devices:
     def local(state, params, batch):
       new = measure(params, batch)
       if whole:
-        first = jax.lax.axis_index(_AXIS) == 0
+        first = jax.lax.axis_index(EXAMPLES) == 0
         new = jax.tree.map(
           lambda a: jnp.where(first, a, jnp.zeros_like(a)), new
         )
@@ -89,7 +89,7 @@ class Devices:
       new = jax.tree.map(lambda a: a[None], new)
       return jax.vmap(accumulate)(state, new)
 
-    spread = PartitionSpec(_AXIS)
+    spread = PartitionSpec(EXAMPLES)
     seen = PartitionSpec() if whole else spread
     return jax.jit(
       jax.shard_map(
@@ -159,61 +159,8 @@ class Devices:
     return processes.decoded(self.reducer(state)(state), state)
 
   def reducer(self, state: Any) -> Any:
-    specs = jax.tree.map(lambda _: PartitionSpec(_AXIS), state)
-    return processes.reducer(self.mesh, specs, (_AXIS,))
-
-
-class Pmapped(Devices):
-  """As code that is built on `jax.pmap` has it: parameters and batches with a
-  leading device axis, and a named axis that the function may refer to."""
-
-  def __init__(self, params: Sequence[Any], devices: Sequence[Any], axis: str):
-    self.devices = list(devices)
-    self.parts = len(self.devices)
-    self.axis = axis
-    self.mesh = Mesh(np.array(self.devices), (_AXIS,))
-    self.placement = NamedSharding(self.mesh, PartitionSpec(_AXIS))
-    for v in params:
-      if np.shape(v)[:1] != (self.parts,):
-        raise ValueError(
-          f'with pmap_axis every parameter leads with an axis of the '
-          f'{self.parts} devices, as flax.jax_utils.replicate makes it; got '
-          f'a parameter of shape {np.shape(v)}'
-        )
-    self.params = [jax.device_put(v, self.placement) for v in params]
-
-  @property
-  def shares(self) -> int:
-    return 1
-
-  def split(self, batch: Any) -> list[tuple[Any, bool]]:
-    self._check(batch)
-    return [(jax.device_put(batch, self.placement), False)]
-
-  def _check(self, batch: Any) -> None:
-    sizes = {np.shape(a)[:1] for a in jax.tree.leaves(batch)}
-    if sizes != {(self.parts,)}:
-      raise ValueError(
-        f'with pmap_axis every array of a batch leads with an axis of the '
-        f'{self.parts} devices, got leading axes {sorted(sizes)}'
-      )
-
-  def run(self, measure: Measure, accumulate: Any, whole: bool) -> Any:
-    assert not whole
-    mapped = jax.pmap(measure, axis_name=self.axis, devices=self.devices)
-    # Added outside of pmap, which takes the devices' axis off its arguments.
-    return jax.jit(
-      lambda state, *args: jax.vmap(accumulate)(state, mapped(*args)),
-      donate_argnums=0,
-    )
-
-  def shapes(self, fn: Callable[..., Any], batch: Any) -> Any:
-    self._check(batch)
-    mapped = jax.pmap(fn, axis_name=self.axis, devices=self.devices)
-    shapes = jax.eval_shape(mapped, self.params, batch)
-    return jax.tree.map(
-      lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shapes
-    )
+    specs = jax.tree.map(lambda _: PartitionSpec(EXAMPLES), state)
+    return processes.reducer(self.mesh, specs, (EXAMPLES,))
 
 
 class Sharded(Devices):

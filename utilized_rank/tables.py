@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from utilized_rank import depth
-
-if TYPE_CHECKING:
-  from utilized_rank.report import LayerReport
+from utilized_rank.layer import LayerReport
 
 RUN_KEYS = (
   'params_fraction',

@@ -1,4 +1,4 @@
-"""FLOPs of a function's products, from its jaxpr."""
+"""What a traced and what a compiled program costs."""
 
 from __future__ import annotations
 
@@ -41,3 +41,19 @@ def _count(jaxpr: Any) -> int:
     else:
       total += eqn.params.get('length', 1) * sum(inside) if inside else 0
   return total
+
+
+def peak_bytes(compiled: Any) -> int:
+  """What it takes on one device: arguments, outputs and temporaries."""
+  memory = compiled.memory_analysis()
+  return (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
+
+
+def arguments_bytes(compiled: Any) -> int:
+  """What the arguments that it uses take on one device."""
+  return compiled.memory_analysis().argument_size_in_bytes
