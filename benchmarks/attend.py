@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from benchmarks import record
 from benchmarks import timing
-from utilized_rank.models import blocks
+from utilized_rank.models import transformer_parts
 
 _CHAINED = 6
 _TOKENS, _HEADS, _WIDTH = 197, 12, 64
@@ -30,7 +30,7 @@ def chained(attend, x):
 def measure(batch, repeats):
   x = jax.random.normal(jax.random.key(0), (batch, _TOKENS, _HEADS, _WIDTH))
   fns = {
-    'attend': blocks.attend,
+    'attend': transformer_parts.attend,
     'jax.nn.dot_product_attention': jax.nn.dot_product_attention,
   }
   runs = {

@@ -18,7 +18,7 @@ from absl import app
 from absl import flags
 from absl import logging
 
-from utilized_rank import pipeline
+from utilized_rank.experiment import pipeline
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/seeds', 'One run per seed.')

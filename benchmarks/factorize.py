@@ -27,9 +27,9 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks import record
 import utilized_rank as ur
-from utilized_rank import best_pairs
-from utilized_rank import kernels
-from utilized_rank import methods
+from utilized_rank.factorization import kernels
+from utilized_rank.factorization import methods
+from utilized_rank.linalg import best_pairs
 from utilized_rank.models import vit
 
 FRACTION = 0.5

@@ -25,8 +25,8 @@ import numpy as np
 
 from benchmarks import record
 import utilized_rank as ur
-from utilized_rank import train
 from utilized_rank.models import vit
+from utilized_rank.training import train
 
 IMAGES, BATCH, SIDE, STEPS = 16, 8, 224, 4
 SELECT = (

@@ -21,7 +21,7 @@ from benchmarks import latency
 from benchmarks import record
 from benchmarks import timing
 import utilized_rank as ur
-from utilized_rank import gauge
+from utilized_rank.products import gauge
 
 _CHOSEN = gauge.pays_written_out
 _FORMS = {

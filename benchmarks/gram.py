@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from benchmarks import record
 from benchmarks import timing
-from utilized_rank import gram
+from utilized_rank.linalg import gram
 
 
 def in_panels(number, x):

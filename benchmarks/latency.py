@@ -26,13 +26,13 @@ import jax.numpy as jnp
 from benchmarks import record
 from benchmarks import timing
 import utilized_rank as ur
-from utilized_rank import cost
-from utilized_rank import gauge
-from utilized_rank.lowrank import LowRank
+from utilized_rank.lowrank.leaf import LowRank
 from utilized_rank.models.vit import VARIANTS
 from utilized_rank.models.vit import ViT
-from utilized_rank.paths import flatten
-from utilized_rank.paths import unflatten
+from utilized_rank.products import gauge
+from utilized_rank.tree.paths import flatten
+from utilized_rank.tree.paths import unflatten
+from utilized_rank.walk import cost
 
 _TILE = 64
 _CHUNK = 8

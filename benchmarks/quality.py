@@ -26,8 +26,8 @@ from benchmarks import quality_plots
 from benchmarks import record
 from benchmarks.networks import common
 import utilized_rank as ur
-from utilized_rank.leaves import stored_pairs
-from utilized_rank.methods import FAMILIES
+from utilized_rank.factorization.methods import FAMILIES
+from utilized_rank.lowrank.store import stored_pairs
 
 FRACTIONS = (0.75, 0.5, 0.35, 0.25, 0.15)
 # Ranks of the single truncations, as shares of the full rank.

@@ -25,11 +25,11 @@ import numpy as np
 
 from benchmarks import record
 import utilized_rank as ur
-from utilized_rank import data
-from utilized_rank import mae
-from utilized_rank import objectives
-from utilized_rank import train
+from utilized_rank.data import splits
 from utilized_rank.models.vit import ViT
+from utilized_rank.training import masked_autoencoder
+from utilized_rank.training import objectives
+from utilized_rank.training import train
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', 'configs/self_supervised.py:cpu', 'Size of the experiment.'
@@ -83,7 +83,7 @@ def run(config, workdir: pathlib.Path):
     `runs`, facts of every model, and `comparisons`, one `ur.compare` of the
     uncentred (False) and one of the centred (True) reports.
   """
-  sources = data.load(config.data.to_dict())
+  sources = splits.load(config.data.to_dict())
   model = ViT(num_classes=sources['train'].num_classes, **config.model)
   runs, names = [], []
   reports = {False: [], True: []}
@@ -149,8 +149,10 @@ def _one(config, sources, model, seed, training, folder):
 def _trained(config, sources, model, seed, training, folder):
   """The encoder's variables; every training of a seed starts from the same."""
   shape = sources['train'].image_shape
-  decoder = mae.decoder_of(model, shape, **config.decoder)
-  start = mae.init(model, decoder, jax.random.key(seed), jnp.zeros((1, *shape)))
+  decoder = masked_autoencoder.decoder_of(model, shape, **config.decoder)
+  start = masked_autoencoder.init(
+    model, decoder, jax.random.key(seed), jnp.zeros((1, *shape))
+  )
   if training == 'untrained':
     return start['encoder']
   masked = training != 'supervised'
@@ -160,7 +162,9 @@ def _trained(config, sources, model, seed, training, folder):
     options.batch_size, seed=seed, start_step=step
   )
   if masked:
-    objective = mae.objective(model, decoder, masked=config.masked_share)
+    objective = masked_autoencoder.objective(
+      model, decoder, masked=config.masked_share
+    )
   else:
     objective = objectives.supervised(train.linen_forward(model))
     start = start['encoder']
@@ -172,7 +176,9 @@ def _trained(config, sources, model, seed, training, folder):
 
 def _probe(model, variables, sources) -> float:
   """Test accuracy of a ridge regression on the averaged tokens."""
-  features = jax.jit(lambda v, x: mae.encode(model, v, x).mean(axis=1))
+  features = jax.jit(
+    lambda v, x: masked_autoencoder.encode(model, v, x).mean(axis=1)
+  )
 
   def gather(source, count):
     parts, labels = [], []

@@ -25,8 +25,8 @@ from benchmarks import networks
 from benchmarks import record
 from benchmarks import timing
 import utilized_rank as ur
-from utilized_rank import gram
-from utilized_rank import sketch
+from utilized_rank.linalg import gram
+from utilized_rank.linalg import sketch
 
 NAMES = ['mlp_fmnist_relu', 'kwt1', 'resnet56_cifar10', 'char_mlp']
 COLUMNS = (16, 32, 64, 128)

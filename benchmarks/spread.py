@@ -125,10 +125,10 @@ def programs():
   """Collectives of the two steps and of the last program, on all devices."""
   import jax
 
-  from utilized_rank.capture import count
-  from utilized_rank.rows import EVERY
-  from utilized_rank.running import RunningSums
-  from utilized_rank.spread import Devices
+  from utilized_rank.collection.devices import Devices
+  from utilized_rank.collection.running_sums import RunningSums
+  from utilized_rank.moments.capture import count
+  from utilized_rank.moments.rows import EVERY
 
   named = params()
   names = sorted(named)

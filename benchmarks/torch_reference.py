@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from benchmarks import record
 from benchmarks import timing
 import utilized_rank as ur
-from utilized_rank.leaves import stored_pairs
+from utilized_rank.lowrank.store import stored_pairs
 from utilized_rank.models.stacking import stack_blocks
 from utilized_rank.models.vit import VARIANTS
 from utilized_rank.models.vit import ViT

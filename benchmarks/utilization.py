@@ -26,7 +26,7 @@ from benchmarks import networks
 from benchmarks import record
 from benchmarks.networks import common
 import utilized_rank as ur
-from utilized_rank import subspace
+from utilized_rank.linalg import subspace
 
 ENERGIES = (0.9, 0.95, 0.99)
 # The most kernels that are searched one by one.

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}')
   logging.set_verbosity(logging.WARNING)  # orbax tells of every file
-  from utilized_rank import pipeline
+  from utilized_rank.experiment import pipeline
 
   if _CACHE.value:
     jax.config.update('jax_compilation_cache_dir', _CACHE.value)

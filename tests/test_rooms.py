@@ -1,4 +1,4 @@
-"""What importing costs, and which way imports point."""
+"""The rooms of the package: their order, their size, what importing costs."""
 
 import ast
 import pathlib
@@ -10,72 +10,43 @@ import pytest
 import utilized_rank
 
 ROOT = pathlib.Path(utilized_rank.__file__).parent
-
-# Lower rows may be imported by higher ones, not the other way round.
-LAYERS = [
-  'accumulation compat progress files layout masks paths depth look processes '
-  'svg divergence program',
-  'tracing numerics gram tables factors gauge agreement',
-  'sketch',
-  'product axes factored',
-  'axis_rules',
-  'flow',
-  'rows',
-  'contraction convolution padding',
-  'flops values sharded interpret control products',
-  'subspace',
-  'nystrom',
-  'moments threads sides',
-  'sites lowrank layers dense heads narrow',
-  'assembly',
-  'collector flatten readings spread substitution',
-  'capture kernels allocation pairing follow',
-  'checkpoint methods plots gradients fisher comparison_plots',
-  'certify leaves attention measurement snapshots',
-  'shared latency running',
-  'division',
-  'families plan',
-  'passes feeding',
-  'offers recipe',
-  'ranks trials joint',
-  'collect factorize search anchoring blocks factorize_heads',
-  'streams narrowed',
-  'anchor',
-  'refine',
-  'page report tune',
-  'comparison comparison_page holdout',
-  'compress',
+# Lowest first. A room imports from itself and from rooms before it.
+CORE = [
+  'tree',
+  'host',
+  'losses',
+  'walk',
+  'axes',
+  'products',
+  'linalg',
+  'lowrank',
+  'moments',
+  'factorization',
+  'storage',
+  'collection',
+  'ranks',
+  'attention',
+  'refit',
+  'report',
+  'compression',
 ]
 # They need flax, optax, TFDS or absl, and are imported by name.
-OUTER = {
-  'arrays',
-  'augment',
-  'batch_statistics',
-  'compress_config',
-  'costs',
-  'data',
-  'digits',
-  'evaluate',
-  'losses',
-  'mae',
-  'metrics',
-  'models',
-  'network',
-  'objectives',
-  'options',
-  'pipeline',
-  'prepared',
-  'preprocess',
-  'resume',
-  'shrink',
-  'tfrecord',
-  'train',
-  'workdir',
-}
+OUTER = ['models', 'data', 'training', 'experiment']
+ROOMS = [*CORE, *OUTER]
+MOST_FILES = 15
+MOST_LINES = 400
+
+
+def modules():
+  """(name of the room, dotted name, path) of every module in a room."""
+  for path in sorted(ROOT.rglob('*.py')):
+    parts = path.relative_to(ROOT).with_suffix('').parts
+    if len(parts) > 1:
+      yield parts[0], '.'.join(('utilized_rank', *parts)), path
 
 
 def imports_of(path):
-  """(module, whether it is imported when the file is)."""
+  """(dotted module, whether it is imported when the file is)."""
   tree = ast.parse(path.read_text())
   lazy = {
     id(node)
@@ -92,55 +63,109 @@ def imports_of(path):
       for alias in node.names:
         yield alias.name, eager
     elif isinstance(node, ast.ImportFrom):
-      if node.module == 'utilized_rank':
-        for alias in node.names:
-          yield f'utilized_rank.{alias.name}', eager
-      else:
-        yield node.module, eager
+      for alias in node.names:
+        whole = f'{node.module}.{alias.name}'
+        is_module = (ROOT.parent / whole.replace('.', '/')).with_suffix('.py')
+        yield whole if is_module.exists() else node.module, eager
 
 
-def modules():
-  for path in sorted(ROOT.rglob('*.py')):
-    name = path.relative_to(ROOT).with_suffix('').parts[0]
-    if name != '__init__':
-      yield name, path
+def test_every_folder_is_a_room():
+  assert {room for room, _, _ in modules()} == set(ROOMS)
+  alone = {path.name for path in ROOT.glob('*.py')}
+  assert alone == {'__init__.py', 'version.py'}
 
 
-def test_every_module_has_a_place():
-  placed = {m for row in LAYERS for m in row.split()} | OUTER
-  assert {name for name, _ in modules()} <= placed
-
-
-def test_imports_point_one_way():
-  rank = {m: i for i, row in enumerate(LAYERS) for m in row.split()}
-  for name, path in modules():
-    for module, eager in imports_of(path):
+def test_rooms_are_imported_one_way():
+  place = {room: i for i, room in enumerate(ROOMS)}
+  for room, name, path in modules():
+    for module, _ in imports_of(path):  # those inside of functions, too
       parts = module.split('.')
-      if parts[0] != 'utilized_rank' or len(parts) < 2 or name in OUTER:
+      if parts[0] != 'utilized_rank' or parts[1:] == ['version']:
         continue
-      target = parts[1]
-      assert target not in OUTER, f'{name} imports {target}'
-      if eager and target in rank:
-        assert rank[target] <= rank[name], f'{name} imports {target}'
+      assert len(parts) > 1, f'{name} imports the package it is in'
+      assert place[parts[1]] <= place[room], f'{name} imports {module}'
+
+
+def test_no_modules_import_each_other():
+  graph = {
+    name: {m for m, _ in imports_of(path) if m.startswith('utilized_rank.')}
+    for _, name, path in modules()
+  }
+  done, open_ = set(), []
+
+  def visit(name):
+    assert name not in open_, ' -> '.join([*open_[open_.index(name) :], name])
+    if name in done:
+      return
+    open_.append(name)
+    for other in sorted(graph.get(name, ())):
+      visit(other)
+    open_.pop()
+    done.add(name)
+
+  for name in graph:
+    visit(name)
+
+
+def test_rooms_and_files_are_small():
+  folders = {path.parent for _, _, path in modules()}
+  for folder in folders:
+    files = [p for p in folder.glob('*.py') if p.name != '__init__.py']
+    assert len(files) <= MOST_FILES, (folder.name, len(files))
+  for _, name, path in modules():
+    lines = len(path.read_text().splitlines())
+    assert lines <= MOST_LINES, (name, lines)
+
+
+def test_the_init_of_a_room_is_its_map():
+  for room in ROOMS:
+    tree = ast.parse((ROOT / room / '__init__.py').read_text())
+    assert len(tree.body) == 1 and ast.get_docstring(tree), room
+
+
+def test_tests_mirror_the_rooms():
+  here = pathlib.Path(__file__).parent
+  of_no_room = {'support', 'properties', 'frameworks', 'parity'}
+  for folder in here.iterdir():
+    if folder.is_dir() and folder.name not in {*of_no_room, '__pycache__'}:
+      assert folder.name in ROOMS
+  names = [path.name for path in here.rglob('test_*.py')]
+  assert len(names) == len(set(names)), 'pytest imports them by name'
+
+
+def test_the_public_names_are_said_once():
+  offered = utilized_rank.__all__
+  assert offered == sorted(offered)
+  assert all(hasattr(utilized_rank, name) for name in offered)
+  assert dir(utilized_rank) == sorted([*offered, '__version__'])
+  imported = {
+    alias.asname or alias.name
+    for node in ast.walk(ast.parse((ROOT / '__init__.py').read_text()))
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+  }
+  assert imported == {*offered, '__version__'}
 
 
 def test_the_core_imports_jax_and_numpy_alone():
   allowed = {'jax', 'numpy', 'utilized_rank', *sys.stdlib_module_names}
-  for name, path in modules():
-    if name in OUTER:
+  for room, name, path in modules():
+    if room in OUTER:
       continue
     for module, eager in imports_of(path):
       assert not eager or module.split('.')[0] in allowed, (name, module)
 
 
 def test_jax_internals_are_touched_in_one_file():
-  for name, path in modules():
+  for _, name, path in modules():
     text = path.read_text()
     for private in ('jax._src', 'jax.extend', 'jax.interpreters'):
-      assert private not in text or name == 'compat', (name, private)
+      assert private not in text or name.endswith('.compat'), (name, private)
 
 
-@pytest.mark.parametrize('module', ['utilized_rank', 'utilized_rank.pipeline'])
+@pytest.mark.parametrize(
+  'module', ['utilized_rank', 'utilized_rank.experiment.pipeline']
+)
 def test_importing_loads_no_tensorflow(module):
   code = (
     f'import sys, {module}; '

@@ -9,58 +9,118 @@
 >>> outputs = ur.low_rank(fn)(small, batch)             # doctest: +SKIP
 """
 
-from utilized_rank.anchor import anchor
-from utilized_rank.attention import find_attention
-from utilized_rank.capture import capture
-from utilized_rank.capture import find_sites
-from utilized_rank.checkpoint import load
-from utilized_rank.checkpoint import save
-from utilized_rank.collect import collect
-from utilized_rank.comparison import Comparison
-from utilized_rank.comparison import compare
-from utilized_rank.compress import compress
-from utilized_rank.divergence import kl_divergence
-from utilized_rank.divergence import squared_error
-from utilized_rank.energy import energy_ranks
-from utilized_rank.factorize import factorize
-from utilized_rank.factorize_heads import budget_head_ranks
-from utilized_rank.factorize_heads import factorize_heads
-from utilized_rank.factorize_heads import head_damages
-from utilized_rank.factorize_heads import uniform_head_ranks
-from utilized_rank.families import Families
-from utilized_rank.families import decompose
-from utilized_rank.heads import Attention
-from utilized_rank.interpret import UnsupportedError
-from utilized_rank.latency import LatencyTable
-from utilized_rank.latency import measure_latency
-from utilized_rank.layers import stack
-from utilized_rank.layers import unstack
-from utilized_rank.layout import Layout
-from utilized_rank.lowrank import LowRank
-from utilized_rank.lowrank import count_params
-from utilized_rank.lowrank import merge
-from utilized_rank.lowrank import write_out
-from utilized_rank.measure import measure
-from utilized_rank.moments import Moment
-from utilized_rank.moments import Moments
-from utilized_rank.moments import merge_moments
-from utilized_rank.narrow import NarrowHeads
-from utilized_rank.plan import Plan
-from utilized_rank.plan import plan
-from utilized_rank.predict import predict_loss
-from utilized_rank.project import project
-from utilized_rank.ranks import budget_ranks
-from utilized_rank.recipe import Recipe
-from utilized_rank.refine import refine
-from utilized_rank.report import Report
-from utilized_rank.sampled import sampled_cross_entropy
-from utilized_rank.search import SearchedRanks
-from utilized_rank.search import search_ranks
-from utilized_rank.sites import Sites
-from utilized_rank.snapshots import Preempted
-from utilized_rank.substitution import low_rank
-from utilized_rank.tune import TunedRanks
-from utilized_rank.tune import tune_ranks
-from utilized_rank.uniform import uniform_ranks
+from utilized_rank.attention.factorize_heads import budget_head_ranks
+from utilized_rank.attention.factorize_heads import factorize_heads
+from utilized_rank.attention.factorize_heads import head_damages
+from utilized_rank.attention.factorize_heads import uniform_head_ranks
+from utilized_rank.attention.find_attention import find_attention
+from utilized_rank.attention.heads import Attention
+from utilized_rank.collection.collect import collect
+from utilized_rank.collection.plan import Plan
+from utilized_rank.collection.plan import plan
+from utilized_rank.collection.snapshots import Preempted
+from utilized_rank.compression.compress import compress
+from utilized_rank.factorization.decompose import Families
+from utilized_rank.factorization.decompose import decompose
+from utilized_rank.factorization.factorize import factorize
+from utilized_rank.factorization.project import project
+from utilized_rank.losses.divergence import kl_divergence
+from utilized_rank.losses.divergence import squared_error
+from utilized_rank.losses.sampled import sampled_cross_entropy
+from utilized_rank.lowrank.leaf import LowRank
+from utilized_rank.lowrank.leaf import count_params
+from utilized_rank.lowrank.leaf import merge
+from utilized_rank.lowrank.leaf import write_out
+from utilized_rank.lowrank.low_rank import low_rank
+from utilized_rank.lowrank.narrow_heads import NarrowHeads
+from utilized_rank.lowrank.stack import stack
+from utilized_rank.lowrank.stack import unstack
+from utilized_rank.moments.capture import capture
+from utilized_rank.moments.capture import find_sites
+from utilized_rank.moments.moments import Moment
+from utilized_rank.moments.moments import Moments
+from utilized_rank.moments.moments import merge_moments
+from utilized_rank.moments.sites import Sites
+from utilized_rank.ranks.budget import budget_ranks
+from utilized_rank.ranks.energy import energy_ranks
+from utilized_rank.ranks.latency import LatencyTable
+from utilized_rank.ranks.latency import measure_latency
+from utilized_rank.ranks.predict import predict_loss
+from utilized_rank.ranks.search import SearchedRanks
+from utilized_rank.ranks.search import search_ranks
+from utilized_rank.ranks.tune import TunedRanks
+from utilized_rank.ranks.tune import tune_ranks
+from utilized_rank.ranks.uniform import uniform_ranks
+from utilized_rank.refit.anchor import anchor
+from utilized_rank.refit.refine import refine
+from utilized_rank.report.comparison import Comparison
+from utilized_rank.report.comparison import compare
+from utilized_rank.report.measure import measure
+from utilized_rank.report.report import Report
+from utilized_rank.storage.checkpoint import load
+from utilized_rank.storage.checkpoint import save
+from utilized_rank.storage.recipe import Recipe
+from utilized_rank.tree.layout import Layout
+from utilized_rank.version import __version__
+from utilized_rank.walk.interpret import UnsupportedError
 
-__version__ = '0.2.0'
+__all__ = [
+  'Attention',
+  'Comparison',
+  'Families',
+  'LatencyTable',
+  'Layout',
+  'LowRank',
+  'Moment',
+  'Moments',
+  'NarrowHeads',
+  'Plan',
+  'Preempted',
+  'Recipe',
+  'Report',
+  'SearchedRanks',
+  'Sites',
+  'TunedRanks',
+  'UnsupportedError',
+  'anchor',
+  'budget_head_ranks',
+  'budget_ranks',
+  'capture',
+  'collect',
+  'compare',
+  'compress',
+  'count_params',
+  'decompose',
+  'energy_ranks',
+  'factorize',
+  'factorize_heads',
+  'find_attention',
+  'find_sites',
+  'head_damages',
+  'kl_divergence',
+  'load',
+  'low_rank',
+  'measure',
+  'measure_latency',
+  'merge',
+  'merge_moments',
+  'plan',
+  'predict_loss',
+  'project',
+  'refine',
+  'sampled_cross_entropy',
+  'save',
+  'search_ranks',
+  'squared_error',
+  'stack',
+  'tune_ranks',
+  'uniform_head_ranks',
+  'uniform_ranks',
+  'unstack',
+  'write_out',
+]
+
+
+def __dir__() -> list[str]:
+  """What the package offers; rooms are importable by name."""
+  return [*__all__, '__version__']

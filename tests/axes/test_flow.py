@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import axes
-from utilized_rank import tracing
-from utilized_rank.flow import Flow
+from utilized_rank.axes import where
+from utilized_rank.axes.flow import Flow
+from utilized_rank.walk import tracing
 
 B, T, D = 3, 4, 6
 
@@ -20,7 +20,7 @@ def apart(fn, shape, tokens=None):
   traced = tracing.trace(fn, params, (x,), {})
   flow = Flow(shape[0])
   (out,) = flow.run(
-    traced.jaxpr, [axes.plain((D, D)), axes.batch_array(shape, tokens)]
+    traced.jaxpr, [where.plain((D, D)), where.batch_array(shape, tokens)]
   )
   return out
 
@@ -94,9 +94,9 @@ def test_examples_are_apart_where_it_says_so(name):
   fn, shape = APART[name]
   found = apart(lambda params, x: fn(x), shape)
   if name in MIXED:
-    assert found.mixed == 'reduce_sum' and not found.has(axes.EXAMPLE)
+    assert found.mixed == 'reduce_sum' and not found.has(where.EXAMPLE)
     return
-  assert found.mixed is None and found.is_along(axes.EXAMPLE, B)
+  assert found.mixed is None and found.is_along(where.EXAMPLE, B)
   x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
   before = np.asarray(fn(x))
   for i in range(B):
@@ -111,7 +111,7 @@ def number(found):
   """For every element of a value, which example it is of."""
   out = np.zeros([p.size for p in found.pieces], int)
   for k, piece in enumerate(found.pieces):
-    if piece.name == axes.EXAMPLE:
+    if piece.name == where.EXAMPLE:
       steps = piece.step * np.arange(piece.size)
       out += steps.reshape([-1 if j == k else 1 for j in range(out.ndim)])
   return out.reshape(
@@ -136,17 +136,19 @@ def test_tokens_are_followed(name):
   fn, token, along = TOKENS[name]
   found = apart(lambda params, x: fn(x), ROWS, T)
   assert found.mixed is None and found.token == token
-  assert found.is_along(axes.TOKEN, T) == along
+  assert found.is_along(where.TOKEN, T) == along
 
 
 @pytest.mark.parametrize(
   'sizes', [(12,), (3, 4), (2, 6), (6, 2), (2, 2, 3), (1, 12, 1)]
 )
 def test_regrouped_pieces_count_as_a_reshape_does(sizes):
-  pieces = [axes.Piece(12, axes.EXAMPLE, 1)]
-  found = axes.Where(axes.regrouped(pieces, sizes))
+  pieces = [where.Piece(12, where.EXAMPLE, 1)]
+  found = where.Where(where.regrouped(pieces, sizes))
   np.testing.assert_array_equal(number(found), np.arange(12).reshape(sizes))
-  assert axes.regrouped([axes.Piece(4), axes.Piece(3, 'x', 1)], (6, 2)) is None
+  assert (
+    where.regrouped([where.Piece(4), where.Piece(3, 'x', 1)], (6, 2)) is None
+  )
 
 
 def test_a_masked_convolution_counts_patches_of_real_examples():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import accumulation
+from utilized_rank.collection import accumulation
 
 RNG = np.random.default_rng(0)
 

@@ -10,11 +10,11 @@ import pytest
 import references
 
 import utilized_rank as ur
-from utilized_rank import running
-from utilized_rank.capture import count
-from utilized_rank.pmapped import Pmapped
-from utilized_rank.rows import EVERY
-from utilized_rank.spread import Devices
+from utilized_rank.collection import running_sums
+from utilized_rank.collection.devices import Devices
+from utilized_rank.collection.pmapped import Pmapped
+from utilized_rank.moments.capture import count
+from utilized_rank.moments.rows import EVERY
 
 
 def model(params, x):
@@ -149,7 +149,7 @@ def run_of(spread):
   measure = lambda params, x: count(
     model, EVERY, dict(zip(sorted(SHAPES), params)), x
   )
-  return running.RunningSums(measure, spread)
+  return running_sums.RunningSums(measure, spread)
 
 
 def reductions(text):
@@ -224,7 +224,7 @@ def test_bfloat16_activations_are_summed_in_float32():
 def test_overflowing_counts_move_to_the_host(params, rows, monkeypatch):
   batches = split(rows, [33, 33, 31])
   want = collect(model, params, batches)
-  monkeypatch.setattr(running, '_MOST_ROWS', 10)
+  monkeypatch.setattr(running_sums, '_MOST_ROWS', 10)
   moments = collect(model, params, batches)
   assert moments['first'].count.dtype == np.int64
   assert moments['first'].second.dtype == np.float64
@@ -246,7 +246,7 @@ def test_an_interrupted_collection_gives_the_same_numbers(
   params, rows, tmp_path, stop, overflow, monkeypatch
 ):
   if overflow:
-    monkeypatch.setattr(running, '_MOST_ROWS', 30)
+    monkeypatch.setattr(running_sums, '_MOST_ROWS', 30)
   batches = split(rows, [14] * 6 + [13])
   folder = tmp_path / 'sums'
   again = functools.partial(

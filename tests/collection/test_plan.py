@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import cost
+from utilized_rank.walk import cost
 
 RNG = np.random.default_rng(0)
 SHAPES = {'q': (64, 32), 'k': (64, 32), 'up': (32, 160), 'down': (160, 64)}

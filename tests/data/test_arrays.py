@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from utilized_rank import data
+from utilized_rank.data import splits as split_lib
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (40, 6, 6, 3), np.uint8)
@@ -44,7 +44,9 @@ def folder(tmp_path_factory):
 
 
 def load(folder, splits=SPLITS, **options):
-  return data.load({**RAW, 'data_dir': folder, 'splits': splits, **options})
+  return split_lib.load(
+    {**RAW, 'data_dir': folder, 'splits': splits, **options}
+  )
 
 
 def whole(source):
@@ -96,7 +98,7 @@ def test_grey_images_have_one_channel(folder):
 
 def test_preprocessing_decides_size_and_scale(folder):
   options = {**PLAIN, 'data_dir': folder, 'splits': SPLITS, 'image_size': 12}
-  source = data.load({**options, 'preprocess': 'clip'})['test']
+  source = split_lib.load({**options, 'preprocess': 'clip'})['test']
   one = Image.fromarray(IMAGES[0]).resize((12, 12), Image.Resampling.BICUBIC)
   mean, std = [0.48145466, 0.4578275, 0.40821073], [
     0.26862954, 0.26130258, 0.27577711,
@@ -104,14 +106,14 @@ def test_preprocessing_decides_size_and_scale(folder):
   expected = (np.asarray(one) / 255 - mean) / std
   # float32 of numbers up to 2.
   np.testing.assert_allclose(whole(source)['image'][0], expected, atol=1e-5)
-  streamed = data.load({**options, 'preprocess': 'clip', 'cache_bytes': 0})
+  streamed = split_lib.load({**options, 'preprocess': 'clip', 'cache_bytes': 0})
   np.testing.assert_array_equal(
     whole(streamed['test'])['image'], whole(source)['image']
   )
 
 
 def test_augmentation_before_preprocessing_that_gives_floats(folder):
-  source = load(
+  source = split_lib.load(
     folder, mean=(0.5,), std=(0.5,), preprocess='augreg', augment='crop_flip'
   )['train']
   batch = next(source.batches(16, seed=0))
@@ -124,7 +126,7 @@ def test_grey_images_have_no_colours_to_normalise(folder):
   for i, name in enumerate(splits):
     splits[name] += f'[{10 * i}:{10 * i + 10}]'
   with pytest.raises(ValueError, match="'clip': its mean has 3 values.*have 1"):
-    data.load(
+    split_lib.load(
       {**PLAIN, 'data_dir': folder, 'splits': splits, 'preprocess': 'clip'}
     )
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from utilized_rank.preprocess import PREPROCESS
+from utilized_rank.data.preprocess import PREPROCESS
 
 RNG = np.random.default_rng(0)
 SHAPES = [(37, 61), (60, 41), (48, 48), (20, 33)]

@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from utilized_rank import augment
-from utilized_rank import data
-from utilized_rank import digits
-from utilized_rank import tfrecord
+from utilized_rank.data import augment
+from utilized_rank.data import digits
+from utilized_rank.data import splits as data
+from utilized_rank.data import tfrecord
 
 # TFDS's own modules warn about packages that are none of ours.
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
@@ -281,7 +281,7 @@ def test_bad_batches(data_dir):
 def test_no_tensorflow(data_dir):
   code = (
     'import sys\n'
-    'import utilized_rank.data as data\n'
+    'import utilized_rank.data.splits as data\n'
     'assert "tensorflow_datasets" not in sys.modules\n'
     f's = data.load(dict(name="sk_digits", data_dir={data_dir!r}))\n'
     'next(s["train"].batches(8, seed=0))\n'

@@ -15,10 +15,10 @@ from configs import imagenet_vit_l16
 from configs import self_supervised
 from configs import ssl_vit
 from configs import tfds_vit
-from utilized_rank import data
-from utilized_rank import options
-from utilized_rank import train
+from utilized_rank.data import splits
+from utilized_rank.host import options
 from utilized_rank.models import vit
+from utilized_rank.training import train
 
 CONFIGS = {
   'digits': digits_vit.get_config(),
@@ -31,7 +31,7 @@ CONFIGS = {
 @pytest.mark.parametrize('name', CONFIGS)
 def test_sections_are_read(name):
   config = CONFIGS[name]
-  options.from_config(data.DataConfig, config.data, 'config.data')
+  options.from_config(splits.DataConfig, config.data, 'config.data')
   for section in (config.train, config.finetune):
     options.from_config(train.TrainConfig, section, 'config.train')
   fields = {field.name for field in dataclasses.fields(vit.ViT)}
@@ -57,7 +57,7 @@ PAPER = {
 @pytest.mark.parametrize('argument', self_supervised.ARGUMENTS)
 def test_self_supervised(argument):
   config = self_supervised.get_config(argument)
-  options.from_config(data.DataConfig, config.data, 'config.data')
+  options.from_config(splits.DataConfig, config.data, 'config.data')
   for section in (config.supervised, config.masked):
     options.from_config(train.TrainConfig, section, 'config.train')
   with pytest.raises(ValueError, match='argument is one of cpu, gpu'):

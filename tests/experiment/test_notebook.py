@@ -7,7 +7,7 @@ import nbclient
 import nbformat
 import pytest
 
-NOTEBOOK = pathlib.Path(__file__).parents[1] / 'notebooks' / 'quickstart.ipynb'
+NOTEBOOK = pathlib.Path(__file__).parents[2] / 'notebooks' / 'quickstart.ipynb'
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def test_outputs_are_stripped(notebook):
 
 
 def test_runs_and_shows_its_plots(notebook, tmp_path, monkeypatch):
-  root = NOTEBOOK.parents[1]
+  root = NOTEBOOK.parents[2]
   paths = [str(root), os.environ.get('PYTHONPATH', '')]
   monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, paths)))
   monkeypatch.setenv('QUICK', '1')

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from utilized_rank import network
-from utilized_rank import paths
-from utilized_rank import pipeline
+from utilized_rank.experiment import network
+from utilized_rank.experiment import pipeline
 from utilized_rank.models.resnet import ResNet
 from utilized_rank.models.vit import ViT
+from utilized_rank.tree import paths
 
 CLASSES = 3
 

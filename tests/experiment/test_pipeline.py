@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from utilized_rank import data
-from utilized_rank import pipeline
+from utilized_rank.data import splits
+from utilized_rank.experiment import pipeline
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def get_config(**overrides):
@@ -43,7 +43,7 @@ def finished(config, tmp_path_factory):
   seen = {}
   stage = []
   with pytest.MonkeyPatch.context() as patch:
-    load = data.load
+    load = splits.load
 
     def spy(options):
       sources = load(options)
@@ -58,7 +58,7 @@ def finished(config, tmp_path_factory):
           setattr(source, method, called)
       return sources
 
-    patch.setattr(data, 'load', spy)
+    patch.setattr(splits, 'load', spy)
     run_stage = pipeline.Workdir.stage
 
     def note(self, name, run):
@@ -120,7 +120,7 @@ def test_a_collection_in_passes_measures_the_same(
 ):
   """The images are gone through twice, in one order."""
   limits = []
-  module = importlib.import_module('utilized_rank.collect')
+  module = importlib.import_module('utilized_rank.collection.collect')
   passes_within = module.passes_within
 
   def in_two(sites, with_loss, with_fisher, peak, limit):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from utilized_rank.workdir import Workdir
+from utilized_rank.experiment.workdir import Workdir
 
 
 def test_stages_run_once_and_keep_their_results(tmp_path):

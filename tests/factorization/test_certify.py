@@ -9,14 +9,14 @@ import pytest
 import references
 
 import utilized_rank as ur
-from utilized_rank import anchoring
-from utilized_rank import best_pairs
-from utilized_rank import certify
-from utilized_rank import kernels
-from utilized_rank import methods
-from utilized_rank import numerics
-from utilized_rank import subspace
-from utilized_rank import threads
+from utilized_rank.factorization import certify
+from utilized_rank.factorization import kernels
+from utilized_rank.factorization import methods
+from utilized_rank.host import threads
+from utilized_rank.linalg import best_pairs
+from utilized_rank.linalg import eigh
+from utilized_rank.linalg import subspace
+from utilized_rank.refit import anchored_fit
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 
@@ -57,7 +57,7 @@ def test_a_failed_eigh_is_tried_in_another_way(monkeypatch, broken, ways):
   monkeypatch.setattr(
     np.linalg, 'eigh', breaking(np.linalg.eigh, broken, calls)
   )
-  values, vectors = numerics.symmetric_eigh(stack)
+  values, vectors = eigh.symmetric_eigh(stack)
   assert calls == ways
   np.testing.assert_allclose(
     values, np.linalg.eigvalsh(stack), atol=1e-14 * stack.max()
@@ -74,9 +74,9 @@ def test_what_no_way_decomposes_is_an_error(monkeypatch):
   monkeypatch.setattr(np.linalg, 'eigh', fails)
   monkeypatch.setattr(np.linalg, 'svd', fails)
   with pytest.raises(FloatingPointError, match=r'no eigend.* \(4, 4\) matrix'):
-    numerics.symmetric_eigh(moment(4))
+    eigh.symmetric_eigh(moment(4))
   with pytest.raises(FloatingPointError, match='no singular value'):
-    numerics.svd(moment(4))
+    eigh.svd(moment(4))
 
 
 def test_a_failed_svd_is_tried_on_the_transpose(monkeypatch):
@@ -87,7 +87,7 @@ def test_a_failed_svd_is_tried_on_the_transpose(monkeypatch):
     return u, sigma * (np.nan if a.shape[0] > a.shape[1] else 1), v
 
   monkeypatch.setattr(np.linalg, 'svd', wide_only)
-  u, sigma, v = numerics.svd(matrix)
+  u, sigma, v = eigh.svd(matrix)
   np.testing.assert_allclose(u * sigma @ v, matrix, atol=1e-14)
   assert u.shape == (7, 4)
 
@@ -283,13 +283,13 @@ def test_a_corrupted_anchor_is_noticed_by_name(monkeypatch):
   fn = lambda p, x: jnp.tanh(x @ p['v']) @ p['w']
   run = lambda: ur.anchor(fn, params, [x], {'v': 5, 'w': 5}, progress=False)
   run()
-  real = anchoring.factors
+  real = anchored_fit.factors
 
   def corrupted(*args):
     a, b = real(*args)
     return best_pairs.Pair(a, b * (1.01 if b.shape[1] == 20 else 1.0))
 
-  monkeypatch.setattr(anchoring, 'factors', corrupted)
+  monkeypatch.setattr(anchored_fit, 'factors', corrupted)
   with pytest.raises(FloatingPointError, match="rank-5 factors of 'w' leave"):
     run()
 
@@ -414,4 +414,4 @@ def test_the_smallest_solution_is_numpys(shape, rank):
   y = rng.normal(size=(shape[0], 4))
   want = np.linalg.lstsq(w, y, rcond=1e-9)[0]
   # The Gram matrix squares the condition number, here below 1e3.
-  np.testing.assert_allclose(numerics.solve_least(w, y), want, atol=1e-9)
+  np.testing.assert_allclose(eigh.solve_least(w, y), want, atol=1e-9)

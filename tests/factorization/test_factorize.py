@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank.methods import METHODS
+from utilized_rank.factorization.methods import METHODS
 
 
 class Grouped(nn.Module):

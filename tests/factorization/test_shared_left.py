@@ -13,8 +13,8 @@ from references import second_moment
 from references import squared_error
 
 import utilized_rank as ur
-from utilized_rank import compat
-from utilized_rank import layers
+from utilized_rank.lowrank import stack
+from utilized_rank.walk import compat
 
 RNG = np.random.default_rng(0)
 QKV = ('q', 'k', 'v')
@@ -261,12 +261,12 @@ def test_scanned_stacks_share_step_by_step():
     assert jax.tree.structure(grads) == jax.tree.structure(small)
   # `up` is on the right of its product, so x A is laid out another way: made
   # twice here, and found equal by XLA at most.
-  apart = layers.unstack(small, 'blocks', 'block_{}')
+  apart = stack.unstack(small, 'blocks', 'block_{}')
   assert apart['block_1']['up'].left == 'block_1/gate'
   np.testing.assert_allclose(
     ur.low_rank(unrolled)(apart, x), want, rtol=1e-4, atol=1e-5
   )
-  again = layers.stack(apart, 'blocks', 'block_{}')
+  again = stack.stack(apart, 'blocks', 'block_{}')
   assert jax.tree.structure(again) == jax.tree.structure(small)
   jax.tree.map(np.testing.assert_array_equal, again, small)
 
@@ -289,7 +289,7 @@ def test_a_factor_held_outside_of_a_stack_is_refused():
   layout = ur.Layout.of((2, 4, 3), groups=(0,), inputs=(1,), outputs=(2,))
   leaf = ur.LowRank(None, draw(2, 2, 3), None, layout, None, 'other/w')
   with pytest.raises(ValueError, match="left factor in 'other/w', outside"):
-    layers.unstack({'blocks': {'w': leaf}}, 'blocks', 'block_{}')
+    stack.unstack({'blocks': {'w': leaf}}, 'blocks', 'block_{}')
 
 
 # --- the budget ---

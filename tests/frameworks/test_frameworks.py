@@ -7,18 +7,18 @@ means, in float64; see `frameworks/`.
 import functools
 
 from flax import nnx
-from frameworks import big_vision_models
-from frameworks import equinox_models
-from frameworks import haiku_models
-from frameworks import linen_models
-from frameworks import nnx_models
-from frameworks import plain_models
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from frameworks import big_vision_models
+from frameworks import equinox_models
+from frameworks import haiku_models
+from frameworks import linen_models
+from frameworks import nnx_models
+from frameworks import plain_models
 import utilized_rank as ur
 
 MODELS = {

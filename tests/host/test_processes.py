@@ -12,9 +12,9 @@ import jax
 import job
 import numpy as np
 
-from utilized_rank import processes
+from utilized_rank.host import processes
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / 'support'
 # Seconds for a job of small arrays; starting JAX is most of them.
 LIMIT = 240
 

@@ -3,7 +3,7 @@
 import io
 import sys
 
-from utilized_rank import progress
+from utilized_rank.host import progress
 
 
 class Terminal(io.StringIO):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import convolution
-from utilized_rank import gram
+from utilized_rank.linalg import gram
+from utilized_rank.products import convolution
 
 RNG = np.random.default_rng(0)
 CONVOLUTIONS = [name for name in forms.FORMS if name.startswith('conv_')]

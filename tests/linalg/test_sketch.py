@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import sketch as sketches
-from utilized_rank.kernels import kernels
-from utilized_rank.nystrom import nystrom
+from utilized_rank.factorization.kernels import kernels
+from utilized_rank.linalg import sketch as sketches
+from utilized_rank.linalg.nystrom import nystrom
 
 RNG = np.random.default_rng(0)
 ALL = [('.*', 4)]

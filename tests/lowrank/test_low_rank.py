@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import compat
+from utilized_rank.walk import compat
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(5, 12)).astype(np.float32)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import compat
-from utilized_rank.lowrank import is_low_rank
+from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.walk import compat
 
 RNG = np.random.default_rng(0)
 T, D, H, E, R = 5, 6, 3, 8, 2  # no other axis has 8 or 3 * 8 entries

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import layers as layers_lib
+from utilized_rank.lowrank import stack as layers_lib
 
 RNG = np.random.default_rng(0)
 TREE = {

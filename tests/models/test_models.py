@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from utilized_rank.models import blocks
 from utilized_rank.models import llama
 from utilized_rank.models import resnet
+from utilized_rank.models import transformer_parts
 from utilized_rank.models import vgg
 from utilized_rank.models.batch_norm import fold_batch_norm
 from utilized_rank.models.gpt import GPT
@@ -171,7 +171,7 @@ def test_errors():
   with pytest.raises(ValueError, match='6 tokens do not fit into context=5'):
     abstract(GPT(7, 5, 8, 1, 2), 1, 6, dtype=jnp.int32)
   with pytest.raises(ValueError, match="activation='relu'"):
-    blocks.BlockOptions(2, 8, activation='relu')
+    transformer_parts.BlockOptions(2, 8, activation='relu')
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -184,7 +184,7 @@ def test_attention_is_that_of_jax(causal, dtype):
   value = lambda attend: (
     lambda *x: jnp.sum(jnp.sin(attend(*x).astype(jnp.float32)))
   )
-  ours = lambda *x: blocks.attend(*x, causal=causal)
+  ours = lambda *x: transformer_parts.attend(*x, causal=causal)
   theirs = lambda *x: jax.nn.dot_product_attention(*x, is_causal=causal)
   # bfloat16 resolves 2^-8, and weights are rounded before the division here
   # and after it there.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank.gradients import gradient_sums
+from utilized_rank.moments.gradients import gradient_sums
 
 
 def loss(outputs, batch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import running
+from utilized_rank.collection import running_sums
 
 collect = functools.partial(ur.collect, progress=False)
 D, T, V = 8, 6, 11
@@ -176,9 +176,9 @@ def test_padded_examples_do_not_count(small, shape, pmap):
 
 def test_one_compiled_step_serves_uneven_batches(small, monkeypatch):
   runs = []
-  init = running.RunningSums.__init__
+  init = running_sums.RunningSums.__init__
   monkeypatch.setattr(
-    running.RunningSums,
+    running_sums.RunningSums,
     '__init__',
     lambda self, *args: (init(self, *args), runs.append(self))[0],
   )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import gram
-from utilized_rank import numerics
+from utilized_rank.linalg import eigh
+from utilized_rank.linalg import gram
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(7, 4)).astype(np.float32)
@@ -69,12 +69,12 @@ def test_gram_accumulates_in_float32():
 
 
 def test_eigh():
-  values, vectors = numerics.eigh(X.T @ X)
+  values, vectors = eigh.eigh(X.T @ X)
   assert (np.diff(values) <= 0).all()
   np.testing.assert_allclose(
     vectors * values @ vectors.T, X.T @ X, rtol=1e-5, atol=1e-5
   )
   one = np.ones((1, 4))
-  assert (numerics.eigh(one.T @ one)[0][1:] == 0).all()
+  assert (eigh.eigh(one.T @ one)[0][1:] == 0).all()
   with pytest.raises(FloatingPointError, match='NaN or infinite'):
-    numerics.eigh(np.full((2, 2), np.nan))
+    eigh.eigh(np.full((2, 2), np.nan))

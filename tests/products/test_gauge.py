@@ -16,13 +16,13 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
-import test_matrix
+import wrappers
 
 import utilized_rank as ur
-from utilized_rank import compat
-from utilized_rank import gauge
-from utilized_rank import layers
-from utilized_rank import paths
+from utilized_rank.lowrank import stack
+from utilized_rank.products import gauge
+from utilized_rank.tree import paths
+from utilized_rank.walk import compat
 
 RNG = np.random.default_rng(0)
 
@@ -159,14 +159,14 @@ def test_the_flops_of_many_rows_are_those_that_run():
 # Between them these slice, stack and spread what is loop-invariant elsewhere.
 @pytest.mark.parametrize('wrap', ['scan_stacked', 'shard_map_spread'])
 def test_every_form_of_product_in_loops_and_over_devices(wrap, run_as):
-  wrapper = test_matrix.WRAPPERS[wrap]
+  wrapper = wrappers.WRAPPERS[wrap]
   cells = {
-    name: test_matrix.cell(form, wrapper, forms.seed_of(name))
+    name: wrappers.cell(form, wrapper, forms.seed_of(name))
     for name, form in forms.FORMS.items()
   }
   params = {name: c[0] for name, c in cells.items()}
   xs = {name: c[1] for name, c in cells.items()}
-  fn = wrapper.wrap(test_matrix.together)
+  fn = wrapper.wrap(wrappers.together)
   table = jax.eval_shape(ur.capture(fn), params, xs)[1].table
   named, treedef = paths.flatten(params)
   count = 0
@@ -180,7 +180,7 @@ def test_every_form_of_product_in_loops_and_over_devices(wrap, run_as):
   small = paths.unflatten(treedef, named)
   run = (
     jax.jit
-    if wrap in test_matrix.COMPILED
+    if wrap in wrappers.COMPILED
     else lambda fn: functools.partial(evaluate.call, fn)
   )
   with warnings.catch_warnings():
@@ -188,7 +188,7 @@ def test_every_form_of_product_in_loops_and_over_devices(wrap, run_as):
     got = run(ur.low_rank(fn))(small, xs)
   want = run(fn)(ur.merge(small), xs)
   for name in cells:
-    test_matrix.close(got[name], want[name], name)
+    wrappers.close(got[name], want[name], name)
 
 
 D, M, R = 12, 11, 3
@@ -417,12 +417,12 @@ def test_saving_stacking_and_merging_keep_it(problem, tmp_path):
     fn(merged, x), ur.low_rank(fn)(small, x), rtol=1e-4, atol=1e-4
   )
   tree = {'blocks': {'w': small['stack']}}
-  apart = layers.unstack(tree, 'blocks', 'b{}')
+  apart = stack.unstack(tree, 'blocks', 'b{}')
   for i in range(2):
     np.testing.assert_array_equal(
       apart[f'b{i}']['w'].dense(), small['stack'].dense()[i]
     )
-  together = layers.stack(apart, 'blocks', 'b{}')
+  together = stack.stack(apart, 'blocks', 'b{}')
   assert jax.tree.structure(together) == jax.tree.structure(tree)
   jax.tree.map(np.testing.assert_array_equal, together, tree)
 
@@ -453,7 +453,7 @@ def test_writing_out_gives_plain_pairs_of_the_same_function(form):
 def test_layers_of_different_rank_are_widened_into_one_stack():
   layout = ur.Layout.of((2, 6, 5), groups=(0,), inputs=(1,), outputs=(2,))
   tree = {f'b{i}': identity_pair(layout, r) for i, r in enumerate((2, 4, 3))}
-  leaf = layers.stack({**tree}, 'w', 'b{}')['w']
+  leaf = stack.stack({**tree}, 'w', 'b{}')['w']
   assert leaf.rank == 4 and leaf.b.shape == (3, 2, 4, 1)
   for i in range(3):
     # An output that became a pivot was a float32 sum before.
@@ -462,7 +462,7 @@ def test_layers_of_different_rank_are_widened_into_one_stack():
     )
   plain = ur.LowRank(draw(2, 6, 2), draw(2, 2, 5), None, layout)
   with pytest.raises(ValueError, match='an identity block, or none'):
-    layers.stack({'b0': tree['b0'], 'b1': plain}, 'w', 'b{}')
+    stack.stack({'b0': tree['b0'], 'b1': plain}, 'w', 'b{}')
 
 
 # --- costs ---

@@ -10,7 +10,7 @@ import pytest
 import references
 
 import utilized_rank as ur
-from utilized_rank.kernels import kernels
+from utilized_rank.factorization.kernels import kernels
 
 RNG = np.random.default_rng(0)
 NAMES = ['matmul', 'conv_same', 'conv_nchw', 'conv_grouped']

@@ -12,13 +12,13 @@ import pytest
 import test_sharded_params as sharded
 
 import utilized_rank as ur
-from utilized_rank import checkpoint
-from utilized_rank import gram
-from utilized_rank import running
-from utilized_rank.capture import count
-from utilized_rank.moments import Sums
-from utilized_rank.rows import EVERY
-from utilized_rank.spread import Devices
+from utilized_rank.collection import running_sums
+from utilized_rank.collection.devices import Devices
+from utilized_rank.linalg import gram
+from utilized_rank.moments.capture import count
+from utilized_rank.moments.moments import Sums
+from utilized_rank.moments.rows import EVERY
+from utilized_rank.storage import checkpoint
 
 RNG = np.random.default_rng(0)
 collect = functools.partial(ur.collect, progress=False)
@@ -176,7 +176,7 @@ def test_nothing_but_panels_is_held():
     sharded.run, EVERY, dict(zip(names, values, strict=True)), x
   )
   where = Devices([tree[n] for n in names], jax.local_devices()[:1])
-  run = running.RunningSums(measure, where)
+  run = running_sums.RunningSums(measure, where)
   state = run.zeros(x)
   held = {a.shape[-2:] for a in jax.tree.leaves(state[0].sums)}
   assert {(16, 40), (16, 24), (8, 8)} <= held

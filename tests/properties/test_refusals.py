@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 import test_capture
-import test_matrix
+import wrappers
 
 import utilized_rank as ur
 
 REFUSED = test_capture.REFUSED
-WRAPPERS = test_matrix.WRAPPERS
+WRAPPERS = wrappers.WRAPPERS
 # Some wrappers look for a part of this name to make a predicate of.
 PART = 'matmul'
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import running
-from utilized_rank.capture import count
-from utilized_rank.rows import Counting
-from utilized_rank.spread import Sharded
+from utilized_rank.collection import running_sums
+from utilized_rank.collection.devices import Sharded
+from utilized_rank.moments.capture import count
+from utilized_rank.moments.rows import Counting
 
 collect = functools.partial(ur.collect, progress=False)
 # Mesh, and how each parameter is spread over it.
@@ -167,7 +167,7 @@ def test_parameters_stay_where_they_are_and_sums_meet_once(params):
     params = dict(zip(names, params, strict=True))
     return count(run, Counting(None, where.over), params, batch[0])
 
-  steps = running.RunningSums(measure, where)
+  steps = running_sums.RunningSums(measure, where)
   ((batch, _),) = where.split((batches([8])[0], None))
   state = steps.zeros(batch)
   text = steps.step().lower(state, where.params, batch).compile().as_text()
@@ -189,7 +189,7 @@ def test_kernels_whose_examples_are_unknown_are_summed_all_the_same(params):
 
 
 def test_counts_that_overflow_on_a_mesh(params, monkeypatch):
-  monkeypatch.setattr(running, '_MOST_ROWS', 5)
+  monkeypatch.setattr(running_sums, '_MOST_ROWS', 5)
   x = batches([8, 8])
   mesh, placed = spread(params, 'fsdp', AxisType.Auto)
   got = collect(run, placed, x, loss=squares, mesh=mesh)

@@ -6,7 +6,7 @@ import pytest
 import references
 
 import utilized_rank as ur
-from utilized_rank import subspace
+from utilized_rank.linalg import subspace
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 # Factors are float32. Their rounding, 1e-7 of the outputs y, meets the residual

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import convolution
-from utilized_rank.cost import peak_bytes
-from utilized_rank.running import RunningSums
+from utilized_rank.collection.running_sums import RunningSums
+from utilized_rank.products import convolution
+from utilized_rank.walk.cost import peak_bytes
 
 RNG = np.random.default_rng(0)
 PARAMS = {

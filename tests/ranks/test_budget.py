@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import kernels
-from utilized_rank import methods
+from utilized_rank.factorization import kernels
+from utilized_rank.factorization import methods
 
 
 @pytest.fixture(scope='module')

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from utilized_rank.allocation import Choices
-from utilized_rank.allocation import allocate
+from utilized_rank.ranks.knapsack import Choices
+from utilized_rank.ranks.knapsack import allocate
 
 
 def brute_force(layers, budget):

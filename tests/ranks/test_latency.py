@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank.latency import Curve
-from utilized_rank.latency import Product
+from utilized_rank.ranks.latency import Curve
+from utilized_rank.ranks.latency import Product
 
 
 @pytest.fixture(scope='module')

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank.search import count_evaluations
+from utilized_rank.ranks.search import count_evaluations
 
 
 def model(params, x):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank.families import decompose
-from utilized_rank.trials import Trials
+from utilized_rank.factorization.decompose import decompose
+from utilized_rank.ranks.trials import Trials
 
 
 class Model(nn.Module):

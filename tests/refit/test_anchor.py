@@ -8,10 +8,10 @@ import pytest
 import references
 
 import utilized_rank as ur
-from utilized_rank import anchoring
-from utilized_rank import best_pairs
-from utilized_rank import blocks
-from utilized_rank import subspace
+from utilized_rank.linalg import best_pairs
+from utilized_rank.linalg import subspace
+from utilized_rank.refit import anchored_fit
+from utilized_rank.refit import blocks
 
 SHAPES = [(7, 10), (10, 7), (8, 8)]
 RANK = 3
@@ -26,15 +26,15 @@ def pair_of_inputs(rng, n, d, same=False):
 
 def moments_of(x, x_hat):
   h, k = x_hat.T @ x_hat / len(x), x_hat.T @ x / len(x)
-  return anchoring.Inputs(
+  return anchored_fit.Inputs(
     h, k, x.mean(0), x_hat.mean(0), subspace.input_basis(h)
   )
 
 
 def best(w, inputs, ridge, g=None, rank=RANK):
-  of = anchoring.target(w, inputs, ridge)
+  of = anchored_fit.target(w, inputs, ridge)
   # As good as no damping: the theorems are about G itself.
-  f = anchoring.factors(of, g, 1e-12)
+  f = anchored_fit.factors(of, g, 1e-12)
   return f.a[:, :rank] @ f.b[:rank]
 
 
@@ -128,7 +128,7 @@ def test_nothing_of_its_rank_is_better(shape, ridge):
 def test_directions_without_data_keep_the_kernel():
   rng, x, x_hat, w, _ = problem((10, 7), n=4)
   inputs = moments_of(x, x_hat)
-  of = anchoring.target(w, inputs, 0.0)
+  of = anchored_fit.target(w, inputs, 0.0)
   blind = np.linalg.svd(x_hat)[2][4:]
   np.testing.assert_allclose(blind @ of.w, blind @ w, atol=1e-8)
   # On the data it is a least squares solution: no residual with 4 rows of 10.
@@ -356,7 +356,7 @@ def test_a_matrix_that_nothing_reads_is_cut_by_its_svd():
 
 
 def test_progress_counts_blocks(capsys, monkeypatch):
-  monkeypatch.setattr('utilized_rank.progress.LINE_INTERVAL', 0.0)
+  monkeypatch.setattr('utilized_rank.host.progress.LINE_INTERVAL', 0.0)
   ur.anchor(mlp, network(), data(), RANKS)
   assert 'anchor: 4/4 block' in capsys.readouterr().err
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import blocks
-from utilized_rank import readings
+from utilized_rank.refit import blocks
+from utilized_rank.refit import readings
 
 FORMS = forms.FORMS
 

@@ -8,7 +8,7 @@ import pytest
 import references
 
 import utilized_rank as ur
-from utilized_rank.streams import Streams
+from utilized_rank.refit.streams import Streams
 
 
 def mlp(p, x):

@@ -10,7 +10,7 @@ from reports import layer
 from reports import vit
 
 import utilized_rank as ur
-from utilized_rank.report import Report
+from utilized_rank.report.report import Report
 
 ENERGIES = (0.9, 0.95, 0.99)
 

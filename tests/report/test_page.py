@@ -7,8 +7,8 @@ import pytest
 from reports import layer
 from reports import vit
 
-from utilized_rank import page
-from utilized_rank import report
+from utilized_rank.report import page
+from utilized_rank.report import report
 
 MLU = {0.9: 0.123, 0.95: 0.234, 0.99: 0.352, 0.999: 0.611}
 RUNS = [

@@ -6,10 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from utilized_rank import depth
-from utilized_rank import look
-from utilized_rank import plots
-from utilized_rank import report
+from utilized_rank.report import depth
+from utilized_rank.report import look
+from utilized_rank.report import plots
+from utilized_rank.report import report
 
 
 def layer(path, d_in=6, d_out=8, k_in=3, k_out=5, index=(), decay=0.5):

@@ -7,7 +7,7 @@ import pytest
 from reports import layer
 from reports import vit
 
-from utilized_rank import tables
+from utilized_rank.report import tables
 
 RUNS = [
   {

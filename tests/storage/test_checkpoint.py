@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import checkpoint
-from utilized_rank.checkpoint import load_metadata
+from utilized_rank.storage import checkpoint
+from utilized_rank.storage.checkpoint import load_metadata
 
 
 def equal(a, b):

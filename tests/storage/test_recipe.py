@@ -11,7 +11,7 @@ from orbax.checkpoint import v1 as ocp
 import pytest
 
 import utilized_rank as ur
-from utilized_rank import recipe as recipe_lib
+from utilized_rank.storage import recipe as recipe_lib
 
 RNG = np.random.default_rng(0)
 

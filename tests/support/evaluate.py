@@ -7,7 +7,7 @@ of the time, and what the library makes is the jaxpr.
 import jax
 import numpy as np
 
-from utilized_rank import compat
+from utilized_rank.walk import compat
 
 
 def call(fn, *args):

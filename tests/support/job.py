@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 import utilized_rank as ur
-from utilized_rank import best_pairs
-from utilized_rank import certify
-from utilized_rank import processes
-from utilized_rank import running
-from utilized_rank import shared
+from utilized_rank.collection import running_sums
+from utilized_rank.factorization import certify
+from utilized_rank.factorization import shared_left
+from utilized_rank.host import processes
+from utilized_rank.linalg import best_pairs
 
 SHAPES = {'first': (6, 8), 'second': (8, 4)}
 # Batches of each process: unequal in number and in size.
@@ -85,7 +85,7 @@ def local(index):
   )
   if index:
     # The sums of this process alone go through the host.
-    running._MOST_ROWS = 5
+    running_sums._MOST_ROWS = 5
   out['overflow'] = numbers(collect(batches(index), loss=loss))
   costs = ur.plan(model, params(), batches(index)[0][:8], loss=loss)
   limits = [int(0.9 * costs.peak_bytes), 10**9]
@@ -211,7 +211,9 @@ def factorized(index):
   compare('shared loss', SHARED, method='loss')
   options = dict(method='loss', only=[*SHARED, 'q'])
   families = ur.decompose(tree, moments, **options, **alone)
-  with Calls(shared, 'family', lambda g: g[0].name) as out['made']['decompose']:
+  with Calls(shared_left, 'family', lambda g: g[0].name) as out['made'][
+    'decompose'
+  ]:
     told = ur.decompose(tree, moments, **options, **both)
   out['equal']['decompose'] = list(told) == list(families) and all(
     is_same(told[key], families[key]) for key in families

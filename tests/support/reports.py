@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from utilized_rank import report
+from utilized_rank.report import report
 
 
 def layer(path, index=(), d_in=64, d_out=256, k_in=21, k_out=70):

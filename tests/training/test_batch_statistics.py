@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import utilized_rank as ur
-from utilized_rank import batch_statistics
 from utilized_rank.models.resnet import ResNet
+from utilized_rank.training import batch_statistics
 
 MODEL = ResNet(3, stages=(1,), width=4, small_images=True)
 

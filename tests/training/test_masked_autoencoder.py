@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from utilized_rank import mae
-from utilized_rank import train
 from utilized_rank.models.vit import ViT
+from utilized_rank.training import masked_autoencoder
+from utilized_rank.training import train
 
 SHAPE = (8, 12, 2)
 MODEL = ViT(
@@ -19,7 +19,7 @@ MODEL = ViT(
   mlp_dim=24,
   pool='gap',
 )
-DECODER = mae.decoder_of(MODEL, SHAPE, width=8, depth=1, heads=2)
+DECODER = masked_autoencoder.decoder_of(MODEL, SHAPE, width=8, depth=1, heads=2)
 
 
 @pytest.fixture(scope='module')
@@ -29,11 +29,11 @@ def images():
 
 @pytest.fixture(scope='module')
 def params(images):
-  return mae.init(MODEL, DECODER, jax.random.key(0), images[:1])
+  return masked_autoencoder.init(MODEL, DECODER, jax.random.key(0), images[:1])
 
 
 def test_patches_are_normalised_and_in_the_embeddings_order(images):
-  found = np.asarray(mae.normalized_patches(images, 4))
+  found = np.asarray(masked_autoencoder.normalized_patches(images, 4))
   x = np.asarray(images, np.float64)
   for row in range(2):
     for column in range(3):
@@ -57,37 +57,41 @@ def test_the_encoder_is_the_classifiers_own(images, pool):
   )
   (whole,) = state['intermediates']['Transformer']['__call__']
   np.testing.assert_array_equal(
-    mae.encode(model, variables, images), whole[:, -6:]
+    masked_autoencoder.encode(model, variables, images), whole[:, -6:]
   )
 
 
 def test_hidden_patches_are_not_seen(images, params):
   kept = jnp.tile(jnp.array([[4, 1]]), (5, 1))
-  tokens = mae.encode(MODEL, params['encoder'], images, kept)
+  tokens = masked_autoencoder.encode(MODEL, params['encoder'], images, kept)
   assert tokens.shape == (5, 2, 16)
   # Patch 4 is in the second row and column, patch 1 in the first row.
   seen = np.zeros(SHAPE, bool)
   seen[4:, 4:8] = seen[:4, 4:8] = True
   changed = jnp.where(seen, images, images + 3.0)
   np.testing.assert_array_equal(
-    mae.encode(MODEL, params['encoder'], changed, kept), tokens
+    masked_autoencoder.encode(MODEL, params['encoder'], changed, kept), tokens
   )
   # Order is that of `kept`.
-  swapped = mae.encode(MODEL, params['encoder'], images, kept[:, ::-1])
+  swapped = masked_autoencoder.encode(
+    MODEL, params['encoder'], images, kept[:, ::-1]
+  )
   # Attention sums in another order.
   np.testing.assert_allclose(swapped, tokens[:, ::-1], atol=1e-5)
 
 
 def test_the_loss_is_that_of_hidden_patches(images, params):
-  objective = mae.objective(MODEL, DECODER, masked=0.5)
+  objective = masked_autoencoder.objective(MODEL, DECODER, masked=0.5)
   rng = jax.random.key(3)
   loss, _ = objective(params, None, {'image': images}, rng)
-  order = mae.random_order(rng, 5, 6)
+  order = masked_autoencoder.random_order(rng, 5, 6)
   assert (np.sort(order, axis=1) == np.arange(6)).all()
   kept, hidden = np.asarray(order[:, :3]), np.asarray(order[:, 3:])
-  tokens = mae.encode(MODEL, params['encoder'], images, kept)
+  tokens = masked_autoencoder.encode(MODEL, params['encoder'], images, kept)
   predicted = np.asarray(DECODER.apply(params['decoder'], tokens, kept))
-  target = np.asarray(mae.normalized_patches(images, 4), np.float64)
+  target = np.asarray(
+    masked_autoencoder.normalized_patches(images, 4), np.float64
+  )
   errors = [
     np.mean((predicted[i, j] - target[i, j]) ** 2)
     for i in range(5)
@@ -97,7 +101,7 @@ def test_the_loss_is_that_of_hidden_patches(images, params):
 
 
 def test_no_gradient_reaches_the_head(images, params):
-  objective = mae.objective(MODEL, DECODER)
+  objective = masked_autoencoder.objective(MODEL, DECODER)
   grads = jax.grad(
     lambda p: objective(p, None, {'image': images}, jax.random.key(0))[0]
   )(params)
@@ -108,7 +112,7 @@ def test_no_gradient_reaches_the_head(images, params):
 
 def test_pretraining_lowers_the_loss(images, params):
   batch = {'image': np.asarray(images)}
-  objective = mae.objective(MODEL, DECODER)
+  objective = masked_autoencoder.objective(MODEL, DECODER)
   trained = train.minimize(
     objective,
     params,
@@ -122,4 +126,4 @@ def test_pretraining_lowers_the_loss(images, params):
 @pytest.mark.parametrize('masked', [0.0, 0.01, 0.99, 1.0])
 def test_something_is_hidden_and_something_visible(masked):
   with pytest.raises(ValueError, match='some must be visible and some hidden'):
-    mae.objective(MODEL, DECODER, masked=masked)
+    masked_autoencoder.objective(MODEL, DECODER, masked=masked)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from utilized_rank import losses
-from utilized_rank import resume
-from utilized_rank import train
+from utilized_rank.losses.logits import cross_entropy
+from utilized_rank.losses.logits import distillation
+from utilized_rank.storage import resume
+from utilized_rank.training import train
 
 # When one of orbax's parallel reads of a damaged file fails, the others may
 # report to an event loop that is closed already.
@@ -233,12 +234,12 @@ def test_distillation_gradient_against_numpy():
     return e / e.sum(axis=-1, keepdims=True)
 
   expected = temperature * (softmax(z / temperature) - softmax(t / temperature))
-  grad = jax.grad(
-    lambda z, t: losses.distillation(z, t, temperature).sum(), (0, 1)
-  )(z.astype(np.float32), t.astype(np.float32))
+  grad = jax.grad(lambda z, t: distillation(z, t, temperature).sum(), (0, 1))(
+    z.astype(np.float32), t.astype(np.float32)
+  )
   np.testing.assert_allclose(grad[0], expected, atol=1e-6)
   assert not grad[1].any()
-  same = losses.distillation(jnp.asarray(z), jnp.asarray(z), temperature)
+  same = distillation(jnp.asarray(z), jnp.asarray(z), temperature)
   np.testing.assert_allclose(same, 0, atol=1e-5)
 
 
@@ -248,7 +249,7 @@ def test_cross_entropy_against_numpy():
   log_p = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
   target = 0.8 * np.eye(4)[y] + 0.2 / 4
   np.testing.assert_allclose(
-    losses.cross_entropy(jnp.asarray(z), jnp.asarray(y), 0.2),
+    cross_entropy(jnp.asarray(z), jnp.asarray(y), 0.2),
     -(target * log_p).sum(axis=-1),
     rtol=1e-5,
   )
@@ -267,7 +268,7 @@ def test_distillation_moves_the_student_to_the_teacher(params):
     images = batch(99)['image']
     one = forward(params, images, train=False, rng=None)
     two = forward(teacher.params, images, train=False, rng=None)
-    return float(losses.distillation(one, two, 1.0).mean())
+    return float(distillation(one, two, 1.0).mean())
 
   assert gap(student) < 0.1 * gap(params)
 

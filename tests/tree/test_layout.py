@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from utilized_rank.layout import Layout
-from utilized_rank.layout import View
-from utilized_rank.layout import common_atoms
-from utilized_rank.layout import pieces_of
+from utilized_rank.tree.layout import Layout
+from utilized_rank.tree.layout import View
+from utilized_rank.tree.layout import common_atoms
+from utilized_rank.tree.layout import pieces_of
 
 
 def atom_of_each_axis(view, array):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from utilized_rank import paths
+from utilized_rank.tree import paths
 
 
 def test_round_trip():

@@ -9,19 +9,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import allocation
-from utilized_rank import best_pairs
-from utilized_rank import certify
-from utilized_rank import heads
-from utilized_rank import joint
-from utilized_rank import lowrank
-from utilized_rank import methods
-from utilized_rank import offers
-from utilized_rank import paths
-from utilized_rank import shared
-from utilized_rank.kernels import kernels
-from utilized_rank.moments import Moments
-from utilized_rank.narrow import NarrowHeads
+from utilized_rank.attention import heads
+from utilized_rank.attention import joint
+from utilized_rank.factorization import certify
+from utilized_rank.factorization import methods
+from utilized_rank.factorization import shared_left
+from utilized_rank.factorization.kernels import kernels
+from utilized_rank.linalg import best_pairs
+from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.lowrank.narrow_heads import NarrowHeads
+from utilized_rank.moments.moments import Moments
+from utilized_rank.ranks import knapsack
+from utilized_rank.ranks import offers
+from utilized_rank.tree import paths
 
 
 def uniform_head_ranks(
@@ -152,9 +152,9 @@ def head_offers(
   found = []
   for name, pair in pairs.items():
     ranks = np.arange(multiple_of, pair.full_rank, multiple_of)
-    taken: list[dict[shared.Key, int]] = [{name: int(r)} for r in ranks]
+    taken: list[dict[shared_left.Key, int]] = [{name: int(r)} for r in ranks]
     ranks = np.append(ranks, pair.width)
-    choices = allocation.Choices(pair.cost * ranks, damages[name][ranks])
+    choices = knapsack.Choices(pair.cost * ranks, damages[name][ranks])
     found.append(offers.Offer([*taken, {}], choices))
   return found
 
@@ -229,7 +229,7 @@ def factorize_heads(
         f'rank {rank!r} for {name!r}: its heads of {pairs[name].width} '
         f'features have ranks from 1 to {full}'
       )
-  named, treedef = paths.flatten(params, lowrank.is_low_rank)
+  named, treedef = paths.flatten(params, is_low_rank)
   out = dict(named)
   for name, pair, problem in _problems(
     params, moments, pairs, ranks, method, compensate_mean, damping
@@ -270,7 +270,7 @@ def _problems(
   damping: float,
 ) -> Iterator[tuple[str, heads.HeadPair, joint.Problem]]:
   """The pairs with their problems; a pair's sides may come swapped."""
-  named, _ = paths.flatten(params, lowrank.is_low_rank)
+  named, _ = paths.flatten(params, is_low_rank)
   pairs_of = {name: pairs[name] for name in pairs if name in names}
   for pair in pairs_of.values():
     for side in (pair.left, pair.right):
@@ -303,7 +303,7 @@ def _check_leaf(path: str, shape: Any, named: dict[str, Any]) -> None:
   if path not in named:
     raise ValueError('no parameter ' + paths.unknown(path, named))
   leaf = named[path]
-  if lowrank.is_low_rank(leaf):
+  if is_low_rank(leaf):
     raise ValueError(f'{path!r} is low-rank already; give the dense parameters')
   if tuple(leaf.shape) != tuple(shape):
     raise ValueError(

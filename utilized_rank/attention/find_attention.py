@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from utilized_rank import compat
-from utilized_rank import heads
-from utilized_rank import tracing
-from utilized_rank.capture import eval_shape
-from utilized_rank.follow import Follower
-from utilized_rank.follow import Recorder
-from utilized_rank.layout import View
-from utilized_rank.pairing import Projection
-from utilized_rank.values import Dense
-from utilized_rank.values import Param
+from utilized_rank.attention import heads
+from utilized_rank.attention.follow import Follower
+from utilized_rank.attention.follow import Recorder
+from utilized_rank.attention.pairing import Projection
+from utilized_rank.moments.capture import eval_shape
+from utilized_rank.tree.layout import View
+from utilized_rank.walk import compat
+from utilized_rank.walk import tracing
+from utilized_rank.walk.values import Dense
+from utilized_rank.walk.values import Param
 
 
 def find_attention(

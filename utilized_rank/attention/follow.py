@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from utilized_rank import compat
-from utilized_rank import pairing
-from utilized_rank import products
-from utilized_rank.collector import is_bias
-from utilized_rank.interpret import Walk
-from utilized_rank.interpret import moved
-from utilized_rank.layout import View
-from utilized_rank.values import Output
-from utilized_rank.values import Param
+from utilized_rank.attention import pairing
+from utilized_rank.moments.collector import is_bias
+from utilized_rank.products import describe
+from utilized_rank.tree.layout import View
+from utilized_rank.walk import compat
+from utilized_rank.walk.interpret import Walk
+from utilized_rank.walk.interpret import moved
+from utilized_rank.walk.values import Output
+from utilized_rank.walk.values import Param
 
 
 class Recorder:
@@ -46,7 +46,7 @@ class Recorder:
     plain = list(operands)
     plain[which] = operands[which].payload.materialise(view)
     (out,) = compat.bind(eqn, plain)
-    product = products.describe(eqn, view, which)
+    product = describe.describe(eqn, view, which)
     if isinstance(product, str):
       self.dropped(view, product)
       return out

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 import dataclasses
 import math
 
-from utilized_rank import paths
-from utilized_rank.layout import Atoms
-from utilized_rank.layout import Layout
+from utilized_rank.tree import paths
+from utilized_rank.tree.layout import Atoms
+from utilized_rank.tree.layout import Layout
 
 LOGITS, VALUES = 'query-key', 'value-output'
 

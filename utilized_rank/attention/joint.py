@@ -29,13 +29,13 @@ from typing import Any
 
 import numpy as np
 
-from utilized_rank import best_pairs
-from utilized_rank import methods
-from utilized_rank.best_pairs import Pair
-from utilized_rank.heads import HeadPair
-from utilized_rank.heads import Side
-from utilized_rank.kernels import Kernel
-from utilized_rank.layout import Atoms
+from utilized_rank.attention.heads import HeadPair
+from utilized_rank.attention.heads import Side
+from utilized_rank.factorization import methods
+from utilized_rank.factorization.kernels import Kernel
+from utilized_rank.linalg import best_pairs
+from utilized_rank.linalg.best_pairs import Pair
+from utilized_rank.tree.layout import Atoms
 
 METHODS = ('output', 'loss')
 # A metric without data in some directions is given this share of its trace, so

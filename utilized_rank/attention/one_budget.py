@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from utilized_rank import heads
-from utilized_rank import lowrank
-from utilized_rank import offers
-from utilized_rank import paths
-from utilized_rank.factorize_heads import factorize_heads
-from utilized_rank.factorize_heads import head_damages
-from utilized_rank.factorize_heads import head_offers
-from utilized_rank.families import decompose
-from utilized_rank.moments import Moments
+from utilized_rank.attention import heads
+from utilized_rank.attention.factorize_heads import factorize_heads
+from utilized_rank.attention.factorize_heads import head_damages
+from utilized_rank.attention.factorize_heads import head_offers
+from utilized_rank.factorization.decompose import decompose
+from utilized_rank.lowrank import leaf
+from utilized_rank.moments.moments import Moments
+from utilized_rank.ranks import offers
+from utilized_rank.tree import paths
 
 
 class Narrowed(NamedTuple):
@@ -106,7 +106,7 @@ def narrow(
 
 def put_back(tree: Any, narrowed: Narrowed) -> Any:
   """A tree that `merge` padded, its narrow leaves narrow again."""
-  named, treedef = paths.flatten(tree, lowrank.is_low_rank)
-  small, _ = paths.flatten(narrowed.tree, lowrank.is_low_rank)
+  named, treedef = paths.flatten(tree, leaf.is_low_rank)
+  small, _ = paths.flatten(narrowed.tree, leaf.is_low_rank)
   named |= {path: small[path] for path in narrowed.ranks}
   return paths.unflatten(treedef, named)

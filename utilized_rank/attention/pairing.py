@@ -11,17 +11,17 @@ from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
-from utilized_rank import compat
-from utilized_rank import heads
-from utilized_rank import products
-from utilized_rank.layout import Atoms
-from utilized_rank.layout import Layout
-from utilized_rank.layout import View
-from utilized_rank.layout import pieces_of
-from utilized_rank.product import Product
-from utilized_rank.values import Loop
-from utilized_rank.values import Output
-from utilized_rank.values import Param
+from utilized_rank.attention import heads
+from utilized_rank.products import describe
+from utilized_rank.products.product import Product
+from utilized_rank.tree.layout import Atoms
+from utilized_rank.tree.layout import Layout
+from utilized_rank.tree.layout import View
+from utilized_rank.tree.layout import pieces_of
+from utilized_rank.walk import compat
+from utilized_rank.walk.values import Loop
+from utilized_rank.walk.values import Output
+from utilized_rank.walk.values import Param
 
 
 class NoPair(Exception):
@@ -253,7 +253,7 @@ def contracted(
   source = _layout(mixed.projection, mixed.view)
   loops = _loops(source, mixed.view, mixed.shared)
 
-  described = products.describe(eqn, kernel.view, 1 - which)
+  described = describe.describe(eqn, kernel.view, 1 - which)
   if isinstance(described, str):
     raise NoPair(f'meets {kernel.view.path!r}: {described}')
   layout = described.layout.refine(cut.atoms)

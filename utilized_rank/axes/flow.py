@@ -13,17 +13,17 @@ from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
-from utilized_rank import compat
-from utilized_rank.axes import EXAMPLE
-from utilized_rank.axes import TOKEN
-from utilized_rank.axes import Where
-from utilized_rank.axes import join
-from utilized_rank.axes import mixed_up
-from utilized_rank.axes import names
-from utilized_rank.axes import plain
-from utilized_rank.axes import token_of
-from utilized_rank.axes import whole
-from utilized_rank.axis_rules import RULES
+from utilized_rank.axes.rules import RULES
+from utilized_rank.axes.where import EXAMPLE
+from utilized_rank.axes.where import TOKEN
+from utilized_rank.axes.where import Where
+from utilized_rank.axes.where import join
+from utilized_rank.axes.where import mixed_up
+from utilized_rank.axes.where import names
+from utilized_rank.axes.where import plain
+from utilized_rank.axes.where import token_of
+from utilized_rank.axes.where import whole
+from utilized_rank.walk import compat
 
 
 class Flow:

@@ -11,15 +11,15 @@ import dataclasses
 import math
 from typing import Any
 
-from utilized_rank import compat
-from utilized_rank.axes import EXAMPLE
-from utilized_rank.axes import TOKEN
-from utilized_rank.axes import Where
-from utilized_rank.axes import common
-from utilized_rank.axes import join
-from utilized_rank.axes import names
-from utilized_rank.axes import regrouped
-from utilized_rank.axes import whole
+from utilized_rank.axes.where import EXAMPLE
+from utilized_rank.axes.where import TOKEN
+from utilized_rank.axes.where import Where
+from utilized_rank.axes.where import common
+from utilized_rank.axes.where import join
+from utilized_rank.axes.where import names
+from utilized_rank.axes.where import regrouped
+from utilized_rank.axes.where import whole
+from utilized_rank.walk import compat
 
 # (equation, what is known of its operands) -> of its results; None where it
 # does not keep examples apart.

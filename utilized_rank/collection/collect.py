@@ -11,29 +11,29 @@ import zlib
 import jax
 from jax.sharding import Mesh
 
-from utilized_rank import accumulation
-from utilized_rank import passes
-from utilized_rank import paths
-from utilized_rank import processes
-from utilized_rank import tracing
-from utilized_rank.feeding import Feeding
-from utilized_rank.feeding import started
-from utilized_rank.gradients import LossFn
-from utilized_rank.masks import Mask
-from utilized_rank.masks import Masked
-from utilized_rank.measurement import Measurement
-from utilized_rank.moments import Moments
-from utilized_rank.plan import members_of
-from utilized_rank.plan import passes_within
-from utilized_rank.pmapped import Pmapped
-from utilized_rank.rows import is_explicit
-from utilized_rank.running import RunningSums
-from utilized_rank.sides import Columns
-from utilized_rank.sides import Sides
-from utilized_rank.spread import Devices
-from utilized_rank.spread import Sharded
-from utilized_rank.spread import crosses
-from utilized_rank.spread import mesh_of
+from utilized_rank.collection import accumulation
+from utilized_rank.collection import passes
+from utilized_rank.collection.devices import Devices
+from utilized_rank.collection.devices import Sharded
+from utilized_rank.collection.devices import crosses
+from utilized_rank.collection.devices import mesh_of
+from utilized_rank.collection.one_pass import Feeding
+from utilized_rank.collection.one_pass import started
+from utilized_rank.collection.plan import members_of
+from utilized_rank.collection.plan import passes_within
+from utilized_rank.collection.pmapped import Pmapped
+from utilized_rank.collection.running_sums import RunningSums
+from utilized_rank.host import processes
+from utilized_rank.moments.gradients import LossFn
+from utilized_rank.moments.masks import Mask
+from utilized_rank.moments.masks import Masked
+from utilized_rank.moments.measurement import Measurement
+from utilized_rank.moments.moments import Moments
+from utilized_rank.moments.rows import is_explicit
+from utilized_rank.moments.sides import Columns
+from utilized_rank.moments.sides import Sides
+from utilized_rank.tree import paths
+from utilized_rank.walk import tracing
 
 _JOINT = 'parameters that are spread over processes'
 

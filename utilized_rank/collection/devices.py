@@ -20,11 +20,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from utilized_rank import processes
-from utilized_rank.moments import Moments
-from utilized_rank.moments import Sums
-from utilized_rank.rows import is_explicit
-from utilized_rank.sites import Sites
+from utilized_rank.host import processes
+from utilized_rank.moments.moments import Moments
+from utilized_rank.moments.moments import Sums
+from utilized_rank.moments.rows import is_explicit
+from utilized_rank.moments.sites import Sites
 
 EXAMPLES = 'examples'
 # `measure(params, (batch, mask)) -> Moments`; a step is `(state, params, batch)

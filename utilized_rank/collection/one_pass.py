@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from utilized_rank import paths
-from utilized_rank import processes
-from utilized_rank.masks import Masked
-from utilized_rank.moments import Moments
-from utilized_rank.progress import track
-from utilized_rank.running import RunningSums
-from utilized_rank.sites import Site
-from utilized_rank.snapshots import Preempted
-from utilized_rank.snapshots import Snapshots
-from utilized_rank.snapshots import go_to
-from utilized_rank.snapshots import place_of
+from utilized_rank.collection.running_sums import RunningSums
+from utilized_rank.collection.snapshots import Preempted
+from utilized_rank.collection.snapshots import Snapshots
+from utilized_rank.collection.snapshots import go_to
+from utilized_rank.collection.snapshots import place_of
+from utilized_rank.host import processes
+from utilized_rank.host.progress import track
+from utilized_rank.moments.masks import Masked
+from utilized_rank.moments.moments import Moments
+from utilized_rank.moments.sites import Site
+from utilized_rank.tree import paths
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 
-from utilized_rank import checkpoint
-from utilized_rank import processes
-from utilized_rank.moments import Entry
-from utilized_rank.moments import Moments
-from utilized_rank.moments import Sums
-from utilized_rank.plan import SitePlan
-from utilized_rank.sites import Sites
+from utilized_rank.collection.plan import SitePlan
+from utilized_rank.host import processes
+from utilized_rank.moments.moments import Entry
+from utilized_rank.moments.moments import Moments
+from utilized_rank.moments.moments import Sums
+from utilized_rank.moments.sites import Sites
+from utilized_rank.storage import checkpoint
 
 
 def check_repeatable(batches: Iterable[Any], passes: int) -> None:

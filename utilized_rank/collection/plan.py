@@ -10,19 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from utilized_rank import accumulation
-from utilized_rank import cost
-from utilized_rank import gram
-from utilized_rank import paths
-from utilized_rank import sketch as sketches
-from utilized_rank import tracing
-from utilized_rank.gradients import LossFn
-from utilized_rank.gradients import gradient_sums
-from utilized_rank.measurement import Measurement
-from utilized_rank.sides import Columns
-from utilized_rank.sides import Sides
-from utilized_rank.sites import Site
-from utilized_rank.sites import Sites
+from utilized_rank.collection import accumulation
+from utilized_rank.linalg import gram
+from utilized_rank.linalg import sketch as sketches
+from utilized_rank.moments.gradients import LossFn
+from utilized_rank.moments.gradients import gradient_sums
+from utilized_rank.moments.measurement import Measurement
+from utilized_rank.moments.sides import Columns
+from utilized_rank.moments.sides import Sides
+from utilized_rank.moments.sites import Site
+from utilized_rank.moments.sites import Sites
+from utilized_rank.tree import paths
+from utilized_rank.walk import cost
+from utilized_rank.walk import tracing
 
 # What stands behind an input's number where not all of S is summed.
 _MEASURED = {'input': '', 'output': ' T', 'sketch': ' sketch'}

@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from utilized_rank.spread import EXAMPLES
-from utilized_rank.spread import Devices
-from utilized_rank.spread import Measure
+from utilized_rank.collection.devices import EXAMPLES
+from utilized_rank.collection.devices import Devices
+from utilized_rank.collection.devices import Measure
 
 
 class Pmapped(Devices):

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import accumulation
-from utilized_rank import cost
-from utilized_rank import gram
-from utilized_rank.moments import Moments
-from utilized_rank.sites import Site
-from utilized_rank.sketch import Sketch
-from utilized_rank.snapshots import Snapshots
-from utilized_rank.spread import Devices
-from utilized_rank.spread import Measure
+from utilized_rank.collection import accumulation
+from utilized_rank.collection.devices import Devices
+from utilized_rank.collection.devices import Measure
+from utilized_rank.collection.snapshots import Snapshots
+from utilized_rank.linalg import gram
+from utilized_rank.linalg.sketch import Sketch
+from utilized_rank.moments.moments import Moments
+from utilized_rank.moments.sites import Site
+from utilized_rank.walk import cost
 
 # Rows that the devices may count before the host takes the sums over: int32
 # ends at twice this.

@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from utilized_rank import checkpoint
-from utilized_rank import processes
-from utilized_rank.moments import Moments
+from utilized_rank.host import processes
+from utilized_rank.moments.moments import Moments
+from utilized_rank.storage import checkpoint
 
 _GONE = 'finished-'
 

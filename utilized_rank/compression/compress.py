@@ -10,38 +10,38 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from utilized_rank import holdout
-from utilized_rank import masks
-from utilized_rank import narrowed
-from utilized_rank import paths
-from utilized_rank.anchor import anchor
-from utilized_rank.attention import find_attention
-from utilized_rank.capture import find_sites
-from utilized_rank.collect import collect
-from utilized_rank.divergence import Divergence
-from utilized_rank.divergence import comes_closer
-from utilized_rank.divergence import squared_error
-from utilized_rank.factorize import factorize
-from utilized_rank.feeding import check_batch
-from utilized_rank.gauge import IDENTITY
-from utilized_rank.gradients import LossFn
-from utilized_rank.heads import Attention
-from utilized_rank.interpret import UnsupportedError
-from utilized_rank.kernels import ENOUGH_ROWS
-from utilized_rank.kernels import scarce
-from utilized_rank.lowrank import merge
-from utilized_rank.masks import Mask
-from utilized_rank.masks import Masked
-from utilized_rank.measure import measure
-from utilized_rank.methods import DAMPING
-from utilized_rank.moments import Moments
-from utilized_rank.ranks import one_fraction
-from utilized_rank.recipe import Recipe
-from utilized_rank.report import Report
-from utilized_rank.streams import Streams
-from utilized_rank.trials import divergences
-from utilized_rank.tune import tune_ranks
-from utilized_rank.uniform import uniform_ranks
+from utilized_rank.attention import one_budget
+from utilized_rank.attention.find_attention import find_attention
+from utilized_rank.attention.heads import Attention
+from utilized_rank.collection.collect import collect
+from utilized_rank.collection.one_pass import check_batch
+from utilized_rank.compression import holdout
+from utilized_rank.factorization.factorize import factorize
+from utilized_rank.factorization.kernels import ENOUGH_ROWS
+from utilized_rank.factorization.kernels import scarce
+from utilized_rank.factorization.methods import DAMPING
+from utilized_rank.losses.divergence import Divergence
+from utilized_rank.losses.divergence import comes_closer
+from utilized_rank.losses.divergence import squared_error
+from utilized_rank.lowrank.leaf import merge
+from utilized_rank.moments import masks
+from utilized_rank.moments.capture import find_sites
+from utilized_rank.moments.gradients import LossFn
+from utilized_rank.moments.masks import Mask
+from utilized_rank.moments.masks import Masked
+from utilized_rank.moments.moments import Moments
+from utilized_rank.products.gauge import IDENTITY
+from utilized_rank.ranks.budget import one_fraction
+from utilized_rank.ranks.trials import divergences
+from utilized_rank.ranks.tune import tune_ranks
+from utilized_rank.ranks.uniform import uniform_ranks
+from utilized_rank.refit.anchor import anchor
+from utilized_rank.refit.streams import Streams
+from utilized_rank.report.measure import measure
+from utilized_rank.report.report import Report
+from utilized_rank.storage.recipe import Recipe
+from utilized_rank.tree import paths
+from utilized_rank.walk.interpret import UnsupportedError
 
 
 def compress(
@@ -201,7 +201,7 @@ def compress(
   best = try_on(params, moments)
   if heads and not is_scarce and params_fraction and moments.grads is not None:
     # Damages of heads and of pairs have nats alone in common.
-    less = narrowed.narrow(
+    less = one_budget.narrow(
       params,
       moments,
       _attention(fn, params, kept[0]),
@@ -213,7 +213,7 @@ def compress(
       if less.rest:
         left = budget | {'params_fraction': less.params_fraction}
         other = try_on(merge(less.tree), less.rest, budget=left)
-        other = other._replace(tree=narrowed.put_back(other.tree, less))
+        other = other._replace(tree=one_budget.put_back(other.tree, less))
       else:  # attention's kernels are all there are
         found = divergences(fn, params, less.tree, kept, divergence)
         other = _Compressed(less.tree, {}, 'loss', DAMPING, found)

@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from utilized_rank import paths
-from utilized_rank.collect import collect
-from utilized_rank.divergence import Divergence
-from utilized_rank.divergence import comes_closer
-from utilized_rank.feeding import check_batch
-from utilized_rank.gradients import LossFn
-from utilized_rank.masks import Mask
-from utilized_rank.moments import Moments
-from utilized_rank.trials import divergences
+from utilized_rank.collection.collect import collect
+from utilized_rank.collection.one_pass import check_batch
+from utilized_rank.losses.divergence import Divergence
+from utilized_rank.losses.divergence import comes_closer
+from utilized_rank.moments.gradients import LossFn
+from utilized_rank.moments.masks import Mask
+from utilized_rank.moments.moments import Moments
+from utilized_rank.ranks.trials import divergences
+from utilized_rank.tree import paths
 
 
 def generalises(

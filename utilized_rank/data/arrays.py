@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from utilized_rank.prepared import Opened
+from utilized_rank.data.tfds import Opened
 
 # A sorted file would give a slice few of the classes.
 ORDER_SEED = 0

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from utilized_rank import arrays
-from utilized_rank import augment as augment_lib
-from utilized_rank import options
-from utilized_rank import prepared
-from utilized_rank import preprocess
+from utilized_rank.data import arrays
+from utilized_rank.data import augment as augment_lib
+from utilized_rank.data import preprocess
+from utilized_rank.data import tfds
+from utilized_rank.host import options
 
 Batch = dict[str, np.ndarray]
 
@@ -242,7 +242,7 @@ def load(config: Any) -> dict[str, Source]:
   if config.name == 'arrays':
     opened = arrays.open_splits(config.data_dir, specs, *keys)
   else:
-    opened = prepared.open_splits(config.name, config.data_dir, specs, *keys)
+    opened = tfds.open_splits(config.name, config.data_dir, specs, *keys)
   _check_shape(config, opened.shape)
   return {
     split: Source(

@@ -7,7 +7,7 @@ import difflib
 import itertools
 from typing import Any, NamedTuple
 
-from utilized_rank import tfrecord
+from utilized_rank.data import tfrecord
 
 
 class Opened(NamedTuple):
@@ -86,7 +86,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
 def _digits_builder(data_dir: str | None) -> Any:
   import tensorflow_datasets as tfds
 
-  from utilized_rank import digits
+  from utilized_rank.data import digits
 
   builder = digits.SkDigits(data_dir=data_dir)
   if builder.is_prepared():

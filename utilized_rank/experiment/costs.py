@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from utilized_rank.evaluate import Forward
+from utilized_rank.training.evaluate import Forward
 
 
 def measure(

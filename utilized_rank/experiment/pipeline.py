@@ -16,22 +16,30 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-import utilized_rank as ur
-from utilized_rank import batch_statistics
-from utilized_rank import costs
-from utilized_rank import data
-from utilized_rank import methods
-from utilized_rank import network
-from utilized_rank import options
-from utilized_rank import page
-from utilized_rank import paths
-from utilized_rank import tables
-from utilized_rank import train
-from utilized_rank.lowrank import is_low_rank
-from utilized_rank.report import Report
-from utilized_rank.shrink import CompressConfig
-from utilized_rank.shrink import shrink
-from utilized_rank.workdir import Workdir
+from utilized_rank import version
+from utilized_rank.collection.collect import collect
+from utilized_rank.data import splits
+from utilized_rank.experiment import costs
+from utilized_rank.experiment import network
+from utilized_rank.experiment.shrink import CompressConfig
+from utilized_rank.experiment.shrink import shrink
+from utilized_rank.experiment.workdir import Workdir
+from utilized_rank.factorization import methods
+from utilized_rank.host import options
+from utilized_rank.losses.sampled import sampled_cross_entropy
+from utilized_rank.lowrank.leaf import count_params
+from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.lowrank.low_rank import low_rank
+from utilized_rank.moments.moments import Moments
+from utilized_rank.report import page
+from utilized_rank.report import tables
+from utilized_rank.report.measure import measure
+from utilized_rank.report.report import Report
+from utilized_rank.storage.checkpoint import load
+from utilized_rank.storage.checkpoint import save
+from utilized_rank.training import batch_statistics
+from utilized_rank.training import train
+from utilized_rank.tree import paths
 
 # A run with a checkpoint has 'restore' in place of the first.
 STAGES = (
@@ -83,7 +91,7 @@ class Job:
     self.seed = plain['seed']
     self.model_config = network.ModelConfig.of(plain['model'])
     self.data_config = options.from_config(
-      data.DataConfig, plain['data'], 'config.data'
+      splits.DataConfig, plain['data'], 'config.data'
     )
     self.checkpoint = self.train_config = self.finetune_config = None
     if 'checkpoint' in plain:
@@ -109,8 +117,8 @@ class Job:
   # --- what stages share ---
 
   @functools.cached_property
-  def sources(self) -> dict[str, data.Source]:
-    return data.load(self.data_config)
+  def sources(self) -> dict[str, splits.Source]:
+    return splits.load(self.data_config)
 
   @functools.cached_property
   def model(self) -> Any:
@@ -133,19 +141,19 @@ class Job:
   @functools.cached_property
   def small_forward(self):
     """The same model on a tree with `LowRank` leaves."""
-    return ur.low_rank(self.forward)
+    return low_rank(self.forward)
 
   @functools.cached_property
   def dense(self):
-    return ur.load(self.workdir.file('dense'))
+    return load(self.workdir.file('dense'))
 
   @functools.cached_property
-  def moments(self) -> ur.Moments:
-    return ur.load(self.workdir.file('moments'))
+  def moments(self) -> Moments:
+    return load(self.workdir.file('moments'))
 
   def _small(self, fraction: float, *, tuned: bool) -> Any:
     name = 'finetuned' if tuned else 'factorized'
-    return ur.load(self.workdir.file(name, str(fraction)))
+    return load(self.workdir.file(name, str(fraction)))
 
   def _fit(self, forward, params, config, *where: str, **more) -> Any:
     """Trains, and brings batch norms' statistics in line."""
@@ -169,17 +177,17 @@ class Job:
     image = jnp.zeros((1, *self.sources['train'].image_shape))
     params = jax.jit(self.model.init)(jax.random.key(self.seed), image)
     params = self._fit(self.forward, params, self.train_config, 'train')
-    ur.save(self.workdir.file('dense'), params, overwrite=True)
+    save(self.workdir.file('dense'), params, overwrite=True)
     return {'validation': self._evaluate(self.forward, params, 'validation')}
 
   def restore(self) -> dict[str, Any]:
     model, params = self._restored
-    ur.save(self.workdir.file('dense'), params, overwrite=True)
+    save(self.workdir.file('dense'), params, overwrite=True)
     return {'model': repr(model)}
 
   def collect(self) -> dict[str, Any]:
     examples, batches = self._calibration()
-    moments = ur.collect(
+    moments = collect(
       self._of_batch,
       self.dense,
       batches,
@@ -189,7 +197,7 @@ class Job:
       checkpoint_dir=self.workdir.file('collect'),
       memory_limit=self.compress.memory_limit or None,
     )
-    ur.save(self.workdir.file('moments'), moments, overwrite=True)
+    save(self.workdir.file('moments'), moments, overwrite=True)
     return {'examples': examples, 'kernels': len(moments)}
 
   def _of_batch(self, params: Any, batch: Mapping[str, Any]) -> jax.Array:
@@ -197,7 +205,7 @@ class Job:
 
   @property
   def _loss(self) -> Any:
-    return ur.sampled_cross_entropy(seed=self.seed)
+    return sampled_cross_entropy(seed=self.seed)
 
   def _calibration(self) -> tuple[int, Any]:
     """How many images there are to calibrate on, and they in batches."""
@@ -216,7 +224,7 @@ class Job:
     return examples, _Batches(stream, steps)
 
   def measure(self) -> dict[str, Any]:
-    report = ur.measure(
+    report = measure(
       self.dense,
       self.moments,
       energy=self.compress.energy,
@@ -237,7 +245,7 @@ class Job:
         fraction,
         self.compress,
       )
-      ur.save(
+      save(
         self.workdir.file('factorized', str(fraction)), small, overwrite=True
       )
       chosen[str(fraction)] = ranks
@@ -260,9 +268,7 @@ class Job:
         teacher=teacher,
         desc='finetune',
       )
-      ur.save(
-        self.workdir.file('finetuned', str(fraction)), small, overwrite=True
-      )
+      save(self.workdir.file('finetuned', str(fraction)), small, overwrite=True)
       validation[str(fraction)] = self._evaluate(
         self.small_forward, small, 'validation'
       )
@@ -283,7 +289,7 @@ class Job:
     )
     found = costs.measure(models, jnp.asarray(batch['image']))
     for entry, (_, params), cost in zip(runs, models, found, strict=True):
-      entry['params'] = ur.count_params(params)
+      entry['params'] = count_params(params)
       entry['kernel_params'] = self._kernel_params(params)
       entry.update(cost)
     return {'runs': runs}
@@ -294,7 +300,7 @@ class Job:
     seconds = self.workdir.seconds()
     seconds = {k: seconds[k] for k in self.stages if k in seconds}
     versions = {
-      'utilized_rank': ur.__version__,
+      'utilized_rank': version.__version__,
       'python': sys.version.split()[0],
       **{name: importlib.metadata.version(name) for name in _PACKAGES},
       'device': jax.devices()[0].device_kind,
@@ -342,7 +348,7 @@ class Job:
 
   def _kernel_params(self, params: Any) -> int:
     named, _ = paths.flatten(params, is_low_rank)
-    return ur.count_params([named[path] for path in self.moments])
+    return count_params([named[path] for path in self.moments])
 
 
 def _check_sections(plain: Mapping[str, Any]) -> None:

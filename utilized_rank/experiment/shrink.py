@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterable
 import dataclasses
 from typing import Any
 
-import utilized_rank as ur
-from utilized_rank import methods
+from utilized_rank.compression.compress import compress
+from utilized_rank.factorization import methods
+from utilized_rank.factorization.factorize import factorize
+from utilized_rank.moments.moments import Moments
+from utilized_rank.ranks.budget import budget_ranks
+from utilized_rank.ranks.uniform import uniform_ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +84,7 @@ class CompressConfig:
 def shrink(
   fn: Callable[[Any, Any], Any],
   params: Any,
-  moments: ur.Moments,
+  moments: Moments,
   batches: Callable[[], Iterable[Any]],
   loss: Any,
   fraction: float,
@@ -98,7 +102,7 @@ def shrink(
     config: the options.
   """
   if config.allocation == 'compress':
-    small, report = ur.compress(
+    small, report = compress(
       fn,
       params,
       batches(),
@@ -110,7 +114,7 @@ def shrink(
     assert report.recipe is not None
     return small, dict(report.recipe.ranks)
   ranks = _ranks(params, moments, fraction, config)
-  small = ur.factorize(
+  small = factorize(
     params,
     moments,
     ranks,
@@ -121,13 +125,13 @@ def shrink(
 
 
 def _ranks(
-  params: Any, moments: ur.Moments, fraction: float, config: CompressConfig
+  params: Any, moments: Moments, fraction: float, config: CompressConfig
 ) -> dict[str, int]:
   if config.allocation == 'uniform':
-    return ur.uniform_ranks(params, moments, params_fraction=fraction)
+    return uniform_ranks(params, moments, params_fraction=fraction)
   # The paper's form has no ranks of its own under a budget.
   method = config.method
-  return ur.budget_ranks(
+  return budget_ranks(
     params,
     moments,
     params_fraction=fraction,

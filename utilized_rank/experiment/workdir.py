@@ -8,7 +8,7 @@ import os
 import time
 from typing import Any
 
-from utilized_rank import files
+from utilized_rank.host import files
 
 
 class Workdir:

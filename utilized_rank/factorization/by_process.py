@@ -14,17 +14,17 @@ from typing import Any, TypeVar
 
 import jax
 
-from utilized_rank import agreement
-from utilized_rank import lowrank
-from utilized_rank import paths
-from utilized_rank import shared
-from utilized_rank import threads
-from utilized_rank.kernels import Kernel
-from utilized_rank.moments import Moments
-from utilized_rank.processes import gathered
-from utilized_rank.processes import together
-from utilized_rank.progress import track
-from utilized_rank.shared import Key
+from utilized_rank.factorization import shared_left
+from utilized_rank.factorization.kernels import Kernel
+from utilized_rank.factorization.shared_left import Key
+from utilized_rank.host import agreement
+from utilized_rank.host import threads
+from utilized_rank.host.processes import gathered
+from utilized_rank.host.processes import together
+from utilized_rank.host.progress import track
+from utilized_rank.lowrank import leaf
+from utilized_rank.moments.moments import Moments
+from utilized_rank.tree import paths
 
 R = TypeVar('R')
 # A key, the place in its stack, and the kernel of each of its paths.
@@ -49,7 +49,7 @@ def agree(
   agreement.check(
     caller,
     lambda: {
-      'params': paths.flatten(params, lowrank.is_low_rank)[0],
+      'params': paths.flatten(params, leaf.is_low_rank)[0],
       'moments': dict(_sums(moments)),
       **more,
     },
@@ -85,7 +85,7 @@ def each_unit(
     params: parameters that hold the kernels.
     moments: moments of the kernels.
     keys: the kernels, and sets of kernels with one left factor.
-    centered: as for `shared.units`.
+    centered: as for `shared_left.units`.
     processes: share the units out over the processes of the job, which must
       all take all results.
     progress: show a progress bar, of this process's share.
@@ -94,7 +94,9 @@ def each_unit(
   # A kernel's float64 moments are made, used and dropped one by one.
   units: Iterator[Unit] = (
     (key, place, group)
-    for key, groups in shared.units(params, moments, keys, centered=centered)
+    for key, groups in shared_left.units(
+      params, moments, keys, centered=centered
+    )
     for place, group in enumerate(groups)
   )
 
@@ -105,7 +107,7 @@ def each_unit(
     return found
 
   if not processes or jax.process_count() == 1:
-    yield from made(units, shared.count_units(keys, moments))
+    yield from made(units, shared_left.count_units(keys, moments))
     return
   senders: list[int] = []
   index = jax.process_index()
@@ -148,8 +150,8 @@ def divide(
   bundles: dict[Any, list[Place]] = {}
   costs: dict[Any, tuple[float, float]] = {}
   for key in keys:
-    moment = moments[shared.names_of(key)[0]]
-    d, m = shared.matrix_shape(key, moments)
+    moment = moments[shared_left.names_of(key)[0]]
+    d, m = shared_left.matrix_shape(key, moments)
     own = d * m * min(d, m) + min(d, m) ** 3
     for place in range(moment.layout.num_groups):
       by_input = d <= m

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import numerics
-from utilized_rank.best_pairs import Pair
-from utilized_rank.kernels import Kernel
+from utilized_rank.factorization.kernels import Kernel
+from utilized_rank.linalg import eigh
+from utilized_rank.linalg.best_pairs import Pair
 
 # Rounding errors are as good as independent, and each at most eps/2 of its
 # value: taken for the standard deviation (it is less), their sums stay within a
@@ -65,11 +65,11 @@ def _inputs(w: np.ndarray, stored: Pair, dtype: Any) -> np.ndarray:
   times cheaper than a least-squares solution, and is looked at.
   """
   a, b = stored
-  q = numerics.solve_least(b, np.eye(len(b)))
+  q = eigh.solve_least(b, np.eye(len(b)))
   left = np.linalg.norm(a - w @ q)
   if left <= _DEVIATIONS * float(jnp.finfo(dtype).eps) * np.linalg.norm(a):
     return q
-  return numerics.solve_least(w, a)
+  return eigh.solve_least(w, a)
 
 
 class Metric(NamedTuple):
@@ -137,7 +137,7 @@ def _compare(
   what `noise` makes. Apart from it the two may differ by what float32 sums
   resolve of the whole energy.
   """
-  tolerance = numerics.EIGENVALUE_FLOOR * energy
+  tolerance = eigh.EIGENVALUE_FLOOR * energy
   off = abs(max(measured, 0.0) - predicted)
   if not off <= tolerance:  # rounding is looked at where it is needed
     added = noise()

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from utilized_rank import methods
-from utilized_rank import shared
-from utilized_rank.division import Unit
-from utilized_rank.division import agree
-from utilized_rank.division import each_unit
-from utilized_rank.methods import Family
-from utilized_rank.moments import Moments
-from utilized_rank.shared import Key
+from utilized_rank.factorization import methods
+from utilized_rank.factorization import shared_left
+from utilized_rank.factorization.by_process import Unit
+from utilized_rank.factorization.by_process import agree
+from utilized_rank.factorization.by_process import each_unit
+from utilized_rank.factorization.methods import Family
+from utilized_rank.factorization.shared_left import Key
+from utilized_rank.moments.moments import Moments
 
 
 class Families(Mapping[Key, list[Family]]):
@@ -80,7 +80,7 @@ class Families(Mapping[Key, list[Family]]):
 
   def damages(self, key: Key, metric: str) -> np.ndarray:
     """(R + 1,): what rank r of every kernel of a leaf costs together."""
-    name = shared.names_of(key)[0]
+    name = shared_left.names_of(key)[0]
     return np.sum(
       [methods.damages(name, family, metric) for family in self[key]], axis=0
     )
@@ -165,7 +165,7 @@ def decompose(
 
   def make(unit: Unit) -> tuple[Key, Family]:
     key, _, group = unit
-    family = shared.family(group, method, damping)
+    family = shared_left.family(group, method, damping)
     return key, family if keep_factors else Family(None, family.damages)
 
   found: dict[Key, list[Family]] = {}

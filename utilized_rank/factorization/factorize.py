@@ -10,28 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import best_pairs
-from utilized_rank import certify
-from utilized_rank import lowrank
-from utilized_rank import methods
-from utilized_rank import paths
-from utilized_rank import shared
-from utilized_rank.best_pairs import Pair
-from utilized_rank.division import Unit
-from utilized_rank.division import agree
-from utilized_rank.division import each_unit
-from utilized_rank.families import Families
-from utilized_rank.gauge import check_gauge
-from utilized_rank.kernels import Kernel
-from utilized_rank.leaves import Stored
-from utilized_rank.leaves import assemble
-from utilized_rank.leaves import give_back
-from utilized_rank.leaves import store
-from utilized_rank.moments import Moments
-from utilized_rank.shared import Key
-from utilized_rank.shared import Ranks
-from utilized_rank.shared import check_ranks
-from utilized_rank.shared import per_member
+from utilized_rank.factorization import certify
+from utilized_rank.factorization import methods
+from utilized_rank.factorization import shared_left
+from utilized_rank.factorization.by_process import Unit
+from utilized_rank.factorization.by_process import agree
+from utilized_rank.factorization.by_process import each_unit
+from utilized_rank.factorization.decompose import Families
+from utilized_rank.factorization.kernels import Kernel
+from utilized_rank.factorization.shared_left import Key
+from utilized_rank.factorization.shared_left import Ranks
+from utilized_rank.factorization.shared_left import check_ranks
+from utilized_rank.factorization.shared_left import per_member
+from utilized_rank.linalg import best_pairs
+from utilized_rank.linalg.best_pairs import Pair
+from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.lowrank.store import Stored
+from utilized_rank.lowrank.store import assemble
+from utilized_rank.lowrank.store import give_back
+from utilized_rank.lowrank.store import store
+from utilized_rank.moments.moments import Moments
+from utilized_rank.products.gauge import check_gauge
+from utilized_rank.tree import paths
 
 
 def factorize(
@@ -129,14 +129,14 @@ def factorize(
       f'gauge={gauge!r} is for kernels with factors of their own; ranks has '
       'kernels that share one: use gauge=None, or a rank for each path'
     )
-  named, treedef = paths.flatten(params, lowrank.is_low_rank)
+  named, treedef = paths.flatten(params, is_low_rank)
   centered = compensate_mean and method in methods.CENTERED
   if families is not None:
     families.check(method, compensate_mean, damping, ranks)
 
   def solve(unit: Unit) -> _Member:
     key, place, group = unit
-    names = shared.names_of(key)
+    names = shared_left.names_of(key)
     each = per_member(key, ranks[key], moments[names[0]].layout)
     family = None if families is None else families[key][place]
     solution = _solve(group, method, int(each[place]), damping, family)
@@ -149,11 +149,11 @@ def factorize(
         gauge,
       )
       for path, b in zip(
-        names, shared.split(solution.pair.b, group), strict=True
+        names, shared_left.split(solution.pair.b, group), strict=True
       )
     ]
     pairs = [part.pair() for part in parts]
-    kernel = shared.joint(group)
+    kernel = shared_left.joint(group)
     energy = solution.energy
     if centered:  # the sums were rounded before the mean was taken off
       gradient = kernel.gradient if solution.weighted else None
@@ -184,7 +184,7 @@ def factorize(
   )
   for key, members in itertools.groupby(made, lambda member: member.key):
     found = list(members)
-    names = shared.names_of(key)
+    names = shared_left.names_of(key)
     for i, path in enumerate(names):
       leaf = assemble([m.parts[i] for m in found], moments[path].layout)
       if i:  # the first of a set holds the left factor
@@ -226,12 +226,12 @@ def _solve(
   if method == methods.UTILIZED and len(group) == 1:
     alone = methods.utilized(kernel, rank)
   elif method == 'output' and family is None:
-    alone = methods.output(shared.joint(group), rank)
+    alone = methods.output(shared_left.joint(group), rank)
   if alone is not None:
     pair, error, energy = alone
     return _Solution(best_pairs.balanced(pair), error, energy, False)
   if family is None:
-    family = shared.family(group, method, damping)
+    family = shared_left.family(group, method, damping)
   pair = best_pairs.balanced(methods.truncate(family, rank))
   weighted = method == 'loss' and kernel.rows_per_example > 0
   tails = family.damages['loss' if weighted else 'output']

@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import gram
-from utilized_rank import lowrank
-from utilized_rank import paths
-from utilized_rank import subspace
-from utilized_rank.layout import Layout
-from utilized_rank.moments import Moment
-from utilized_rank.moments import Moments
-from utilized_rank.moments import unknown_inputs
-from utilized_rank.nystrom import Nystrom
-from utilized_rank.sketch import Sketch
+from utilized_rank.linalg import gram
+from utilized_rank.linalg import subspace
+from utilized_rank.linalg.nystrom import Nystrom
+from utilized_rank.linalg.sketch import Sketch
+from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.moments.moments import Moment
+from utilized_rank.moments.moments import Moments
+from utilized_rank.moments.moments import unknown_inputs
+from utilized_rank.tree import paths
+from utilized_rank.tree.layout import Layout
 
 # Rows per input feature below which moments are mostly noise.
 ENOUGH_ROWS = 4
@@ -150,7 +150,7 @@ def kernels(
     ValueError: a path has no moments, is not in the parameters, or has other
       shapes there; a kernel or a moment is not finite.
   """
-  named, _ = paths.flatten(params, lowrank.is_low_rank)
+  named, _ = paths.flatten(params, is_low_rank)
   wanted = set(moments if only is None else only)
   for path in wanted:
     _check(path, named, moments)
@@ -317,7 +317,7 @@ def _check(path: str, named: dict[str, Any], moments: Moments) -> None:
   if path not in named:
     raise ValueError('no parameter ' + paths.unknown(path, named))
   leaf = named[path]
-  if lowrank.is_low_rank(leaf):
+  if is_low_rank(leaf):
     raise ValueError(f'{path!r} is low-rank already; give the dense parameters')
   shape = moments[path].layout.shape
   if tuple(leaf.shape) != shape:

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utilized_rank import best_pairs
-from utilized_rank import subspace
-from utilized_rank.best_pairs import Pair
-from utilized_rank.kernels import Kernel
+from utilized_rank.factorization.kernels import Kernel
+from utilized_rank.linalg import best_pairs
+from utilized_rank.linalg import subspace
+from utilized_rank.linalg.best_pairs import Pair
 
 METRICS = ('loss', 'output', 'relative', 'geometric')
 DAMPING = 0.01

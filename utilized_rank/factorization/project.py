@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from utilized_rank import lowrank
-from utilized_rank import paths
-from utilized_rank import threads
-from utilized_rank.kernels import Kernel
-from utilized_rank.kernels import kernels
-from utilized_rank.kernels import to_leaf
-from utilized_rank.moments import Moments
-from utilized_rank.subspace import check_energy
+from utilized_rank.factorization.kernels import Kernel
+from utilized_rank.factorization.kernels import kernels
+from utilized_rank.factorization.kernels import to_leaf
+from utilized_rank.host import threads
+from utilized_rank.linalg.subspace import check_energy
+from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.moments.moments import Moments
+from utilized_rank.tree import paths
 
 Energies = float | Mapping[str, float | tuple[float, float]]
 
@@ -46,7 +46,7 @@ def project(
   per_path = (
     energy if isinstance(energy, Mapping) else dict.fromkeys(moments, energy)
   )
-  named, treedef = paths.flatten(params, lowrank.is_low_rank)
+  named, treedef = paths.flatten(params, is_low_rank)
 
   def solve(item: tuple[str, Iterator[Kernel]]) -> tuple[str, Any]:
     path, members = item

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from utilized_rank import methods
-from utilized_rank import paths
-from utilized_rank.best_pairs import Pair
-from utilized_rank.kernels import Kernel
-from utilized_rank.kernels import kernels
-from utilized_rank.layout import Layout
-from utilized_rank.methods import Family
-from utilized_rank.moments import Moments
+from utilized_rank.factorization import methods
+from utilized_rank.factorization.kernels import Kernel
+from utilized_rank.factorization.kernels import kernels
+from utilized_rank.factorization.methods import Family
+from utilized_rank.linalg.best_pairs import Pair
+from utilized_rank.moments.moments import Moments
+from utilized_rank.tree import paths
+from utilized_rank.tree.layout import Layout
 
 # A kernel's path, or those of kernels that share a left factor.
 Key = str | tuple[str, ...]

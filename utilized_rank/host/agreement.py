@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank.processes import exchange
-from utilized_rank.processes import together
+from utilized_rank.host.processes import exchange
+from utilized_rank.host.processes import together
 
 # An argument's parts by name, or an argument that has none.
 Argument = Mapping[Any, Any] | str | int | float | None

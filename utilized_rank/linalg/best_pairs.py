@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utilized_rank import numerics
-from utilized_rank.subspace import Basis
-from utilized_rank.subspace import floor_of
-from utilized_rank.subspace import output_basis
+from utilized_rank.linalg import eigh
+from utilized_rank.linalg.subspace import Basis
+from utilized_rank.linalg.subspace import floor_of
+from utilized_rank.linalg.subspace import output_basis
 
 # Cosines below this are of orthogonal rows: factors are stored in float32,
 # which is far coarser.
@@ -43,7 +43,7 @@ def output_factors(w: np.ndarray, u: np.ndarray) -> Pair:
 
 def weight_factors(w: np.ndarray) -> Pair:
   """SVD of W, blind to data: the baseline. Truncate to any rank."""
-  left, sigma, right = numerics.svd(w)
+  left, sigma, right = eigh.svd(w)
   return Pair(left * sigma, right)
 
 
@@ -56,7 +56,7 @@ def scaled_factors(w: np.ndarray, scale: np.ndarray) -> Pair:
   """
   # A feature that is never on keeps a small weight, so that D is invertible.
   scale = np.maximum(scale, 1e-6 * (scale.max() or 1.0))
-  left, sigma, right = numerics.svd(scale[:, None] * w)
+  left, sigma, right = eigh.svd(scale[:, None] * w)
   return Pair((left * sigma) / scale[:, None], right)
 
 
@@ -78,7 +78,7 @@ def loss_factors(
     The factors, and a^T S a of them, see `tails`.
   """
   shift = _damping(g, damping)
-  values, vectors = numerics.symmetric_eigh(g + shift * np.eye(len(g)))
+  values, vectors = eigh.symmetric_eigh(g + shift * np.eye(len(g)))
   root = np.sqrt(np.maximum(values, np.finfo(np.float64).eps * values[-1]))
   turned = (w @ vectors) * root
   t = root[:, None] * (vectors.T @ t @ vectors) * root
@@ -103,7 +103,7 @@ def input_side_factors(
   if g is not None:
     inner = (turned @ g) @ turned.T + _damping(g, damping) * inner
   root = np.sqrt(np.maximum(of_s.values, floor_of(of_s.values.sum())))
-  _, q = numerics.symmetric_eigh(root[:, None] * inner * root)
+  _, q = eigh.symmetric_eigh(root[:, None] * inner * root)
   q = q[:, ::-1]
   return Pair(
     of_s.vectors @ (q / root[:, None]), (q * root[:, None]).T @ turned
@@ -121,7 +121,7 @@ def input_side_pair(
     The pair; its error E|x (W - W')|^2; and E|x W|^2.
   """
   root, floor = _root(s)
-  values, q = numerics.symmetric_eigh(root.T @ (w @ w.T) @ root)
+  values, q = eigh.symmetric_eigh(root.T @ (w @ w.T) @ root)
   values, q = np.maximum(values[::-1], 0), q[:, ::-1][:, :rank]
   a, b = np.linalg.solve(root.T, q), (root @ q).T @ w
   # W' = W P with an orthogonal P: |W - W'|^2 = |W|^2 - |W'|^2, and b b^T holds
@@ -145,7 +145,7 @@ def _root(s: np.ndarray) -> tuple[np.ndarray, float]:
   try:
     return np.linalg.cholesky(s + floor * np.eye(len(s))), floor
   except np.linalg.LinAlgError:
-    values, vectors = numerics.eigh(s)
+    values, vectors = eigh.eigh(s)
     return vectors * np.sqrt(values + floor), floor
 
 
@@ -165,7 +165,7 @@ def balanced(factors: Pair) -> Pair:
   holds, it tells no more than that. The product is the same whatever it tells.
   """
   left, q_b = _before_orthogonal_rows(factors)
-  squares, turn = numerics.symmetric_eigh(left.T @ left)
+  squares, turn = eigh.symmetric_eigh(left.T @ left)
   squares, turn = squares[::-1], turn[:, ::-1]
   least = np.finfo(np.float64).eps * len(turn) * max(squares[0], 0.0)
   root = np.maximum(squares, least) ** 0.25

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from utilized_rank import compat
+from utilized_rank.walk import compat
 
 _PANELS = 4
 # Below this width panels are too thin for a matrix unit.

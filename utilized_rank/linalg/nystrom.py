@@ -22,9 +22,9 @@ import dataclasses
 
 import numpy as np
 
-from utilized_rank import numerics
-from utilized_rank import subspace
-from utilized_rank.sketch import signs
+from utilized_rank.linalg import eigh
+from utilized_rank.linalg import subspace
+from utilized_rank.linalg.sketch import signs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Nystrom:
     d, k = self.vectors.shape
     if not self.trace > 0:
       return 0, 0
-    share = min(share, 1 - numerics.EIGENVALUE_FLOOR)
+    share = min(share, 1 - eigh.EIGENVALUE_FLOOR)
     known = np.cumsum(np.append(self.values, np.full(d - k, self.rest)))
     reached = lambda sums: int(np.searchsorted(sums, share * self.trace)) + 1
     above = np.cumsum(self.values) + self.unseen
@@ -114,9 +114,9 @@ def nystrom(
     y = y - np.outer(mean, mean @ omega)
     diagonal = diagonal - mean**2
   trace = max(float(diagonal.sum()), 0.0)
-  values, q = numerics.symmetric_eigh(omega.T @ y)
+  values, q = eigh.symmetric_eigh(omega.T @ y)
   # Directions of Omega that float32 sums do not resolve are left unseen.
-  kept = values > 10 * columns * numerics.EIGENVALUE_FLOOR * abs(values).max()
+  kept = values > 10 * columns * eigh.EIGENVALUE_FLOOR * abs(values).max()
   root = y @ (q[:, kept] / np.sqrt(values[kept]))
   vectors, sigma, _ = np.linalg.svd(root, full_matrices=False)
   return Nystrom(sigma**2, vectors, trace)

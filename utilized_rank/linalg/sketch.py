@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import gram
+from utilized_rank.linalg import gram
 
 
 @jax.tree_util.register_dataclass

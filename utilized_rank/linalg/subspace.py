@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utilized_rank import numerics
+from utilized_rank.linalg import eigh
 
 # Directions without data are given this share of the trace of S,
 # so that among factors equal on the data the one closest to W is taken, and a
@@ -58,13 +58,13 @@ def energy_rank(values: np.ndarray, share: float) -> int:
   if not values.sum() > 0:
     return 0
   # Nearer to 1 than this, float32 sums do not resolve the energy.
-  share = min(share, 1 - numerics.EIGENVALUE_FLOOR)
+  share = min(share, 1 - eigh.EIGENVALUE_FLOOR)
   return int(np.argmax(energy(values) >= share)) + 1
 
 
 def input_basis(s: np.ndarray) -> Basis:
   """Eigenbasis of S."""
-  return Basis(*numerics.eigh(s))
+  return Basis(*eigh.eigh(s))
 
 
 def output_basis(
@@ -92,7 +92,7 @@ def output_basis(
   basis = input_basis(s) if of_s is None else of_s
   turned = basis.vectors.T @ w
   root = np.sqrt(np.maximum(basis.values, floor))
-  _, _, right = numerics.svd(root[:, None] * turned)
+  _, _, right = eigh.svd(root[:, None] * turned)
   vectors = right.T
   # The floor chose the directions; the values are the data's own.
   values = basis.values @ (turned @ vectors) ** 2
@@ -121,12 +121,12 @@ def _basis_of_outputs(
   It moves no eigenvalue by more than its own largest, which floor |W|^2 bounds:
   directions with more data than that are left as they are.
   """
-  values, vectors = numerics.symmetric_eigh(t)
+  values, vectors = eigh.symmetric_eigh(t)
   values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
   first = int(np.sum(values > floor * np.sum(w * w)))
   if first < (len(values) if most is None else most):
     turned = w @ vectors[:, first:]
-    _, turn = numerics.symmetric_eigh(
+    _, turn = eigh.symmetric_eigh(
       np.diag(values[first:]) + floor * (turned.T @ turned)
     )
     turn = turn[:, ::-1]

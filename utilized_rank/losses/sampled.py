@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from utilized_rank.divergence import Divergence
-from utilized_rank.divergence import identity
-from utilized_rank.divergence import kl_divergence
+from utilized_rank.losses.divergence import Divergence
+from utilized_rank.losses.divergence import identity
+from utilized_rank.losses.divergence import kl_divergence
 
 
 @dataclasses.dataclass(frozen=True)

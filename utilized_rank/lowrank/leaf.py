@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
-from utilized_rank import gauge
-from utilized_rank import paths
-from utilized_rank import tracing
-from utilized_rank.factored import Factored
-from utilized_rank.factored import multiply
-from utilized_rank.factors import Factors
-from utilized_rank.layout import Layout
+from utilized_rank.products import gauge
+from utilized_rank.products.factored import Factored
+from utilized_rank.products.factored import multiply
+from utilized_rank.products.factors import Factors
+from utilized_rank.tree import paths
+from utilized_rank.tree.layout import Layout
+from utilized_rank.walk import tracing
 
 
 @jax.tree_util.register_pytree_with_keys_class

@@ -9,17 +9,17 @@ import warnings
 
 import jax
 
-from utilized_rank import compat
-from utilized_rank import products
-from utilized_rank import tracing
-from utilized_rank.factored import Factored
-from utilized_rank.interpret import Walk
-from utilized_rank.layout import View
-from utilized_rank.lowrank import is_low_rank
-from utilized_rank.lowrank import with_left
-from utilized_rank.values import Loop
-from utilized_rank.values import Output
-from utilized_rank.values import Param
+from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.lowrank.leaf import with_left
+from utilized_rank.products import describe
+from utilized_rank.products.factored import Factored
+from utilized_rank.tree.layout import View
+from utilized_rank.walk import compat
+from utilized_rank.walk import tracing
+from utilized_rank.walk.interpret import Walk
+from utilized_rank.walk.values import Loop
+from utilized_rank.walk.values import Output
+from utilized_rank.walk.values import Param
 
 
 def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,8 +41,8 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
     A function of the same signature. It re-reads the model's trace at every
     call: jit it, or what calls it.
 
-  >>> from utilized_rank.layout import Layout
-  >>> from utilized_rank.lowrank import LowRank
+  >>> from utilized_rank.tree.layout import Layout
+  >>> from utilized_rank.lowrank.leaf import LowRank
   >>> layout = Layout.of((4, 3), inputs=(0,), outputs=(1,))
   >>> w = LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), None, layout)
   >>> low_rank(lambda params, x: x @ params['w'])({'w': w}, jnp.ones((2, 4)))
@@ -118,7 +118,7 @@ class _Substitution:
 
   def product(self, eqn, operands, which, walk):
     param = operands[which]
-    found = products.describe(eqn, param.view, which)
+    found = describe.describe(eqn, param.view, which)
     payload = param.payload
     if isinstance(found, str):
       reason = found
@@ -127,7 +127,7 @@ class _Substitution:
       if not isinstance(out, str):
         return out
       reason = out
-    elif not products.fits(payload.factors, found):
+    elif not describe.fits(payload.factors, found):
       reason = f'{eqn.primitive.name} over other axes than it was factored for'
     else:
       x = operands[1 - which]

@@ -14,15 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from utilized_rank.factored import Factored
-from utilized_rank.factored import lay_out
-from utilized_rank.factors import Factors
-from utilized_rank.layout import Atoms
-from utilized_rank.layout import Layout
-from utilized_rank.layout import View
-from utilized_rank.layout import pieces_of
-from utilized_rank.lowrank import LowRank
-from utilized_rank.product import Product
+from utilized_rank.lowrank.leaf import LowRank
+from utilized_rank.products.factored import Factored
+from utilized_rank.products.factored import lay_out
+from utilized_rank.products.factors import Factors
+from utilized_rank.products.product import Product
+from utilized_rank.tree.layout import Atoms
+from utilized_rank.tree.layout import Layout
+from utilized_rank.tree.layout import View
+from utilized_rank.tree.layout import pieces_of
 
 
 @jax.tree_util.register_pytree_with_keys_class

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank.gauge import Order
-from utilized_rank.gauge import widen
-from utilized_rank.layout import Layout
-from utilized_rank.layout import pieces_of
-from utilized_rank.lowrank import LowRank
-from utilized_rank.lowrank import is_low_rank
-from utilized_rank.narrow import NarrowHeads
+from utilized_rank.lowrank.leaf import LowRank
+from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.lowrank.narrow_heads import NarrowHeads
+from utilized_rank.products.gauge import Order
+from utilized_rank.products.gauge import widen
+from utilized_rank.tree.layout import Layout
+from utilized_rank.tree.layout import pieces_of
 
 
 def pad_factors(

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank.best_pairs import Pair
-from utilized_rank.gauge import Order
-from utilized_rank.gauge import has_identity
-from utilized_rank.gauge import to_identity
-from utilized_rank.gauge import widen
-from utilized_rank.layout import Layout
-from utilized_rank.lowrank import LowRank
+from utilized_rank.linalg.best_pairs import Pair
+from utilized_rank.lowrank.leaf import LowRank
+from utilized_rank.products.gauge import Order
+from utilized_rank.products.gauge import has_identity
+from utilized_rank.products.gauge import to_identity
+from utilized_rank.products.gauge import widen
+from utilized_rank.tree.layout import Layout
 
 
 class Stored(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from utilized_rank.models import blocks
+from utilized_rank.models import transformer_parts
 
 Array = jax.Array
 
@@ -48,10 +48,10 @@ class GPT(nn.Module):
       'positions', nn.initializers.normal(0.02), (self.context, self.width)
     )
     x = x + positions[: x.shape[1]]
-    options = blocks.BlockOptions(
+    options = transformer_parts.BlockOptions(
       heads=self.heads, mlp_dim=4 * self.width, causal=True, epsilon=1e-5
     )
     for i in range(self.depth):
-      x, _ = blocks.EncoderBlock(options, True, name=f'block_{i}')(x)
+      x, _ = transformer_parts.EncoderBlock(options, True, name=f'block_{i}')(x)
     x = nn.LayerNorm(epsilon=options.epsilon, name='norm')(x)
     return nn.Dense(self.vocabulary, use_bias=False, name='head')(x)

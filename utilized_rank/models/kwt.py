@@ -8,7 +8,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from utilized_rank.models import blocks
+from utilized_rank.models import transformer_parts
 from utilized_rank.models import vit
 
 Array = jax.Array
@@ -32,7 +32,7 @@ class KeywordTransformer(nn.Module):
     depth: number of blocks.
     heads: number of attention heads.
     mlp_dim: hidden width of the MLPs.
-    activation: a key of `blocks.ACTIVATIONS`.
+    activation: a key of `transformer_parts.ACTIVATIONS`.
     dropout: rate after the attention and the dense layers.
   """
 
@@ -48,7 +48,7 @@ class KeywordTransformer(nn.Module):
   def __call__(self, x: Array, *, train: bool = False) -> Array:
     x = nn.Dense(self.width, name='embedding')(x)
     cls = self.param('cls', nn.initializers.zeros, (1, 1, self.width))
-    options = blocks.BlockOptions(
+    options = transformer_parts.BlockOptions(
       heads=self.heads,
       mlp_dim=self.mlp_dim,
       activation=self.activation,

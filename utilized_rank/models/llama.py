@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from utilized_rank.models import blocks
+from utilized_rank.models import transformer_parts
 
 Array = jax.Array
 
@@ -144,6 +144,6 @@ class LlamaBlock(nn.Module):
     y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
     x = x + dense(x.shape[-1], axis=(-2, -1), name='out')(y)
     y = norm(name='mlp_norm')(x)
-    return x + blocks.SwiGLU(
+    return x + transformer_parts.SwiGLU(
       self.mlp_dim, use_bias=False, dtype=self.dtype, name='mlp'
     )(y)

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from utilized_rank.models import blocks
+from utilized_rank.models import transformer_parts
 from utilized_rank.models.positions import PositionEmbedding
 
 Array = jax.Array
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
     remat: see `ViT`.
   """
 
-  options: blocks.BlockOptions
+  options: transformer_parts.BlockOptions
   depth: int
   grid: tuple[int, int]
   class_position: bool = True
@@ -94,7 +94,7 @@ class Encoder(nn.Module):
     x = nn.Dropout(self.options.dropout, deterministic=not train)(x)
     if self.pre_norm:
       x = self._norm('pre_norm')(x)
-    block: Any = blocks.EncoderBlock
+    block: Any = transformer_parts.EncoderBlock
     if self.remat:
       # A scan already keeps the recomputation apart from the forward pass.
       block = nn.remat(block, prevent_cse=not self.scan)
@@ -157,7 +157,7 @@ class ViT(nn.Module):
     norm_after_pool: the last norm comes after the pooling, as in MAE's
       fine-tuning.
     activation: `'gelu_tanh'`, `'gelu'` or `'quick_gelu'`.
-    swiglu: see `blocks.BlockOptions`, with the next five.
+    swiglu: see `transformer_parts.BlockOptions`, with the next five.
     qkv_bias: see there.
     qk_norm: see there.
     layer_scale: see there.
@@ -262,8 +262,8 @@ class ViT(nn.Module):
     reads = self.pool == 'token'
     return reads if self.class_token is None else self.class_token
 
-  def _block_options(self) -> blocks.BlockOptions:
-    return blocks.BlockOptions(
+  def _block_options(self) -> transformer_parts.BlockOptions:
+    return transformer_parts.BlockOptions(
       heads=self.heads,
       mlp_dim=self.mlp_dim,
       activation=self.activation,

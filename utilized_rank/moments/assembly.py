@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank.layout import Atoms
-from utilized_rank.layout import Layout
-from utilized_rank.layout import pieces_of
-from utilized_rank.moments import Sums
-from utilized_rank.product import Product
-from utilized_rank.values import Emission
+from utilized_rank.moments.moments import Sums
+from utilized_rank.products.product import Product
+from utilized_rank.tree.layout import Atoms
+from utilized_rank.tree.layout import Layout
+from utilized_rank.tree.layout import pieces_of
+from utilized_rank.walk.values import Emission
 
 
 @dataclasses.dataclass

@@ -8,22 +8,22 @@ from typing import Any
 
 import jax
 
-from utilized_rank import paths
-from utilized_rank import tracing
-from utilized_rank.collector import Collector
-from utilized_rank.interpret import Walk
-from utilized_rank.layout import View
-from utilized_rank.moments import Entry
-from utilized_rank.moments import Moments
-from utilized_rank.rows import EVERY
-from utilized_rank.rows import Counting
-from utilized_rank.rows import Rows
-from utilized_rank.sides import INPUTS
-from utilized_rank.sides import Columns
-from utilized_rank.sides import Sides
-from utilized_rank.sites import Sites
-from utilized_rank.values import Dense
-from utilized_rank.values import Param
+from utilized_rank.moments.collector import Collector
+from utilized_rank.moments.moments import Entry
+from utilized_rank.moments.moments import Moments
+from utilized_rank.moments.rows import EVERY
+from utilized_rank.moments.rows import Counting
+from utilized_rank.moments.rows import Rows
+from utilized_rank.moments.sides import INPUTS
+from utilized_rank.moments.sides import Columns
+from utilized_rank.moments.sides import Sides
+from utilized_rank.moments.sites import Sites
+from utilized_rank.tree import paths
+from utilized_rank.tree.layout import View
+from utilized_rank.walk import tracing
+from utilized_rank.walk.interpret import Walk
+from utilized_rank.walk.values import Dense
+from utilized_rank.walk.values import Param
 
 
 def capture(

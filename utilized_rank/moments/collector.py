@@ -11,28 +11,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from utilized_rank import compat
-from utilized_rank import products
-from utilized_rank.assembly import Part
-from utilized_rank.assembly import Use
-from utilized_rank.assembly import assemble
-from utilized_rank.interpret import PART
-from utilized_rank.layout import Layout
-from utilized_rank.layout import View
-from utilized_rank.layout import common_atoms
-from utilized_rank.layout import pieces_of
-from utilized_rank.moments import Sums
-from utilized_rank.product import Product
-from utilized_rank.rows import Rows
-from utilized_rank.sides import Chosen
-from utilized_rank.sites import Site
-from utilized_rank.sites import Sites
-from utilized_rank.sites import layout_conflict
-from utilized_rank.values import Emission
-from utilized_rank.values import Loop
-from utilized_rank.values import Output
-from utilized_rank.values import Param
-from utilized_rank.values import UnsupportedError
+from utilized_rank.moments.assembly import Part
+from utilized_rank.moments.assembly import Use
+from utilized_rank.moments.assembly import assemble
+from utilized_rank.moments.moments import Sums
+from utilized_rank.moments.rows import Rows
+from utilized_rank.moments.sides import Chosen
+from utilized_rank.moments.sites import Site
+from utilized_rank.moments.sites import Sites
+from utilized_rank.moments.sites import layout_conflict
+from utilized_rank.products import describe
+from utilized_rank.products.product import Product
+from utilized_rank.tree.layout import Layout
+from utilized_rank.tree.layout import View
+from utilized_rank.tree.layout import common_atoms
+from utilized_rank.tree.layout import pieces_of
+from utilized_rank.walk import compat
+from utilized_rank.walk.interpret import PART
+from utilized_rank.walk.values import Emission
+from utilized_rank.walk.values import Loop
+from utilized_rank.walk.values import Output
+from utilized_rank.walk.values import Param
+from utilized_rank.walk.values import UnsupportedError
 
 
 class Collector:
@@ -80,7 +80,7 @@ class Collector:
     plain = list(operands)
     plain[which] = operands[which].payload.materialise(view)
     (out,) = compat.bind(eqn, plain)
-    product = products.describe(eqn, view, which)
+    product = describe.describe(eqn, view, which)
     if isinstance(product, str):
       self.dropped(view, product)
       return out

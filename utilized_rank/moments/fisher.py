@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from utilized_rank import paths
-from utilized_rank.gradients import LossFn
-from utilized_rank.layout import Layout
-from utilized_rank.rows import EVERY
-from utilized_rank.rows import Counting
-from utilized_rank.rows import in_parts
+from utilized_rank.moments.gradients import LossFn
+from utilized_rank.moments.rows import EVERY
+from utilized_rank.moments.rows import Counting
+from utilized_rank.moments.rows import in_parts
+from utilized_rank.tree import paths
+from utilized_rank.tree.layout import Layout
 
 
 def row_fisher_sums(

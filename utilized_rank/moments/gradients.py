@@ -16,21 +16,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from utilized_rank import compat
-from utilized_rank import gram
-from utilized_rank import products
-from utilized_rank import tracing
-from utilized_rank.factored import Factored
-from utilized_rank.factors import Factors
-from utilized_rank.interpret import Walk
-from utilized_rank.layout import Layout
-from utilized_rank.layout import View
-from utilized_rank.rows import EVERY
-from utilized_rank.rows import Counting
-from utilized_rank.rows import Rows
-from utilized_rank.values import Dense
-from utilized_rank.values import Output
-from utilized_rank.values import Param
+from utilized_rank.linalg import gram
+from utilized_rank.moments.rows import EVERY
+from utilized_rank.moments.rows import Counting
+from utilized_rank.moments.rows import Rows
+from utilized_rank.products import describe
+from utilized_rank.products.factored import Factored
+from utilized_rank.products.factors import Factors
+from utilized_rank.tree.layout import Layout
+from utilized_rank.tree.layout import View
+from utilized_rank.walk import compat
+from utilized_rank.walk import tracing
+from utilized_rank.walk.interpret import Walk
+from utilized_rank.walk.values import Dense
+from utilized_rank.walk.values import Output
+from utilized_rank.walk.values import Param
 
 LossFn = Callable[[Any, Any], jax.Array]
 
@@ -172,7 +172,7 @@ class _Tapper:
     plain = list(operands)
     plain[which] = param.payload.materialise(param.view)
     (out,) = compat.bind(eqn, plain)
-    found = products.describe(eqn, param.view, which)
+    found = describe.describe(eqn, param.view, which)
     if isinstance(found, str):
       return out
     where, keep = self.rows.responses(found, eqn)

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from utilized_rank import tracing
-from utilized_rank.rows import Counting
-from utilized_rank.rows import Rows
+from utilized_rank.moments.rows import Counting
+from utilized_rank.moments.rows import Rows
+from utilized_rank.walk import tracing
 
 # `mask(batch) -> (B,) or (B, T)`, nonzero where an example or token is real.
 Mask = Callable[[Any], Any]

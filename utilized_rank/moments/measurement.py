@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterable
 import dataclasses
 from typing import Any
 
-from utilized_rank import paths
-from utilized_rank.capture import count
-from utilized_rank.capture import find_sites
-from utilized_rank.fisher import row_fisher_sums
-from utilized_rank.gradients import LossFn
-from utilized_rank.gradients import gradient_sums
-from utilized_rank.layout import Layout
-from utilized_rank.moments import Moments
-from utilized_rank.rows import Counting
-from utilized_rank.sides import INPUTS
-from utilized_rank.sides import Sides
-from utilized_rank.sites import Sites
+from utilized_rank.moments.capture import count
+from utilized_rank.moments.capture import find_sites
+from utilized_rank.moments.fisher import row_fisher_sums
+from utilized_rank.moments.gradients import LossFn
+from utilized_rank.moments.gradients import gradient_sums
+from utilized_rank.moments.moments import Moments
+from utilized_rank.moments.rows import Counting
+from utilized_rank.moments.sides import INPUTS
+from utilized_rank.moments.sides import Sides
+from utilized_rank.moments.sites import Sites
+from utilized_rank.tree import paths
+from utilized_rank.tree.layout import Layout
 
 
 @dataclasses.dataclass(frozen=True)

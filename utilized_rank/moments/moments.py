@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import gram
-from utilized_rank import paths
-from utilized_rank.layout import Layout
-from utilized_rank.nystrom import Nystrom
-from utilized_rank.nystrom import nystrom
-from utilized_rank.sketch import Sketch
+from utilized_rank.linalg import gram
+from utilized_rank.linalg.nystrom import Nystrom
+from utilized_rank.linalg.nystrom import nystrom
+from utilized_rank.linalg.sketch import Sketch
+from utilized_rank.tree import paths
+from utilized_rank.tree.layout import Layout
 
 
 @jax.tree_util.register_dataclass

@@ -19,18 +19,18 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
-from utilized_rank import compat
-from utilized_rank import gram
-from utilized_rank import sketch
-from utilized_rank.axes import EXAMPLE
-from utilized_rank.axes import TOKEN
-from utilized_rank.axes import Where
-from utilized_rank.axes import batch_array
-from utilized_rank.axes import plain
-from utilized_rank.flow import Flow
-from utilized_rank.product import ROW
-from utilized_rank.product import Product
-from utilized_rank.product import one_block
+from utilized_rank.axes.flow import Flow
+from utilized_rank.axes.where import EXAMPLE
+from utilized_rank.axes.where import TOKEN
+from utilized_rank.axes.where import Where
+from utilized_rank.axes.where import batch_array
+from utilized_rank.axes.where import plain
+from utilized_rank.linalg import gram
+from utilized_rank.linalg import sketch
+from utilized_rank.products.product import ROW
+from utilized_rank.products.product import Product
+from utilized_rank.products.product import one_block
+from utilized_rank.walk import compat
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ import dataclasses
 import operator
 from typing import Any
 
-from utilized_rank import paths
-from utilized_rank import sketch
+from utilized_rank.linalg import sketch
+from utilized_rank.tree import paths
 
 # Ordered `(regex, columns)` rules over leaf paths; 0 for no sketch.
 Columns = Sequence[tuple[str, int]]

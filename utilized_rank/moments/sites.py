@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 import dataclasses
 
-from utilized_rank import paths
-from utilized_rank.layout import Layout
-from utilized_rank.moments import Entry
+from utilized_rank.moments.moments import Entry
+from utilized_rank.tree import paths
+from utilized_rank.tree.layout import Layout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import gauge
-from utilized_rank.factors import Factors
-from utilized_rank.factors import as_output
-from utilized_rank.factors import oriented
-from utilized_rank.factors import place
-from utilized_rank.layout import Atoms
-from utilized_rank.layout import View
-from utilized_rank.product import ROW
-from utilized_rank.product import Label
-from utilized_rank.product import Product
-from utilized_rank.product import roles
+from utilized_rank.products import gauge
+from utilized_rank.products.factors import Factors
+from utilized_rank.products.factors import as_output
+from utilized_rank.products.factors import oriented
+from utilized_rank.products.factors import place
+from utilized_rank.products.product import ROW
+from utilized_rank.products.product import Label
+from utilized_rank.products.product import Product
+from utilized_rank.products.product import roles
+from utilized_rank.tree.layout import Atoms
+from utilized_rank.tree.layout import View
 
 # Numbers in the patches that exist at once (16 MiB of float32): enough rows
 # to keep the Gram product busy, a small share of any model's activations.

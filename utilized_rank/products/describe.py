@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from utilized_rank import contraction
-from utilized_rank import convolution
-from utilized_rank.factors import Factors
-from utilized_rank.layout import View
-from utilized_rank.layout import pieces_of
-from utilized_rank.product import Product
+from utilized_rank.products import convolution
+from utilized_rank.products import dot_general
+from utilized_rank.products.factors import Factors
+from utilized_rank.products.product import Product
+from utilized_rank.tree.layout import View
+from utilized_rank.tree.layout import pieces_of
 
 
 def describe(eqn: Any, view: View, which: int) -> Product | str:
@@ -21,7 +21,7 @@ def describe(eqn: Any, view: View, which: int) -> Product | str:
     which: its position among the operands.
   """
   if eqn.primitive.name == 'dot_general':
-    return contraction.dot(eqn, view, which)
+    return dot_general.dot(eqn, view, which)
   return convolution.convolution(eqn, view, which)
 
 

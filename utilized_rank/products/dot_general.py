@@ -10,16 +10,16 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
-from utilized_rank import gauge
-from utilized_rank.factors import Factors
-from utilized_rank.factors import as_output
-from utilized_rank.factors import oriented
-from utilized_rank.factors import place
-from utilized_rank.layout import View
-from utilized_rank.product import ROW
-from utilized_rank.product import Label
-from utilized_rank.product import Product
-from utilized_rank.product import roles
+from utilized_rank.products import gauge
+from utilized_rank.products.factors import Factors
+from utilized_rank.products.factors import as_output
+from utilized_rank.products.factors import oriented
+from utilized_rank.products.factors import place
+from utilized_rank.products.product import ROW
+from utilized_rank.products.product import Label
+from utilized_rank.products.product import Product
+from utilized_rank.products.product import roles
+from utilized_rank.tree.layout import View
 
 
 def dot(eqn: Any, view: View, which: int) -> Product | str:

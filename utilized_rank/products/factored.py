@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from utilized_rank import compat
-from utilized_rank import gauge
-from utilized_rank.factors import Factors
-from utilized_rank.layout import Atoms
-from utilized_rank.layout import View
-from utilized_rank.layout import pieces_of
+from utilized_rank.products import gauge
+from utilized_rank.products.factors import Factors
+from utilized_rank.tree.layout import Atoms
+from utilized_rank.tree.layout import View
+from utilized_rank.tree.layout import pieces_of
+from utilized_rank.walk import compat
 
 
 @jax.tree_util.register_pytree_node_class

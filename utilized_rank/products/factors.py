@@ -8,11 +8,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from utilized_rank import gauge
-from utilized_rank.layout import Atoms
-from utilized_rank.layout import Layout
-from utilized_rank.layout import View
-from utilized_rank.layout import pieces_of
+from utilized_rank.products import gauge
+from utilized_rank.tree.layout import Atoms
+from utilized_rank.tree.layout import Layout
+from utilized_rank.tree.layout import View
+from utilized_rank.tree.layout import pieces_of
 
 # Names of axes that are no atom: the rank, and in a pair with an identity
 # block the outputs that are no pivots.

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank.layout import Layout
+from utilized_rank.tree.layout import Layout
 
 IDENTITY = 'identity'
 GAUGES = (None, IDENTITY)

@@ -13,10 +13,10 @@ import dataclasses
 import math
 from typing import Any
 
-from utilized_rank.factors import Factors
-from utilized_rank.layout import Atoms
-from utilized_rank.layout import Layout
-from utilized_rank.layout import View
+from utilized_rank.products.factors import Factors
+from utilized_rank.tree.layout import Atoms
+from utilized_rank.tree.layout import Layout
+from utilized_rank.tree.layout import View
 
 # Label of an activation axis: the kernel atoms it runs along, or a row.
 ROW = None

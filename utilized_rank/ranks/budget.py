@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import re
 from typing import Any
 
-from utilized_rank import methods
-from utilized_rank import offers
-from utilized_rank import shared
-from utilized_rank.families import Families
-from utilized_rank.families import known
-from utilized_rank.gauge import check_gauge
-from utilized_rank.latency import LatencyTable
-from utilized_rank.moments import Moments
+from utilized_rank.factorization import methods
+from utilized_rank.factorization import shared_left
+from utilized_rank.factorization.decompose import Families
+from utilized_rank.factorization.decompose import known
+from utilized_rank.moments.moments import Moments
+from utilized_rank.products.gauge import check_gauge
+from utilized_rank.ranks import offers
+from utilized_rank.ranks.latency import LatencyTable
 
 
 def budget_ranks(
@@ -70,7 +70,7 @@ def budget_ranks(
       one left factor for all of them as well.
     families: what `decompose` made of these parameters and moments, with the
       same method, `compensate_mean` and `damping`; default to do so here. With
-      `share`, of those sets as well (`shared.sets`).
+      `share`, of those sets as well (`shared_left.sets`).
     progress: show a progress bar.
 
   Returns:
@@ -108,7 +108,7 @@ def budget_ranks(
   if metric not in methods.METRICS:
     raise ValueError(f'unknown metric {metric!r}; known: {methods.METRICS}')
   bounds = _limits(moments, limits)
-  sets = shared.sets(moments) if share else []
+  sets = shared_left.sets(moments) if share else []
   set_of = {name: names for names in sets for name in names}
   keys = list(dict.fromkeys(set_of.get(path, path) for path in moments))
   wanted = [*moments, *sets]

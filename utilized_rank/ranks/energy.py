@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from utilized_rank import threads
-from utilized_rank.gauge import check_gauge
-from utilized_rank.gauge import saves
-from utilized_rank.kernels import kernels
-from utilized_rank.moments import Moments
-from utilized_rank.subspace import check_energy
+from utilized_rank.factorization.kernels import kernels
+from utilized_rank.host import threads
+from utilized_rank.linalg.subspace import check_energy
+from utilized_rank.moments.moments import Moments
+from utilized_rank.products.gauge import check_gauge
+from utilized_rank.products.gauge import saves
 
 
 def energy_ranks(

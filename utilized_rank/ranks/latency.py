@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import files
-from utilized_rank import paths
-from utilized_rank.progress import track
-from utilized_rank.sites import Site
+from utilized_rank.host import files
+from utilized_rank.host.progress import track
+from utilized_rank.moments.sites import Site
+from utilized_rank.tree import paths
 
 # Calls are timed in batches of about this many seconds, the best batch counts.
 _BATCH_SECONDS = 0.01

@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utilized_rank import shared
-from utilized_rank.allocation import Choices
-from utilized_rank.allocation import allocate
-from utilized_rank.families import Families
-from utilized_rank.gauge import pair_cost
-from utilized_rank.gauge import pair_flops
-from utilized_rank.latency import LatencyTable
-from utilized_rank.moments import Moments
-from utilized_rank.shared import Key
+from utilized_rank.factorization import shared_left
+from utilized_rank.factorization.decompose import Families
+from utilized_rank.factorization.shared_left import Key
+from utilized_rank.moments.moments import Moments
+from utilized_rank.products.gauge import pair_cost
+from utilized_rank.products.gauge import pair_flops
+from utilized_rank.ranks.knapsack import Choices
+from utilized_rank.ranks.knapsack import allocate
+from utilized_rank.ranks.latency import LatencyTable
 
 # Combinations that are looked at together, for memory's sake.
 _BLOCK = 4_000_000
@@ -39,19 +39,21 @@ class Terms:
 
   def times(self, key: Key) -> int:
     """How often a matrix is paid for: once each, or once per row."""
-    moment = self.moments[shared.names_of(key)[0]]
+    moment = self.moments[shared_left.names_of(key)[0]]
     if self.by_flops:
       return int(np.sum(moment.count))
     return moment.layout.num_groups
 
   def dense_cost(self, key: Key) -> int:
     if self.latency is not None:
-      return sum(self.latency.dense(name) for name in shared.names_of(key))
-    return self.times(key) * math.prod(shared.matrix_shape(key, self.moments))
+      return sum(self.latency.dense(name) for name in shared_left.names_of(key))
+    return self.times(key) * math.prod(
+      shared_left.matrix_shape(key, self.moments)
+    )
 
   def costs(self, key: Key, ranks: np.ndarray) -> np.ndarray:
     """Of pairs, and of the constants that have no bias to go to."""
-    names = shared.names_of(key)
+    names = shared_left.names_of(key)
     if self.latency is not None:
       return self.latency.pairs(names[0], ranks)
     extra = 0
@@ -60,7 +62,7 @@ class Terms:
       if self.compensate_mean and not self.by_flops:
         extra += moment.layout.matrix_shape[1] * (moment.entry.bias is None)
     if len(names) > 1:
-      pairs = ranks * sum(shared.matrix_shape(key, self.moments))
+      pairs = ranks * sum(shared_left.matrix_shape(key, self.moments))
     else:
       layout = self.moments[names[0]].layout
       cost = pair_flops if self.by_flops else pair_cost
@@ -89,7 +91,7 @@ def offer(terms: Terms, key: Key, families: Families) -> Offer:
   Raises:
     ValueError: a kernel's limits hold no rank that it can have.
   """
-  names = shared.names_of(key)
+  names = shared_left.names_of(key)
   alone = []
   for name in names:
     alone.append(_ranks(terms, name, families))
@@ -105,8 +107,8 @@ def offer(terms: Terms, key: Key, families: Families) -> Offer:
 
 def _ranks(terms: Terms, key: Key, families: Families) -> Offer:
   """The ranks that a key can have, dense among them if it is one kernel."""
-  names = shared.names_of(key)
-  full = min(shared.matrix_shape(key, terms.moments))
+  names = shared_left.names_of(key)
+  full = min(shared_left.matrix_shape(key, terms.moments))
   limits = [terms.limits[name] for name in names if name in terms.limits]
   low = max([1, *(low for low, _ in limits)])
   high = min([full, *(high for _, high in limits)])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from utilized_rank import methods
-from utilized_rank import shared
-from utilized_rank.families import Families
-from utilized_rank.families import known
-from utilized_rank.moments import Moments
-from utilized_rank.shared import Ranks
-from utilized_rank.shared import check_ranks
-from utilized_rank.shared import per_member
+from utilized_rank.factorization import methods
+from utilized_rank.factorization import shared_left
+from utilized_rank.factorization.decompose import Families
+from utilized_rank.factorization.decompose import known
+from utilized_rank.factorization.shared_left import Ranks
+from utilized_rank.factorization.shared_left import check_ranks
+from utilized_rank.factorization.shared_left import per_member
+from utilized_rank.moments.moments import Moments
 
 
 def predict_loss(
@@ -45,7 +45,7 @@ def predict_loss(
   )
   total = 0.0
   for key, given in ranks.items():
-    names = shared.names_of(key)
+    names = shared_left.names_of(key)
     each = per_member(key, given, moments[names[0]].layout)
     for family, rank in zip(families[key], each, strict=True):
       total += methods.damages(names[0], family, 'loss')[rank]

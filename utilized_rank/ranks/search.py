@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import files
-from utilized_rank import paths
-from utilized_rank.gauge import check_gauge
-from utilized_rank.gauge import saves
-from utilized_rank.kernels import Kernel
-from utilized_rank.kernels import kernels
-from utilized_rank.kernels import to_leaf
-from utilized_rank.lowrank import is_low_rank
-from utilized_rank.moments import Moments
-from utilized_rank.progress import track
-from utilized_rank.subspace import check_energy
+from utilized_rank.factorization.kernels import Kernel
+from utilized_rank.factorization.kernels import kernels
+from utilized_rank.factorization.kernels import to_leaf
+from utilized_rank.host import files
+from utilized_rank.host.progress import track
+from utilized_rank.linalg.subspace import check_energy
+from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.moments.moments import Moments
+from utilized_rank.products.gauge import check_gauge
+from utilized_rank.products.gauge import saves
+from utilized_rank.tree import paths
 
 Pair = tuple[float, float]
 

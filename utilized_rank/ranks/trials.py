@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import paths
-from utilized_rank.divergence import Divergence
-from utilized_rank.families import Families
-from utilized_rank.layers import pad_factors
-from utilized_rank.lowrank import LowRank
-from utilized_rank.lowrank import is_low_rank
-from utilized_rank.moments import Moments
-from utilized_rank.substitution import low_rank
+from utilized_rank.factorization.decompose import Families
+from utilized_rank.losses.divergence import Divergence
+from utilized_rank.lowrank.leaf import LowRank
+from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.lowrank.low_rank import low_rank
+from utilized_rank.lowrank.stack import pad_factors
+from utilized_rank.moments.moments import Moments
+from utilized_rank.tree import paths
 
 # Path to (num_groups, R): 1 for the directions that count.
 Masks = dict[str, Any]

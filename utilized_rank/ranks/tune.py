@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from utilized_rank import methods
-from utilized_rank.divergence import Divergence
-from utilized_rank.divergence import comes_closer
-from utilized_rank.families import Families
-from utilized_rank.families import decompose
-from utilized_rank.moments import Moments
-from utilized_rank.progress import track
-from utilized_rank.ranks import budget_ranks
-from utilized_rank.trials import OnDevice
-from utilized_rank.trials import Trials
+from utilized_rank.factorization import methods
+from utilized_rank.factorization.decompose import Families
+from utilized_rank.factorization.decompose import decompose
+from utilized_rank.host.progress import track
+from utilized_rank.losses.divergence import Divergence
+from utilized_rank.losses.divergence import comes_closer
+from utilized_rank.moments.moments import Moments
+from utilized_rank.ranks.budget import budget_ranks
+from utilized_rank.ranks.trials import OnDevice
+from utilized_rank.ranks.trials import Trials
 
 # Of the gradient moment's mean diagonal. Little trusts the quadratic
 # approximation of the loss, much tends to 'output'; no value is best for all.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from utilized_rank.gauge import check_gauge
-from utilized_rank.gauge import pair_cost
-from utilized_rank.moments import Moments
+from utilized_rank.moments.moments import Moments
+from utilized_rank.products.gauge import check_gauge
+from utilized_rank.products.gauge import pair_cost
 
 
 def uniform_ranks(

@@ -11,34 +11,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import anchoring
-from utilized_rank import best_pairs
-from utilized_rank import certify
-from utilized_rank import lowrank
-from utilized_rank import methods
-from utilized_rank import paths
-from utilized_rank import subspace
-from utilized_rank import tracing
-from utilized_rank.anchoring import Inputs
-from utilized_rank.best_pairs import Pair
-from utilized_rank.blocks import Block
-from utilized_rank.blocks import Group
-from utilized_rank.capture import find_sites
-from utilized_rank.feeding import check_batch
-from utilized_rank.gauge import check_gauge
-from utilized_rank.kernels import member_name
-from utilized_rank.leaves import Stored
-from utilized_rank.leaves import assemble
-from utilized_rank.leaves import give_back
-from utilized_rank.leaves import store
-from utilized_rank.moments import Moments
-from utilized_rank.progress import track
-from utilized_rank.shared import Ranks
-from utilized_rank.shared import check_ranks
-from utilized_rank.shared import per_member
-from utilized_rank.sites import Site
-from utilized_rank.streams import Streams
-from utilized_rank.streams import distinct
+from utilized_rank.collection.one_pass import check_batch
+from utilized_rank.factorization import certify
+from utilized_rank.factorization import methods
+from utilized_rank.factorization.kernels import member_name
+from utilized_rank.factorization.shared_left import Ranks
+from utilized_rank.factorization.shared_left import check_ranks
+from utilized_rank.factorization.shared_left import per_member
+from utilized_rank.host.progress import track
+from utilized_rank.linalg import best_pairs
+from utilized_rank.linalg import subspace
+from utilized_rank.linalg.best_pairs import Pair
+from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.lowrank.store import Stored
+from utilized_rank.lowrank.store import assemble
+from utilized_rank.lowrank.store import give_back
+from utilized_rank.lowrank.store import store
+from utilized_rank.moments.capture import find_sites
+from utilized_rank.moments.moments import Moments
+from utilized_rank.moments.sites import Site
+from utilized_rank.products.gauge import check_gauge
+from utilized_rank.refit import anchored_fit
+from utilized_rank.refit.anchored_fit import Inputs
+from utilized_rank.refit.blocks import Block
+from utilized_rank.refit.blocks import Group
+from utilized_rank.refit.streams import Streams
+from utilized_rank.refit.streams import distinct
+from utilized_rank.tree import paths
+from utilized_rank.walk import tracing
 
 
 def anchor(
@@ -162,7 +162,7 @@ def anchor(
     for (path, matrix), places in _places(block, sites).items():
       if places not in known:
         parts = [(sums[i], at) for i, at in places]
-        known[places] = anchoring.inputs(parts, compensate_mean, path)
+        known[places] = anchored_fit.inputs(parts, compensate_mean, path)
       fits[path].fit(matrix, known[places], ridge)
     for path in block.paths:
       small |= fits[path].leaves()
@@ -200,11 +200,11 @@ def find_kernels(
   Raises:
     ValueError: a path is no kernel, is low-rank already, or is used otherwise.
   """
-  named, _ = paths.flatten(params, lowrank.is_low_rank)
+  named, _ = paths.flatten(params, is_low_rank)
   for path in only:
     if path not in named:
       raise ValueError('no parameter ' + paths.unknown(path, named))
-    if lowrank.is_low_rank(named[path]):
+    if is_low_rank(named[path]):
       raise ValueError(
         f'{path!r} is low-rank already; give the dense parameters'
       )
@@ -285,9 +285,9 @@ class _Fit:
 
   def fit(self, matrix: int, inputs: Inputs, ridge: float) -> None:
     w = self._w[matrix]
-    target = anchoring.target(w, inputs, ridge)
+    target = anchored_fit.target(w, inputs, ridge)
     gradient = None if self._gradients is None else self._gradients[matrix]
-    factors = anchoring.factors(target, gradient, self._damping)
+    factors = anchored_fit.factors(target, gradient, self._damping)
     rank = int(self._ranks[matrix])
     pair = Pair(factors.a[:, :rank], factors.b[:rank])
     stored = self._store(best_pairs.balanced(pair))

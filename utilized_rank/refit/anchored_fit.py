@@ -23,12 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utilized_rank import best_pairs
-from utilized_rank import numerics
-from utilized_rank import subspace
-from utilized_rank.best_pairs import Pair
-from utilized_rank.readings import PairSums
-from utilized_rank.subspace import Basis
+from utilized_rank.linalg import best_pairs
+from utilized_rank.linalg import eigh
+from utilized_rank.linalg import subspace
+from utilized_rank.linalg.best_pairs import Pair
+from utilized_rank.linalg.subspace import Basis
+from utilized_rank.refit.readings import PairSums
 
 
 class Inputs(NamedTuple):
@@ -88,7 +88,7 @@ def inputs(
   if centered:
     h = h - np.outer(mean_hat, mean_hat)
     k = k - np.outer(mean_hat, mean)
-  return Inputs(h, k, mean, mean_hat, Basis(*numerics.eigh(h)))
+  return Inputs(h, k, mean, mean_hat, Basis(*eigh.eigh(h)))
 
 
 def target(w: np.ndarray, of: Inputs, ridge: float) -> Target:

@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 
-from utilized_rank import compat
-from utilized_rank import readings
-from utilized_rank import tracing
-from utilized_rank.flatten import flatten
-from utilized_rank.layout import Layout
-from utilized_rank.readings import Read
+from utilized_rank.refit import readings
+from utilized_rank.refit.readings import Read
+from utilized_rank.tree.layout import Layout
+from utilized_rank.walk import compat
+from utilized_rank.walk import tracing
+from utilized_rank.walk.flatten import flatten
 
 # From a kernel's path to the name of its block.
 Group = Callable[[str], Hashable]

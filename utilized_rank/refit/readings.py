@@ -10,20 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import compat
-from utilized_rank import gram
-from utilized_rank import products
-from utilized_rank.interpret import Walk
-from utilized_rank.layout import Layout
-from utilized_rank.layout import View
-from utilized_rank.layout import common_atoms
-from utilized_rank.layout import pieces_of
-from utilized_rank.product import Product
-from utilized_rank.values import Dense
-from utilized_rank.values import Loop
-from utilized_rank.values import Output
-from utilized_rank.values import Param
-from utilized_rank.values import UnsupportedError
+from utilized_rank.linalg import gram
+from utilized_rank.products import describe
+from utilized_rank.products.product import Product
+from utilized_rank.tree.layout import Layout
+from utilized_rank.tree.layout import View
+from utilized_rank.tree.layout import common_atoms
+from utilized_rank.tree.layout import pieces_of
+from utilized_rank.walk import compat
+from utilized_rank.walk.interpret import Walk
+from utilized_rank.walk.values import Dense
+from utilized_rank.walk.values import Loop
+from utilized_rank.walk.values import Output
+from utilized_rank.walk.values import Param
+from utilized_rank.walk.values import UnsupportedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ class _Reader:
     plain = list(operands)
     plain[which] = param.payload.materialise(param.view)
     (out,) = compat.bind(eqn, plain)
-    found = products.describe(eqn, param.view, which)
+    found = describe.describe(eqn, param.view, which)
     if isinstance(found, str):
       return out
     path = param.view.path

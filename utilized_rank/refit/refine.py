@@ -10,20 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import lowrank
-from utilized_rank import paths
-from utilized_rank import tracing
-from utilized_rank.anchor import checked
-from utilized_rank.anchor import find_kernels
-from utilized_rank.blocks import Group
-from utilized_rank.blocks import State
-from utilized_rank.blocks import needs_of
-from utilized_rank.gradients import LossFn
-from utilized_rank.methods import DAMPING
-from utilized_rank.progress import track
-from utilized_rank.streams import Leaves
-from utilized_rank.streams import Streams
-from utilized_rank.substitution import low_rank
+from utilized_rank.factorization.methods import DAMPING
+from utilized_rank.host.progress import track
+from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.lowrank.low_rank import low_rank
+from utilized_rank.moments.gradients import LossFn
+from utilized_rank.refit.anchor import checked
+from utilized_rank.refit.anchor import find_kernels
+from utilized_rank.refit.blocks import Group
+from utilized_rank.refit.blocks import State
+from utilized_rank.refit.blocks import needs_of
+from utilized_rank.refit.streams import Leaves
+from utilized_rank.refit.streams import Streams
+from utilized_rank.tree import paths
+from utilized_rank.walk import tracing
 
 _TINY = float(np.finfo(np.float32).tiny)
 # Share of the batches on which a refined block must be better.
@@ -84,12 +84,12 @@ def refine(
       f'steps and learning_rate must be positive, got {steps} and '
       f'{learning_rate}'
     )
-  named, treedef = paths.flatten(small, lowrank.is_low_rank)
+  named, treedef = paths.flatten(small, is_low_rank)
   leaves, _ = paths.flatten(params)
   if list(named) != list(leaves):
     odd = sorted(set(named) ^ set(leaves))[:4]
     raise ValueError(f'params and small differ in their paths: {odd}')
-  kernels = [path for path, leaf in named.items() if lowrank.is_low_rank(leaf)]
+  kernels = [path for path, leaf in named.items() if is_low_rank(leaf)]
   first, stream = checked(batches)
   held: list[Any] = []
   if loss is not None:
@@ -103,7 +103,7 @@ def refine(
   arrays = lambda tree: {
     k: jax.tree.map(jnp.asarray, v)
     for k, v in tree.items()
-    if lowrank.is_low_rank(v) or tracing.is_array(v)
+    if is_low_rank(v) or tracing.is_array(v)
   }
   dense, now = arrays(leaves), arrays(named)
   count = len(streams.blocks)
@@ -154,7 +154,7 @@ def _refined(
 
   wide = lambda v: v.astype(jnp.promote_types(v.dtype, jnp.float32))
   trained = jax.tree.map(wide, own)
-  factors = [v.a for v in trained.values() if lowrank.is_low_rank(v)]
+  factors = [v.a for v in trained.values() if is_low_rank(v)]
   size = np.mean([float(jnp.sqrt(jnp.mean(jnp.square(a)))) for a in factors])
   rates = optax.cosine_decay_schedule(learning_rate * size, steps)
   adam = optax.adam(rates)

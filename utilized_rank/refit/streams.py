@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import blocks
-from utilized_rank import gram
-from utilized_rank import readings
-from utilized_rank.blocks import Block
-from utilized_rank.blocks import Group
-from utilized_rank.blocks import Program
-from utilized_rank.blocks import State
-from utilized_rank.gradients import LossFn
-from utilized_rank.layout import Layout
-from utilized_rank.readings import PairSums
-from utilized_rank.substitution import low_rank
+from utilized_rank.linalg import gram
+from utilized_rank.lowrank.low_rank import low_rank
+from utilized_rank.moments.gradients import LossFn
+from utilized_rank.refit import blocks
+from utilized_rank.refit import readings
+from utilized_rank.refit.blocks import Block
+from utilized_rank.refit.blocks import Group
+from utilized_rank.refit.blocks import Program
+from utilized_rank.refit.blocks import State
+from utilized_rank.refit.readings import PairSums
+from utilized_rank.tree.layout import Layout
 
 Leaves = dict[str, Any]
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utilized_rank import depth
-from utilized_rank import tables
-from utilized_rank.repetitions import Spread
-from utilized_rank.repetitions import percent
-from utilized_rank.repetitions import spread
-from utilized_rank.report import Report
-from utilized_rank.subspace import check_energy
+from utilized_rank.linalg.subspace import check_energy
+from utilized_rank.report import depth
+from utilized_rank.report import tables
+from utilized_rank.report.repetitions import Spread
+from utilized_rank.report.repetitions import percent
+from utilized_rank.report.repetitions import spread
+from utilized_rank.report.report import Report
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -131,7 +131,7 @@ class Comparison(Mapping[str, tuple[Report, ...]]):
 
     >>> comparison.plot().savefig('depth.png')  # doctest: +SKIP
     """
-    from utilized_rank import comparison_plots
+    from utilized_rank.report import comparison_plots
 
     first = next(iter(self.values()))[0]
     lines = {
@@ -145,7 +145,7 @@ class Comparison(Mapping[str, tuple[Report, ...]]):
 
     >>> open('c.html', 'w').write(comparison.html())  # doctest: +SKIP
     """
-    from utilized_rank import comparison_page
+    from utilized_rank.report import comparison_page
 
     energy = self.energies[-1]
     most = max(len(group) for group in self.values())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from utilized_rank import look
-from utilized_rank import page
+from utilized_rank.report import look
+from utilized_rank.report import page
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure

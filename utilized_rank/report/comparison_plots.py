@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utilized_rank import look
-from utilized_rank.repetitions import Spread
+from utilized_rank.report import look
+from utilized_rank.report.repetitions import Spread
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes

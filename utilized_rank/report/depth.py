@@ -8,7 +8,7 @@ import itertools
 import re
 from typing import Any
 
-from utilized_rank.layer import LayerReport
+from utilized_rank.report.layer import LayerReport
 
 OTHERS = 'other layers'
 ALL = 'all layers'

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from utilized_rank.kernels import member_name
+from utilized_rank.factorization.kernels import member_name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from utilized_rank import subspace
-from utilized_rank import threads
-from utilized_rank.kernels import Kernel
-from utilized_rank.kernels import kernels
-from utilized_rank.layer import LayerReport
-from utilized_rank.layer import utilized
-from utilized_rank.moments import Moments
-from utilized_rank.progress import track
-from utilized_rank.report import Report
-from utilized_rank.subspace import check_energy
+from utilized_rank.factorization.kernels import Kernel
+from utilized_rank.factorization.kernels import kernels
+from utilized_rank.host import threads
+from utilized_rank.host.progress import track
+from utilized_rank.linalg import subspace
+from utilized_rank.linalg.subspace import check_energy
+from utilized_rank.moments.moments import Moments
+from utilized_rank.report.layer import LayerReport
+from utilized_rank.report.layer import utilized
+from utilized_rank.report.report import Report
 
 
 def measure(

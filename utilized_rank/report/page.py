@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from utilized_rank import depth
-from utilized_rank import look
-from utilized_rank import plots
-from utilized_rank import tables
-from utilized_rank.layer import LayerReport
+from utilized_rank.report import depth
+from utilized_rank.report import look
+from utilized_rank.report import plots
+from utilized_rank.report import tables
+from utilized_rank.report.layer import LayerReport
 
 META_KEYS = ('title', 'config', 'versions', 'seconds', 'centered', 'energy')
 
@@ -122,7 +122,7 @@ def document(title: str, body: str) -> str:
 
 def _resource(name: str) -> str:
   """Text of a file that is installed beside this one."""
-  package = importlib.resources.files('utilized_rank')
+  package = importlib.resources.files('utilized_rank.report')
   return package.joinpath(name).read_text('utf-8')
 
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utilized_rank import depth
-from utilized_rank import look
-from utilized_rank import tables
-from utilized_rank.layer import LayerReport
+from utilized_rank.report import depth
+from utilized_rank.report import look
+from utilized_rank.report import tables
+from utilized_rank.report.layer import LayerReport
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes

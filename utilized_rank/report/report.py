@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utilized_rank import files
-from utilized_rank import paths
-from utilized_rank import subspace
-from utilized_rank import tables
-from utilized_rank.layer import LayerReport
-from utilized_rank.layer import utilized
-from utilized_rank.recipe import Recipe
-from utilized_rank.subspace import check_energy
+from utilized_rank.host import files
+from utilized_rank.linalg import subspace
+from utilized_rank.linalg.subspace import check_energy
+from utilized_rank.report import tables
+from utilized_rank.report.layer import LayerReport
+from utilized_rank.report.layer import utilized
+from utilized_rank.storage.recipe import Recipe
+from utilized_rank.tree import paths
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -106,7 +106,7 @@ class Report(Mapping[str, LayerReport]):
 
     >>> open('report.html', 'w').write(report.html())  # doctest: +SKIP
     """
-    from utilized_rank import page
+    from utilized_rank.report import page
 
     about = {'energy': self.energy, 'centered': self.centered, **(meta or {})}
     return page.html(self.layers, self.utilization_at(ENERGIES), runs, about)
@@ -116,7 +116,7 @@ class Report(Mapping[str, LayerReport]):
 
     >>> report.plot().savefig('depth.png')  # doctest: +SKIP
     """
-    from utilized_rank import plots
+    from utilized_rank.report import plots
 
     return plots.utilization_by_depth(self.layers)
 

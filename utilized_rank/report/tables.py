@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from utilized_rank import depth
-from utilized_rank.layer import LayerReport
+from utilized_rank.report import depth
+from utilized_rank.report.layer import LayerReport
 
 RUN_KEYS = (
   'params_fraction',

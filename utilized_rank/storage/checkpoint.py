@@ -20,16 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import files
-from utilized_rank import gram
-from utilized_rank.gauge import Order
-from utilized_rank.layout import Layout
-from utilized_rank.lowrank import LowRank
-from utilized_rank.moments import Entry
-from utilized_rank.moments import Moments
-from utilized_rank.moments import Sums
-from utilized_rank.narrow import NarrowHeads
-from utilized_rank.sketch import Sketch
+from utilized_rank.host import files
+from utilized_rank.linalg import gram
+from utilized_rank.linalg.sketch import Sketch
+from utilized_rank.lowrank.leaf import LowRank
+from utilized_rank.lowrank.narrow_heads import NarrowHeads
+from utilized_rank.moments.moments import Entry
+from utilized_rank.moments.moments import Moments
+from utilized_rank.moments.moments import Sums
+from utilized_rank.products.gauge import Order
+from utilized_rank.tree.layout import Layout
 
 _FORMAT = 1
 _KEY = 'utilized_rank'

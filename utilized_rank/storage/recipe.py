@@ -18,18 +18,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from utilized_rank import files
-from utilized_rank import lowrank
-from utilized_rank import methods
-from utilized_rank import paths
-from utilized_rank import shared
-from utilized_rank import tracing
-from utilized_rank.gauge import Order
-from utilized_rank.layout import Layout
-from utilized_rank.lowrank import LowRank
-from utilized_rank.moments import Moments
-from utilized_rank.narrow import NarrowHeads
-from utilized_rank.narrow import narrow_shape
+from utilized_rank import version
+from utilized_rank.factorization import methods
+from utilized_rank.factorization import shared_left
+from utilized_rank.host import files
+from utilized_rank.lowrank.leaf import LowRank
+from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.lowrank.narrow_heads import NarrowHeads
+from utilized_rank.lowrank.narrow_heads import narrow_shape
+from utilized_rank.moments.moments import Moments
+from utilized_rank.products.gauge import Order
+from utilized_rank.tree import paths
+from utilized_rank.tree.layout import Layout
+from utilized_rank.walk import tracing
 
 _FORMAT = 1
 _KIND = 'utilized_rank recipe'
@@ -108,7 +109,7 @@ class Recipe:
   ((4, 2), (2, 2))
   """
 
-  ranks: shared.Ranks
+  ranks: shared_left.Ranks
   method: str
   compensate_mean: bool
   damping: float
@@ -127,7 +128,7 @@ class Recipe:
     cls,
     small: Any,
     moments: Moments,
-    ranks: shared.Ranks,
+    ranks: shared_left.Ranks,
     *,
     method: str = 'output',
     compensate_mean: bool = True,
@@ -143,19 +144,18 @@ class Recipe:
       compensate_mean: as for `factorize`.
       damping: as for `factorize`.
     """
-    import utilized_rank  # its version, once it is whole
 
     methods.check_method(method)
-    named, _ = paths.flatten(small, lowrank.is_low_rank)
+    named, _ = paths.flatten(small, is_low_rank)
     leaves = {
       path: FactoredLeaf.of(leaf)
       for path, leaf in named.items()
-      if lowrank.is_low_rank(leaf)
+      if is_low_rank(leaf)
     }
     given = {
       name: int(np.max(rank))
       for key, rank in ranks.items()
-      for name in shared.names_of(key)
+      for name in shared_left.names_of(key)
     }
     for path in [*leaves, *given]:
       has = leaves[path].rank if path in leaves else None
@@ -171,7 +171,7 @@ class Recipe:
       damping,
       fingerprint(moments),
       {
-        'utilized_rank': utilized_rank.__version__,
+        'utilized_rank': version.__version__,
         'jax': jax.__version__,
         'numpy': np.__version__,
       },
@@ -192,7 +192,7 @@ class Recipe:
     Raises:
       ValueError: a factored leaf is not there, or has another shape.
     """
-    named, treedef = paths.flatten(params, lowrank.is_low_rank)
+    named, treedef = paths.flatten(params, is_low_rank)
     shapes = {
       path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
       if tracing.is_array(leaf)
@@ -206,7 +206,7 @@ class Recipe:
           + paths.unknown(path, named)
         )
       found = getattr(named[path], 'shape', None)
-      if found != leaf.layout.shape or lowrank.is_low_rank(named[path]):
+      if found != leaf.layout.shape or is_low_rank(named[path]):
         raise ValueError(
           f'the recipe is of other parameters: it wants a dense {path!r} of '
           f'shape {leaf.layout.shape}, these have '
@@ -227,7 +227,7 @@ class Recipe:
       'calibration': self.calibration,
       'versions': dict(self.versions),
       'ranks': [
-        {'paths': shared.names_of(key), 'rank': np.asarray(rank).tolist()}
+        {'paths': shared_left.names_of(key), 'rank': np.asarray(rank).tolist()}
         for key, rank in self.ranks.items()
       ],
       'leaves': {name: _record(leaf) for name, leaf in self.leaves.items()},
@@ -298,7 +298,7 @@ def _leaf(record: dict[str, Any]) -> FactoredLeaf:
   )
 
 
-def _key(names: list[str]) -> shared.Key:
+def _key(names: list[str]) -> shared_left.Key:
   return names[0] if len(names) == 1 else tuple(names)
 
 

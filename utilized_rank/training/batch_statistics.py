@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from utilized_rank.substitution import low_rank
+from utilized_rank.lowrank.low_rank import low_rank
 
 COLLECTION = 'batch_stats'
 

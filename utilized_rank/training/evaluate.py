@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank import losses
+from utilized_rank.losses.logits import cross_entropy
 
 
 class Forward(Protocol):
@@ -96,7 +96,7 @@ def _sums(
   mask: jax.Array,
 ) -> dict[str, jax.Array]:
   logits = forward(params, images, train=False, rng=None)
-  entropy = losses.cross_entropy(logits, labels)
+  entropy = cross_entropy(logits, labels)
   # The first of equal logits counts, as for argmax.
   _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
   right = best == labels[:, None]

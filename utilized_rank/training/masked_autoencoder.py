@@ -16,11 +16,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from utilized_rank.models import blocks
+from utilized_rank.models import transformer_parts
 from utilized_rank.models.positions import PositionEmbedding
 from utilized_rank.models.vit import Encoder
 from utilized_rank.models.vit import ViT
-from utilized_rank.objectives import Objective
+from utilized_rank.training.objectives import Objective
 
 Array = jax.Array
 
@@ -51,9 +51,9 @@ class Decoder(nn.Module):
     x = jnp.broadcast_to(mask, shape)
     x = x.at[jnp.arange(len(tokens))[:, None], kept].set(tokens)
     x = PositionEmbedding(self.grid, name='posembed_input')(x)
-    options = blocks.BlockOptions(self.heads, 4 * self.width)
+    options = transformer_parts.BlockOptions(self.heads, 4 * self.width)
     for i in range(self.depth):
-      x, _ = blocks.EncoderBlock(options, True, name=f'block_{i}')(x)
+      x, _ = transformer_parts.EncoderBlock(options, True, name=f'block_{i}')(x)
     x = nn.LayerNorm(name='norm')(x)
     return nn.Dense(self.pixels, name='pixels')(x)
 

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from utilized_rank import losses
-from utilized_rank.evaluate import Forward
+from utilized_rank.losses.logits import cross_entropy
+from utilized_rank.losses.logits import distillation
+from utilized_rank.training.evaluate import Forward
 
 Array = jax.Array
 
@@ -50,10 +51,10 @@ def supervised(
 
   Args:
     forward: the classifier.
-    label_smoothing: see `losses.cross_entropy`.
+    label_smoothing: see `cross_entropy`.
     teacher: a classifier whose parameters are the objective's `frozen`.
     weight: part a of (1 - a) cross-entropy + a distillation.
-    temperature: see `losses.distillation`.
+    temperature: see `distillation`.
   """
 
   def objective(
@@ -61,10 +62,10 @@ def supervised(
   ) -> tuple[Array, dict[str, Array]]:
     images, labels = batch['image'], batch['label']
     logits = forward(params, images, train=True, rng=rng)
-    loss = losses.cross_entropy(logits, labels, label_smoothing)
+    loss = cross_entropy(logits, labels, label_smoothing)
     if teacher is not None:
       target = teacher(frozen, images, train=False, rng=None)
-      imitation = losses.distillation(logits, target, temperature)
+      imitation = distillation(logits, target, temperature)
       loss = (1 - weight) * loss + weight * imitation
     accuracy = jnp.mean(logits.argmax(axis=-1) == labels)
     return loss.mean(), {'accuracy': accuracy}

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from utilized_rank import metrics
-from utilized_rank import objectives
-from utilized_rank import options
-from utilized_rank import progress
-from utilized_rank import resume
-from utilized_rank.evaluate import Forward
-from utilized_rank.evaluate import evaluate
-from utilized_rank.metrics import DivergedError
+from utilized_rank.host import options
+from utilized_rank.host import progress
+from utilized_rank.storage import resume
+from utilized_rank.training import metrics
+from utilized_rank.training import objectives
+from utilized_rank.training.evaluate import Forward
+from utilized_rank.training.evaluate import evaluate
+from utilized_rank.training.metrics import DivergedError
 
 __all__ = [
   'DivergedError',

@@ -14,14 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from utilized_rank import compat
-from utilized_rank import sharded
-from utilized_rank.layout import View
-from utilized_rank.values import Emission
-from utilized_rank.values import Loop
-from utilized_rank.values import Output
-from utilized_rank.values import Param
-from utilized_rank.values import split
+from utilized_rank.tree.layout import View
+from utilized_rank.walk import compat
+from utilized_rank.walk import shard_map
+from utilized_rank.walk.values import Emission
+from utilized_rank.walk.values import Loop
+from utilized_rank.walk.values import Output
+from utilized_rank.walk.values import Param
+from utilized_rank.walk.values import split
 
 
 def _call(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -351,5 +351,5 @@ RULES: dict[str, Callable[[Any, Any, list[Any]], list[Any]]] = {
   'scan': _scan,
   'while': _while,
   'cond': _cond,
-  'shard_map': sharded.shard_map,
+  'shard_map': shard_map.shard_map,
 }

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import math
 from typing import Any
 
-from utilized_rank import compat
-from utilized_rank import tracing
+from utilized_rank.walk import compat
+from utilized_rank.walk import tracing
 
 
 def forward_flops(fn: Callable[..., Any], params: Any, *args: Any) -> int:

@@ -14,16 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from utilized_rank import compat
-from utilized_rank import control
-from utilized_rank import interpret
-from utilized_rank.interpret import Walk
-from utilized_rank.layout import View
-from utilized_rank.tracing import Traced
-from utilized_rank.values import Dense
-from utilized_rank.values import Loop
-from utilized_rank.values import Output
-from utilized_rank.values import Param
+from utilized_rank.tree.layout import View
+from utilized_rank.walk import compat
+from utilized_rank.walk import control
+from utilized_rank.walk import interpret
+from utilized_rank.walk.interpret import Walk
+from utilized_rank.walk.tracing import Traced
+from utilized_rank.walk.values import Dense
+from utilized_rank.walk.values import Loop
+from utilized_rank.walk.values import Output
+from utilized_rank.walk.values import Param
 
 
 def flatten(traced: Traced, kernels: Container[str]) -> Traced:

@@ -18,15 +18,15 @@ from collections.abc import Callable, Hashable, Sequence
 import itertools
 from typing import Any
 
-from utilized_rank import compat
-from utilized_rank import control
-from utilized_rank.layout import View
-from utilized_rank.values import Loop
-from utilized_rank.values import Output
-from utilized_rank.values import Param
-from utilized_rank.values import Tape
-from utilized_rank.values import UnsupportedError
-from utilized_rank.values import Visitor
+from utilized_rank.tree.layout import View
+from utilized_rank.walk import compat
+from utilized_rank.walk import control
+from utilized_rank.walk.values import Loop
+from utilized_rank.walk.values import Output
+from utilized_rank.walk.values import Param
+from utilized_rank.walk.values import Tape
+from utilized_rank.walk.values import UnsupportedError
+from utilized_rank.walk.values import Visitor
 
 __all__ = ['PART', 'UnsupportedError', 'Walk']
 

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from utilized_rank import compat
-from utilized_rank.layout import View
-from utilized_rank.values import Emission
-from utilized_rank.values import Loop
-from utilized_rank.values import Param
-from utilized_rank.values import UnsupportedError
+from utilized_rank.tree.layout import View
+from utilized_rank.walk import compat
+from utilized_rank.walk.values import Emission
+from utilized_rank.walk.values import Loop
+from utilized_rank.walk.values import Param
+from utilized_rank.walk.values import UnsupportedError
 
 _Names = tuple[str, ...]
 

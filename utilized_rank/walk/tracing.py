@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from utilized_rank import compat
-from utilized_rank import paths
+from utilized_rank.tree import paths
+from utilized_rank.walk import compat
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import jax
 
-from utilized_rank import compat
-from utilized_rank.layout import View
+from utilized_rank.tree.layout import View
+from utilized_rank.walk import compat
 
 
 class UnsupportedError(ValueError):

@@ -1,6 +1,6 @@
 """Models whose hyper-parameters are read off the shapes of their leaves.
 
-Each function has the form of `layout.Layout.family`. The shapes are those of
+Each function has the form of `layouts.Layout.family`. The shapes are those of
 the file: heads are not apart where the file has them together.
 """
 
@@ -27,7 +27,7 @@ from utilized_rank.models.vgg import VGG
 from utilized_rank.models.vit import ViT
 
 if TYPE_CHECKING:
-  from utilized_rank.models.importing.layout import Layout
+  from utilized_rank.models.importing.layouts import Layout
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]

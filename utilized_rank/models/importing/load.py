@@ -12,14 +12,14 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from utilized_rank import paths
-from utilized_rank.models.importing import files
-from utilized_rank.models.importing import layout as layouts
+from utilized_rank.models.importing import formats
+from utilized_rank.models.importing import layouts
 from utilized_rank.models.importing import other_layouts
 from utilized_rank.models.importing import vit_layouts
 from utilized_rank.models.importing.tensor import Tensor
 from utilized_rank.models.positions import resize_positions
 from utilized_rank.models.vit import ViT
+from utilized_rank.tree import paths
 
 LAYOUTS: tuple[layouts.Layout, ...] = (
   *vit_layouts.LAYOUTS,
@@ -91,7 +91,7 @@ def load_checkpoint(
   >>> imported.layout, model.apply(variables, np.ones((1, 4))).tolist()
   ('MLP of Flax', [[4.0, 4.0, 4.0]])
   """
-  tensors, others = files.read_tensors(path)
+  tensors, others = formats.read_tensors(path)
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
   match = _recognise(path, shapes, ignore)
   layout = match.layout

@@ -8,18 +8,18 @@ import re
 
 import numpy as np
 
-from utilized_rank.models.importing import families
-from utilized_rank.models.importing.layout import Convert
-from utilized_rank.models.importing.layout import Layout
-from utilized_rank.models.importing.layout import Rule
-from utilized_rank.models.importing.layout import Shapes
-from utilized_rank.models.importing.layout import batch_norm
-from utilized_rank.models.importing.layout import dense
-from utilized_rank.models.importing.layout import fused
-from utilized_rank.models.importing.layout import hwio
-from utilized_rank.models.importing.layout import norm
-from utilized_rank.models.importing.layout import same
-from utilized_rank.models.importing.layout import transposed
+from utilized_rank.models.importing import by_shape
+from utilized_rank.models.importing.layouts import Convert
+from utilized_rank.models.importing.layouts import Layout
+from utilized_rank.models.importing.layouts import Rule
+from utilized_rank.models.importing.layouts import Shapes
+from utilized_rank.models.importing.layouts import batch_norm
+from utilized_rank.models.importing.layouts import dense
+from utilized_rank.models.importing.layouts import fused
+from utilized_rank.models.importing.layouts import hwio
+from utilized_rank.models.importing.layouts import norm
+from utilized_rank.models.importing.layouts import same
+from utilized_rank.models.importing.layouts import transposed
 
 
 def _resnet(shapes: Shapes) -> Iterable[Rule]:
@@ -64,13 +64,13 @@ def _flax_resnet(shapes: Shapes) -> Iterable[Rule]:
 
 def _vgg(shapes: Shapes) -> Iterable[Rule]:
   """Layers by their places in two `nn.Sequential`."""
-  convolutions = families.places(shapes, 'features', 4)
+  convolutions = by_shape.places(shapes, 'features', 4)
   for i, place in enumerate(convolutions):
     yield from dense(f'features.{place}', f'conv{i}', hwio)
     if f'features.{place + 1}.running_mean' in shapes:
       yield from batch_norm(f'features.{place + 1}', f'bn{i}')
   channels = shapes[f'features.{convolutions[-1]}.weight'][0]
-  layers = families.places(shapes, 'classifier', 2)
+  layers = by_shape.places(shapes, 'classifier', 2)
   for i, place in enumerate(layers):
     path = 'head' if i == len(layers) - 1 else f'fc{i}'
     convert = transposed if i else _after_images(channels)
@@ -176,42 +176,42 @@ LAYOUTS = (
     'ResNet of torchvision, timm or CIFAR',
     ('layer1.0.conv1.weight',),
     _resnet,
-    families.resnet,
+    by_shape.resnet,
     ignored=_COUNTERS,
   ),
   Layout(
     'ResNet of Flax',
     ('params/ResNetBlock_0/Conv_0/kernel',),
     _flax_resnet,
-    families.resnet,
+    by_shape.resnet,
     settings={'padding': 'SAME'},
   ),
   Layout(
     'VGG of torchvision',
     ('features.0.weight',),
     _vgg,
-    families.vgg,
+    by_shape.vgg,
     ignored=_COUNTERS,
   ),
   Layout(
     'keyword transformer',
     ('block0/attn/q/kernel',),
     _keyword,
-    families.keyword_transformer,
+    by_shape.keyword_transformer,
     heads={64: 1, 128: 2, 192: 3},
   ),
   Layout(
     'minGPT',
     ('transformer.h.0.attn.c_attn.weight',),
     _min_gpt,
-    families.gpt,
+    by_shape.gpt,
     ignored=(r'transformer\.h\.\d+\.attn\.bias',),
   ),
   Layout(
     'Llama of Hugging Face',
     ('model.layers.0.self_attn.q_proj.weight',),
     _hf_llama,
-    families.llama,
+    by_shape.llama,
     ignored=(r'.*\.rotary_emb\.inv_freq',),
     assumed={'theta': 1e4, 'epsilon': 1e-6},
   ),
@@ -219,9 +219,9 @@ LAYOUTS = (
     'Llama of llama2.c',
     ('att_norm',),
     _llama_c,
-    families.llama,
+    by_shape.llama,
     settings={'interleaved': True},
     assumed={'theta': 1e4, 'epsilon': 1e-5},
   ),
-  Layout('MLP of Flax', ('Dense_0/kernel',), _mlp, families.mlp),
+  Layout('MLP of Flax', ('Dense_0/kernel',), _mlp, by_shape.mlp),
 )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from utilized_rank.models.importing import families
-from utilized_rank.models.importing.layout import Layout
-from utilized_rank.models.importing.layout import Rule
-from utilized_rank.models.importing.layout import Shapes
-from utilized_rank.models.importing.layout import dense
-from utilized_rank.models.importing.layout import fused
-from utilized_rank.models.importing.layout import hwio
-from utilized_rank.models.importing.layout import norm
-from utilized_rank.models.importing.layout import same
-from utilized_rank.models.importing.layout import transposed
+from utilized_rank.models.importing import by_shape
+from utilized_rank.models.importing.layouts import Layout
+from utilized_rank.models.importing.layouts import Rule
+from utilized_rank.models.importing.layouts import Shapes
+from utilized_rank.models.importing.layouts import dense
+from utilized_rank.models.importing.layouts import fused
+from utilized_rank.models.importing.layouts import hwio
+from utilized_rank.models.importing.layouts import norm
+from utilized_rank.models.importing.layouts import same
+from utilized_rank.models.importing.layouts import transposed
 
 _BLOCK = 'Transformer/encoderblock_#/'
 _ATTENTION = f'{_BLOCK}MultiHeadDotProductAttention_1/'
@@ -228,7 +228,7 @@ LAYOUTS = (
     'AugReg or big_vision',
     ('Transformer/encoder_norm/scale',),
     _flax,
-    families.vit,
+    by_shape.vit,
     ignored=(r'(opt|extra)/.*',),
     settings={'activation': 'gelu_tanh', 'resize': 'big_vision'},
   ),
@@ -236,7 +236,7 @@ LAYOUTS = (
     'MoCo v3',
     ('head.0.weight',),
     _timm,
-    families.vit,
+    by_shape.vit,
     # The projection heads; the momentum encoder is a copy in training.
     ignored=(
       *_TRAINING,
@@ -250,7 +250,7 @@ LAYOUTS = (
     'CLIP of timm',
     ('norm_pre.weight',),
     _timm,
-    families.vit,
+    by_shape.vit,
     settings=_CLIP,
     assumed={'activation': 'gelu'},
     heads=_HEADS,
@@ -259,7 +259,7 @@ LAYOUTS = (
     'timm, DINO, DINOv2 or MAE',
     ('patch_embed.proj.weight',),
     _timm,
-    families.vit,
+    by_shape.vit,
     ignored=(
       *_TRAINING,
       r'(.*\.)?mask_token',
@@ -274,7 +274,7 @@ LAYOUTS = (
     'CLIP',
     ('transformer.resblocks.0.attn.in_proj_weight',),
     _open_clip,
-    families.vit,
+    by_shape.vit,
     ignored=(
       r'(module\.)?transformer\.resblocks\..*',
       r'(module\.)?token_embedding\.weight',
@@ -291,7 +291,7 @@ LAYOUTS = (
     'CLIP of Hugging Face',
     ('vision_model.embeddings.class_embedding',),
     _hf_clip,
-    families.vit,
+    by_shape.vit,
     ignored=(
       r'text_model\..*',
       r'text_projection\.weight',
@@ -309,7 +309,7 @@ LAYOUTS = (
       'vit.layers.0.layernorm_before.weight',
     ),
     _hf_classifier,
-    families.vit,
+    by_shape.vit,
     ignored=(r'vit\.pooler\..*', r'.*mask_token', r'decoder\..*'),
     settings={'activation': 'gelu', 'epsilon': 1e-12, 'resize': 'hf'},
     heads=_HEADS,
@@ -321,7 +321,7 @@ LAYOUTS = (
       'layers.0.layernorm_before.weight',
     ),
     _hf,
-    families.vit,
+    by_shape.vit,
     ignored=(r'(.*\.)?mask_token', r'pooler\..*'),
     settings={'activation': 'gelu', 'epsilon': 1e-12, 'resize': 'hf'},
     heads=_HEADS,
@@ -330,7 +330,7 @@ LAYOUTS = (
     'DINOv2 of Hugging Face',
     ('encoder.layer.0.norm1.weight',),
     _hf,
-    families.vit,
+    by_shape.vit,
     ignored=(r'(.*\.)?mask_token',),
     settings={'activation': 'gelu', 'resize': 'hf'},
     heads=_HEADS,
@@ -339,7 +339,7 @@ LAYOUTS = (
     'Flax ViT of Hugging Face',
     ('vit/encoder/layer/0/layernorm_before/scale',),
     _hf_flax,
-    families.vit,
+    by_shape.vit,
     ignored=(r'vit/pooler/.*',),
     settings={'activation': 'gelu', 'epsilon': 1e-12, 'resize': 'hf'},
     heads=_HEADS,
@@ -348,7 +348,7 @@ LAYOUTS = (
     'ViT of torchvision',
     ('encoder.layers.encoder_layer_0.ln_1.weight',),
     _torchvision,
-    families.vit,
+    by_shape.vit,
     settings=_TORCH,
     heads=_HEADS,
   ),

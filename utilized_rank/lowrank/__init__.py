@@ -1,0 +1,8 @@
+"""`LowRank` leaves: their form, how a function runs on them, how they stand.
+
+* `leaf`: the leaf in place of a kernel; merging it, writing it out, counting.
+* `low_rank`: functions that run on trees with such leaves.
+* `narrow_heads`: kernels of attention whose heads are narrower.
+* `stack`: layers of a scan taken apart and put together.
+* `store`: from float64 pairs to leaves, constants where they fit.
+"""

@@ -1,0 +1,6 @@
+"""Trees, recipes and interrupted loops on disk.
+
+* `checkpoint`: trees with everything needed to read and to trust them.
+* `recipe`: what a compressed tree is made of, without its data.
+* `resume`: checkpoints of an interrupted loop.
+"""

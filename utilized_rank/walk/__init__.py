@@ -1,0 +1,10 @@
+"""A traced function re-evaluated with its parameters followed.
+
+* `tracing`: from a function to a jaxpr of arrays, dead code dropped.
+* `values`: what travels through a walk, and who looks at it.
+* `interpret`: the walk itself, one equation after the other.
+* `control`, `shard_map`: calls, loops, branches and shards, rebuilt around it.
+* `flatten`: a function as one list of equations, to be cut anywhere.
+* `cost`: what a traced and what a compiled program costs.
+* `compat`: every contact with JAX internals.
+"""
