@@ -9,6 +9,7 @@ import pytest
 import utilized_rank as ur
 from utilized_rank.factorization.decompose import decompose
 from utilized_rank.ranks.trials import Trials
+from utilized_rank.tree import paths
 
 
 class Model(nn.Module):
@@ -133,7 +134,7 @@ def test_slopes_are_derivatives_by_the_masks(problem):
 
 
 def kept(tree, moments):
-  named, _ = ur.paths.flatten(tree, lambda v: isinstance(v, ur.LowRank))
+  named, _ = paths.flatten(tree, lambda v: isinstance(v, ur.LowRank))
   whole = sum(int(np.prod(moments[p].layout.shape)) for p in moments)
   return sum(ur.count_params(named[p]) for p in moments) / whole
 
@@ -249,7 +250,7 @@ def test_compress_reads_an_iterator_once_and_keeps_the_budget(problem):
       for source, options in ways
     )
   )
-  named, _ = ur.paths.flatten(results[0], lambda v: isinstance(v, ur.LowRank))
+  named, _ = paths.flatten(results[0], lambda v: isinstance(v, ur.LowRank))
   paths = [p for p in named if p.endswith('kernel')]
   whole = sum(int(np.prod(named[p].shape)) for p in paths)
   assert sum(ur.count_params(named[p]) for p in paths) <= 0.4 * whole

@@ -11,6 +11,7 @@ import pytest
 import utilized_rank as ur
 from utilized_rank.refit import blocks
 from utilized_rank.refit import readings
+from utilized_rank.tree import paths
 
 FORMS = forms.FORMS
 
@@ -25,7 +26,7 @@ def gram_sums(fn, params, x, group=whole):
   sites = ur.find_sites(fn, params, x)
   layouts = {path: site.layout for path, site in sites.items()}
   program = blocks.cut(fn, params, x, layouts, group)
-  named, _ = ur.paths.flatten(params)
+  named, _ = paths.flatten(params)
   state = program.start(x)
   found = {
     path: np.zeros((y.num_groups, y.matrix_shape[0], y.matrix_shape[0]))
