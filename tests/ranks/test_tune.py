@@ -251,9 +251,9 @@ def test_compress_reads_an_iterator_once_and_keeps_the_budget(problem):
     )
   )
   named, _ = paths.flatten(results[0], lambda v: isinstance(v, ur.LowRank))
-  paths = [p for p in named if p.endswith('kernel')]
-  whole = sum(int(np.prod(named[p].shape)) for p in paths)
-  assert sum(ur.count_params(named[p]) for p in paths) <= 0.4 * whole
+  kernels = [p for p in named if p.endswith('kernel')]
+  whole = sum(int(np.prod(named[p].shape)) for p in kernels)
+  assert sum(ur.count_params(named[p]) for p in kernels) <= 0.4 * whole
   for other in results[1:]:
     jax.tree.map(np.testing.assert_array_equal, results[0], other)
   recipe = reports[0].recipe
