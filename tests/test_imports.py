@@ -42,8 +42,10 @@ LAYERS = [
   'streams narrowed',
   'anchor',
   'refine',
-  'page report tune',
-  'comparison comparison_page holdout',
+  'page report tune problem',
+  'comparison comparison_page candidates',
+  'factor_pairs holdout',
+  'narrower_heads',
   'compress',
 ]
 # They need flax, optax, TFDS or absl, and are imported by name.
