@@ -135,7 +135,6 @@ def compress(
     budget=budget,
     divergence=divergence,
     loss=loss,
-    mask=None,
     anchored=anchored,
     progress=progress,
   )
@@ -150,6 +149,7 @@ def compress(
 
 
 def _check(moments: Moments | None, select: paths.Rules | None) -> None:
+  """Refuses several processes, and both moments and rules."""
   if jax.process_count() > 1:
     raise ValueError(
       f'compress tries ranks on what one process sees, and there are '
@@ -166,7 +166,7 @@ def _check(moments: Moments | None, select: paths.Rules | None) -> None:
 def _first(
   batches: Iterable[Any], enough: int
 ) -> tuple[list[Any], Iterable[Any]]:
-  """The first batches, with `enough` examples; and all, to be read once."""
+  """The first batches, of `enough` examples, and all, the first among them."""
   rest = iter(batches)
   kept: list[Any] = []
   examples = 0

@@ -61,9 +61,10 @@ class Problem:
     budget: what may be kept of the kernels that have moments.
     divergence: `divergence(dense outputs, outputs, batch) -> (B,)`.
     loss: what the gradients are of, if it is known.
-    mask: which examples or tokens of a batch are real, if not all.
     anchored: whether factors may be fitted anew behind compressed kernels.
     progress: whether to show progress bars.
+    mask: which examples or tokens of a batch are real; None if all are. It is
+      set by `without_padding`, which hides the others as well.
   """
 
   fn: Callable[[Any, Any], Any]
@@ -74,9 +75,9 @@ class Problem:
   budget: Budget
   divergence: Divergence
   loss: LossFn | None
-  mask: Mask | None
   anchored: bool
   progress: bool
+  mask: Mask | None = None
 
   @property
   def is_scarce(self) -> bool:
