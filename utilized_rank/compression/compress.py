@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
-import functools
+from collections.abc import Callable, Iterable, Sequence, Sized
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 
-from utilized_rank.attention import one_budget
-from utilized_rank.attention.find_attention import find_attention
-from utilized_rank.attention.heads import Attention
 from utilized_rank.collection.collect import collect
 from utilized_rank.collection.one_pass import check_batch
 from utilized_rank.compression import holdout
-from utilized_rank.factorization.factorize import factorize
-from utilized_rank.factorization.kernels import ENOUGH_ROWS
-from utilized_rank.factorization.kernels import scarce
-from utilized_rank.factorization.methods import DAMPING
+from utilized_rank.compression.candidates import Candidate
+from utilized_rank.compression.candidates import Compressed
+from utilized_rank.compression.candidates import nearest
+from utilized_rank.compression.factor_pairs import factor_pairs
+from utilized_rank.compression.narrower_heads import narrower_heads
+from utilized_rank.compression.problem import Budget
+from utilized_rank.compression.problem import Problem
 from utilized_rank.losses.divergence import Divergence
-from utilized_rank.losses.divergence import comes_closer
 from utilized_rank.losses.divergence import squared_error
-from utilized_rank.lowrank.leaf import merge
-from utilized_rank.moments import masks
-from utilized_rank.moments.capture import find_sites
 from utilized_rank.moments.gradients import LossFn
 from utilized_rank.moments.masks import Mask
-from utilized_rank.moments.masks import Masked
 from utilized_rank.moments.moments import Moments
 from utilized_rank.products.gauge import IDENTITY
-from utilized_rank.ranks.budget import one_fraction
-from utilized_rank.ranks.trials import divergences
-from utilized_rank.ranks.tune import tune_ranks
-from utilized_rank.ranks.uniform import uniform_ranks
-from utilized_rank.refit.anchor import anchor
-from utilized_rank.refit.streams import Streams
 from utilized_rank.report.measure import measure
 from utilized_rank.report.report import Report
-from utilized_rank.storage.recipe import Recipe
 from utilized_rank.tree import paths
-from utilized_rank.walk.interpret import UnsupportedError
 
 
 def compress(
@@ -126,6 +111,45 @@ def compress(
   >>> small['w'].rank, report['w'].rank  # about their mean, rows differ in one
   (1, 2)
   """
+  _check(moments, select)
+  budget = Budget(params_fraction, flops_fraction, multiple_of, gauge)
+  kept, every = _first(batches, trial_examples)
+  if moments is None:
+    moments = collect(
+      fn,
+      params,
+      every,
+      loss=loss,
+      mask=mask,
+      select=select,
+      progress=progress,
+    )
+  if divergence is None:
+    divergence = getattr(loss, 'divergence', squared_error)
+  problem = Problem(
+    fn=fn,
+    params=params,
+    start=params,
+    moments=moments,
+    batches=kept,
+    budget=budget,
+    divergence=divergence,
+    loss=loss,
+    anchored=anchored,
+    progress=progress,
+  )
+  if mask is not None:
+    problem = problem.without_padding(mask)
+  report = measure(params, moments, energy=energy, progress=progress)
+  # Tried in this order; what comes later must come closer.
+  kinds: dict[Candidate, bool] = {narrower_heads: heads}
+  best = _choose(problem, [kind for kind, wanted in kinds.items() if wanted])
+  report.recipe = best.recipe(moments)
+  return best.tree, report
+
+
+def _check(moments: Moments | None, select: paths.Rules | None) -> None:
+  """Refuses several processes, and both moments and rules."""
   if jax.process_count() > 1:
     raise ValueError(
       f'compress tries ranks on what one process sees, and there are '
@@ -137,243 +161,27 @@ def compress(
       'select= chooses the kernels to collect, and moments= has kernels '
       'already: give one of them'
     )
-  fraction = one_fraction(params_fraction, flops_fraction)
+
+
+def _first(
+  batches: Iterable[Any], enough: int
+) -> tuple[list[Any], Iterable[Any]]:
+  """The first batches, of `enough` examples, and all, the first among them."""
   rest = iter(batches)
   kept: list[Any] = []
   examples = 0
-  while examples < trial_examples and (batch := next(rest, None)) is not None:
+  while examples < enough and (batch := next(rest, None)) is not None:
     examples += check_batch(batch, len(kept))
     kept.append(batch)
-  if moments is None:
-    moments = collect(
-      fn,
-      params,
-      batches if isinstance(batches, Sized) else itertools.chain(kept, rest),
-      loss=loss,
-      mask=mask,
-      select=select,
-      progress=progress,
-    )
-  if divergence is None:
-    divergence = getattr(loss, 'divergence', squared_error)
-  real = None
-  if mask is not None:
-    masked = Masked(mask, 1)
-    kept = [masked(batch, i) for i, batch in enumerate(kept)]
-    fn, real, anchored = masks.hidden(fn), masks.mask_of, False
-    divergence = masks.of_batch(divergence)
-    loss = None if loss is None else masks.of_batch(loss)
-  report = measure(params, moments, energy=energy, progress=progress)
-  budget: dict[str, Any] = dict(
-    params_fraction=params_fraction,
-    flops_fraction=flops_fraction,
-    multiple_of=multiple_of,
-    gauge=gauge,
-  )
-  try_on = functools.partial(
-    _tuned,
-    fn,
-    params,
-    batches=kept,
-    budget=budget,
-    divergence=divergence,
-    anchored=anchored,
-    progress=progress,
-  )
-  is_scarce = bool(scarce(moments, moments))
-  if is_scarce:
-    blind, blind_ranks = _blind(params, moments, fraction, multiple_of, gauge)
-    if not holdout.generalises(
-      fn,
-      params,
-      moments,
-      kept,
-      blind,
-      lambda few, part: try_on(params, few, batches=part, progress=False).tree,
-      loss=loss,
-      divergence=divergence,
-      mask=real,
-    ):
-      report.recipe = Recipe.of(
-        blind, moments, blind_ranks, method='weight', compensate_mean=False
-      )
-      return blind, report
-  best = try_on(params, moments)
-  if heads and not is_scarce and params_fraction and moments.grads is not None:
-    # Damages of heads and of pairs have nats alone in common.
-    less = one_budget.narrow(
-      params,
-      moments,
-      _attention(fn, params, kept[0]),
-      params_fraction=params_fraction,
-      multiple_of=multiple_of,
-      gauge=gauge,
-    )
-    if less is not None:
-      if less.rest:
-        left = budget | {'params_fraction': less.params_fraction}
-        other = try_on(merge(less.tree), less.rest, budget=left)
-        other = other._replace(tree=one_budget.put_back(other.tree, less))
-      else:  # attention's kernels are all there are
-        found = divergences(fn, params, less.tree, kept, divergence)
-        other = _Compressed(less.tree, {}, 'loss', DAMPING, found)
-      if comes_closer(best.divergences, other.divergences):
-        best = other._replace(ranks=other.ranks | less.ranks)
-  report.recipe = Recipe.of(
-    best.tree, moments, best.ranks, method=best.method, damping=best.damping
-  )
-  return best.tree, report
+  if isinstance(batches, Sized):
+    return kept, batches
+  return kept, itertools.chain(kept, rest)
 
 
-class _Compressed(NamedTuple):
-  """A tree, the ranks and factors in it, and how far its outputs are."""
-
-  tree: Any
-  ranks: dict[str, int]
-  method: str
-  damping: float
-  divergences: np.ndarray
-
-
-def _tuned(
-  fn: Callable[[Any, Any], Any],
-  params: Any,
-  start: Any,
-  moments: Moments,
-  *,
-  batches: list[Any],
-  budget: dict[str, Any],
-  divergence: Divergence,
-  anchored: bool,
-  progress: bool,
-) -> _Compressed:
-  """`start` with the kernels that have moments compressed.
-
-  Args:
-    fn: the function.
-    params: parameters to stay near to.
-    start: the same, but for kernels that have no moments here.
-    moments: of the kernels to compress.
-    batches: to try ranks on and to anchor with.
-    budget: for `tune_ranks`.
-    divergence: for `tune_ranks`.
-    anchored: as for `compress`.
-    progress: show progress bars.
-  """
-  ranks = tune_ranks(
-    fn,
-    start,
-    moments,
-    batches,
-    divergence=divergence,
-    reference=params,
-    progress=progress,
-    **budget,
-  )
-  gauge, families = budget['gauge'], ranks.families
-  tree = factorize(
-    start,
-    moments,
-    ranks,
-    method=families.method,
-    damping=families.damping,
-    families=families,
-    gauge=gauge,
-    progress=progress,
-  )
-  found = _Compressed(
-    tree, dict(ranks), families.method, families.damping, ranks.divergences
-  )
-  size, examples = check_batch(batches[0], 0), len(ranks.divergences)
-  enough = ENOUGH_ROWS * size / examples  # in one batch
-  if not anchored or not _can_anchor(fn, params, batches[0], ranks, enough):
-    return found
-  other = anchor(
-    fn,
-    params,
-    batches,
-    ranks,
-    moments=moments,
-    start=start,
-    method=families.method,
-    damping=families.damping,
-    gauge=gauge,
-    progress=progress,
-  )
-  after = divergences(fn, params, other, batches, divergence)
-  if comes_closer(found.divergences, after):
-    return found._replace(tree=other, divergences=after)
-  return found
-
-
-def _attention(
-  fn: Callable[[Any, Any], Any], params: Any, batch: Any
-) -> Attention:
-  """Pairs of attention's kernels; none where the function hides them."""
-  try:
-    return find_attention(fn, params, batch)
-  except UnsupportedError:
-    return Attention({}, {})
-
-
-def _can_anchor(
-  fn: Callable[[Any, Any], Any],
-  params: Any,
-  batch: Any,
-  kernels: Iterable[str],
-  enough: float,
-) -> bool:
-  """Whether kernels can be fitted one behind the other on such batches.
-
-  Args:
-    fn: the function.
-    params: its parameters.
-    batch: one of the batches.
-    kernels: their paths.
-    enough: rows that one batch must give for every input feature.
-  """
-  only = paths.only(kernels)
-  if not only:
-    return False
-  sites = find_sites(fn, params, batch, select=only)
-  if any(
-    site.also or site.rows < enough * site.matrix_shape[0]
-    for site in sites.values()
-  ):
-    return False
-  layouts = {path: site.layout for path, site in sites.items()}
-  try:
-    Streams(fn, params, [batch], layouts, None)
-  except UnsupportedError:  # inside a while loop, a branch, a shard_map
-    return False
-  return True
-
-
-def _blind(
-  params: Any,
-  moments: Moments,
-  fraction: float,
-  multiple_of: int,
-  gauge: str | None,
-) -> tuple[Any, dict[str, int]]:
-  """Truncated SVDs of one share of every kernel, and their ranks.
-
-  The same share of every kernel's parameters is that share of its FLOPs.
-  """
-  ranks = uniform_ranks(
-    params,
-    moments,
-    params_fraction=fraction,
-    multiple_of=multiple_of,
-    gauge=gauge,
-  )
-  tree = factorize(
-    params,
-    moments,
-    ranks,
-    method='weight',
-    compensate_mean=False,
-    gauge=gauge,
-    progress=False,
-  )
-  return tree, ranks
+def _choose(problem: Problem, kinds: Sequence[Candidate]) -> Compressed:
+  """Pairs of factors, unless another kind is nearer or the rows too few."""
+  if problem.is_scarce:
+    blind = holdout.unfitted(problem)
+    if not holdout.generalises(problem, blind.tree, factor_pairs):
+      return blind
+  return nearest(factor_pairs(problem), (kind(problem) for kind in kinds))
