@@ -6,9 +6,10 @@ trained on the spot, in a minute or two, with a fixed seed.
 
 from __future__ import annotations
 
-import functools
 import os
 
+from flax.traverse_util import flatten_dict
+from flax.traverse_util import unflatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,13 +85,11 @@ def load(root: str, cache: str | None = None, seed: int = 0) -> common.Network:
   split = len(text) * 9 // 10
   if cache is not None and os.path.exists(cache):
     with np.load(cache, allow_pickle=False) as file:
-      params = common.nest({k: file[k] for k in file.files})
+      params = unflatten_dict(dict(file), sep='/')
   else:
     params = jax.tree.map(np.asarray, train(text[:split], seed))
     if cache is not None:
-      flat = jax.tree_util.tree_flatten_with_path(params)[0]
-      name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
-      np.savez(cache, **{name(k): v for k, v in flat})
+      np.savez(cache, **flatten_dict(params, sep='/'))
   rng = np.random.default_rng(seed)
   calibration = rng.integers(0, split - CONTEXT, CALIBRATION)
   judged = rng.integers(split, len(text) - CONTEXT, JUDGED)
