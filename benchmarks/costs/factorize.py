@@ -14,6 +14,7 @@ Takes three minutes on two CPU cores.
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 import warnings
@@ -118,6 +119,10 @@ def floor(kernel: kernels.Kernel, method: str) -> float:
   return timing.once(calls)[0]
 
 
+def balanced(family: methods.Family, rank: int):
+  return subspace.balanced(methods.truncate(family, rank))
+
+
 def of_shape(params, moments) -> list[dict[str, Any]]:
   """One kernel of each shape, alone, on one BLAS thread."""
   first: dict[tuple[int, int], str] = {}
@@ -138,11 +143,11 @@ def of_shape(params, moments) -> list[dict[str, Any]]:
       kernel = fresh(path)
       with threadpool_limits(limits=1, user_api='blas'):
         row[f'{method}_family'], family = timing.once(
-          lambda k=kernel, y=method: methods.family(k, y)
+          functools.partial(methods.family, kernel, method)
         )
         rank = max(1, int(FRACTION * shape[0] * shape[1] / sum(shape)))
         row[f'{method}_balance'], _ = timing.once(
-          lambda f=family, r=rank: subspace.balanced(methods.truncate(f, r))
+          functools.partial(balanced, family, rank)
         )
         row[f'{method}_floor'] = floor(fresh(path), method)
     print(row, flush=True)

@@ -77,7 +77,7 @@ def measure(variant: str) -> dict:
   moments = timed(
     'collect',
     lambda: ur.collect(
-      lambda p, batch: forward(p, batch['image']),
+      lambda p, batch: forward(p, batch['image'], train=False, rng=None),
       params,
       batches,
       select=SELECT,

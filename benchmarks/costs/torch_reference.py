@@ -89,7 +89,7 @@ class Place(NamedTuple):
   """Where a layer's kernel is in the scanned tree: a leaf, and which of it."""
 
   path: str
-  index: tuple[int, ...] = ()
+  block: tuple[int, ...] = ()
 
 
 def with_weights(model, params):

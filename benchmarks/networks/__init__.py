@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+import functools
 import pathlib
 import time
 
@@ -23,7 +24,7 @@ from benchmarks.networks.common import Network
 from benchmarks.shared import arguments
 from benchmarks.shared import cache
 
-LOADERS = {
+LOADERS: dict[str, Callable[[str], Network]] = {
   'mlp_fmnist_relu': mlp_fmnist_relu.load,
   'kwt1': kwt1.load,
   'stories260k': stories260k.load,
@@ -72,4 +73,8 @@ def each(
       print(f'\n== {name}', flush=True)
       start = time.perf_counter()
       network = LOADERS[name](data_root)
-      yield network, lambda s=start: round(time.perf_counter() - s, 1)
+      yield network, functools.partial(_since, start)
+
+
+def _since(start: float) -> float:
+  return round(time.perf_counter() - start, 1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -117,7 +117,8 @@ def measure(network, rows: int | None, choose, asked: float) -> list[dict]:
     )
     judge = judging.Judge(network, moments, judged)
     dense.append(judge(network.params))
-    ranks, known = choose(moments), {}
+    ranks = choose(moments)
+    known: dict[Recipe, Any] = {}
     for recipe in RECIPES:
       small, taken = make(network, moments, batches, ranks, recipe, known)
       found.setdefault(recipe, []).append(judge(small))

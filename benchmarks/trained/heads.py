@@ -37,6 +37,7 @@ def measure(network, fractions) -> list[dict]:
           heads=heads,
           progress=False,
         )
+        assert report.recipe is not None
         leaves = report.recipe.leaves.values()
         narrow.append(sum(leaf.head is not None for leaf in leaves))
         kept.append(judging.share_kept(tree, fold.moments))

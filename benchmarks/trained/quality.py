@@ -46,7 +46,7 @@ class Recipe(NamedTuple):
 
 # What `ur.compress(..., loss=)` does, and without some of its steps.
 DEFAULT = Recipe('all steps', 'compress')
-COMPRESS = {
+COMPRESS: dict[Recipe, dict[str, Any]] = {
   DEFAULT: {},
   Recipe('no heads', 'compress'): {'heads': False},
   Recipe('no gauge', 'compress'): {'heads': False, 'gauge': None},
@@ -194,8 +194,8 @@ def rank_correlation(a, b) -> float:
   >>> rank_correlation([1, 2, 3], [2, 4, 9])
   1.0
   """
-  places = [np.argsort(np.argsort(v)) for v in (a, b)]
-  return round(float(np.corrcoef(*places)[0, 1]), 4)
+  first, second = (np.argsort(np.argsort(v)) for v in (a, b))
+  return round(float(np.corrcoef(first, second)[0, 1]), 4)
 
 
 def run(network: common.Network, seconds, fractions) -> dict:

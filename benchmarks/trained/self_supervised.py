@@ -35,7 +35,9 @@ from utilized_rank.models.vit import ViT
 _CONFIG = config_flags.DEFINE_config_file(
   'config', 'configs/self_supervised.py:cpu', 'Size of the experiment.'
 )
-_DATA_ROOT = flags.DEFINE_string('data_root', None, 'Holds data/.')
+_DATA_ROOT = flags.DEFINE_string(
+  'data_root', None, 'Holds data/.', required=True
+)
 _WORKDIR = flags.DEFINE_string(
   'workdir', 'runs/self_supervised', 'Of the runs.'
 )
@@ -86,7 +88,7 @@ def run(config, workdir: pathlib.Path):
   sources = data.load(config.data.to_dict())
   model = ViT(num_classes=sources['train'].num_classes, **config.model)
   runs, names = [], []
-  reports = {False: [], True: []}
+  reports: dict[bool, list[ur.Report]] = {False: [], True: []}
   for seed in config.seeds:
     for training in TRAININGS:
       folder = workdir / f'seed{seed}' / training.replace(' ', '_')
@@ -195,5 +197,4 @@ def _probe(model, variables, sources) -> float:
 
 
 if __name__ == '__main__':
-  flags.mark_flags_as_required(['data_root'])
   app.run(main)
