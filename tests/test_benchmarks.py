@@ -4,8 +4,10 @@ import ast
 import doctest
 import importlib
 import importlib.util
+import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -35,13 +37,10 @@ def python(*words, cwd=ROOT):
 def test_every_module_is_listed_once():
   assert {b.path for b in catalogue.benchmarks().values()} == set(MODULES)
   assert len(catalogue.benchmarks()) == len(MODULES)
-  listed = re.findall(r'^  (\w+)$', catalogue.listing(), re.MULTILINE)
+  listing = catalogue.listing()
+  listed = re.findall(r'^  (\w+)$', listing, re.MULTILINE)
   assert listed == list(catalogue.benchmarks())
-  assert all(b.purpose in catalogue.listing() for b in _all())
-
-
-def _all():
-  return catalogue.benchmarks().values()
+  assert all(b.purpose in listing for b in catalogue.benchmarks().values())
 
 
 @pytest.mark.parametrize('name', catalogue.benchmarks())
@@ -92,18 +91,22 @@ def test_what_is_written_elsewhere_names_benchmarks_that_exist():
   assert named and named <= set(catalogue.benchmarks())
 
 
-def test_by_name_is_as_the_module():
-  by_name = python('-m', 'benchmarks', 'loading', '--help')
-  as_module = python('-m', 'benchmarks.loading', '--help')
-  assert by_name.returncode == as_module.returncode == 0, by_name.stderr
-  assert by_name.stdout == as_module.stdout
-  assert '--formats' in by_name.stdout
-  wrong = [
-    python('-m', *words, '--formats', 'tar')
-    for words in (('benchmarks', 'loading'), ('benchmarks.loading',))
-  ]
-  assert wrong[0].returncode == wrong[1].returncode == 2
-  assert wrong[0].stderr == wrong[1].stderr
+def test_by_name_is_as_the_module(tmp_path):
+  """The benchmark that is quick: it draws a result again."""
+  words = [['benchmarks', 'quality_plots'], ['benchmarks.quality_plots']]
+  drawn = []
+  for i, module in enumerate(words):
+    copy = shutil.copy(
+      results_table.RESULTS / 'quality_kwt1.json', tmp_path / f'{i}.json'
+    )
+    done = python('-m', *module, copy)
+    assert done.returncode == 0, done.stderr
+    drawn.append((tmp_path / f'{i}.png').read_bytes())
+  assert drawn[0] == drawn[1] != b''
+  for module in words:
+    missing = python('-m', *module, 'missing.json')
+    assert missing.returncode == 1
+    assert "No such file or directory: 'missing.json'" in missing.stderr
 
 
 @pytest.mark.parametrize(
@@ -157,12 +160,13 @@ def test_the_commit_is_what_is_checked_out(tmp_path):
   assert record.commit(results) is None
 
 
-def test_what_is_written_says_where_it_was_found(tmp_path):
+def test_what_is_written_says_where_it_was_found(tmp_path, monkeypatch):
+  monkeypatch.setattr(record, '_COMMIT', '1a2b3c4+')
   path = tmp_path / 'found.json'
   record.write(path, 'gram', {'rows': [1]}, ['--quick', '--out', 'x'])
-  found = results_table.json.loads(path.read_text(encoding='utf-8'))
+  found = json.loads(path.read_text(encoding='utf-8'))
   assert found['command'] == 'python -m benchmarks.gram --quick'
-  assert found['commit'] == record.commit(ROOT)
+  assert results_table.commit_of(found) == '1a2b3c4+'
   assert found['rows'] == [1]
   assert {'date', 'machine', 'load', 'versions'} < set(found)
   assert results_table.benchmark_of(found) == 'gram'
