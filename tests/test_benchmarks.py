@@ -7,6 +7,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from benchmarks import ROOMS
 from benchmarks import catalogue
 from benchmarks import results_table
+import benchmarks.__main__
 from benchmarks.shared import record
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -91,22 +93,22 @@ def test_what_is_written_elsewhere_names_benchmarks_that_exist():
   assert named and named <= set(catalogue.benchmarks())
 
 
-def test_by_name_is_as_the_module(tmp_path):
-  """The benchmark that is quick: it draws a result again."""
-  words = [['benchmarks', 'quality_plots'], ['benchmarks.quality_plots']]
-  drawn = []
-  for i, module in enumerate(words):
-    copy = shutil.copy(
-      results_table.RESULTS / 'quality_kwt1.json', tmp_path / f'{i}.json'
-    )
-    done = python('-m', *module, copy)
-    assert done.returncode == 0, done.stderr
-    drawn.append((tmp_path / f'{i}.png').read_bytes())
-  assert drawn[0] == drawn[1] != b''
-  for module in words:
-    missing = python('-m', *module, 'missing.json')
-    assert missing.returncode == 1
-    assert "No such file or directory: 'missing.json'" in missing.stderr
+def test_by_name_is_as_the_module(tmp_path, monkeypatch):
+  """On the one that is quick: it draws a result again."""
+  result = results_table.RESULTS / 'quality_kwt1.json'
+  paths = [shutil.copy(result, tmp_path / f'{i}.json') for i in range(2)]
+  monkeypatch.setattr(sys, 'argv', ['', 'quality_plots', str(paths[0])])
+  benchmarks.__main__.main(sys.argv[1:])
+  monkeypatch.setattr(sys, 'argv', ['', str(paths[1])])
+  runpy.run_module('benchmarks.quality_plots', run_name='__main__')
+  by_name, as_module = (p.with_suffix('.png').read_bytes() for p in paths)
+  assert by_name == as_module != b''
+
+
+def test_an_error_of_a_benchmark_is_its_own(monkeypatch):
+  monkeypatch.setattr(sys, 'argv', [''])
+  with pytest.raises(FileNotFoundError, match='missing.json'):
+    benchmarks.__main__.main(['quality_plots', 'missing.json'])
 
 
 @pytest.mark.parametrize(
