@@ -1,4 +1,4 @@
-"""The main job over seeds: accuracy of 50 % and 25 % against dense.
+"""The main job over seeds: accuracy of half and of a quarter against dense.
 
   python -m benchmarks.digits_seeds --workdir=runs/seeds
 
