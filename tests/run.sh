@@ -26,7 +26,7 @@ EOF
 if [ -z "${LATEST:-}" ]; then  # tools and stubs are those that were pinned
   "$venv/bin/ruff" check .
   "$venv/bin/ruff" format --check .
-  "$venv/bin/mypy" utilized_rank configs launch
+  "$venv/bin/mypy" utilized_rank configs launch benchmarks
 fi
 # Compiling holds one core for long: files side by side take half of the time.
 exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

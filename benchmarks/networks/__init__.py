@@ -5,6 +5,14 @@ Weights and data are read from `--data_root`, a directory with `networks/` and
 trained when they are loaded.
 """
 
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+import functools
+import pathlib
+import time
+
 from benchmarks.networks import char_mlp
 from benchmarks.networks import digits_vit
 from benchmarks.networks import gpt_nano_sort
@@ -12,8 +20,11 @@ from benchmarks.networks import kwt1
 from benchmarks.networks import mlp_fmnist_relu
 from benchmarks.networks import resnet_cifar10
 from benchmarks.networks import stories260k
+from benchmarks.networks.common import Network
+from benchmarks.shared import arguments
+from benchmarks.shared import cache
 
-LOADERS = {
+LOADERS: dict[str, Callable[[str], Network]] = {
   'mlp_fmnist_relu': mlp_fmnist_relu.load,
   'kwt1': kwt1.load,
   'stories260k': stories260k.load,
@@ -22,3 +33,48 @@ LOADERS = {
   'gpt_nano_sort': gpt_nano_sort.load,
   **resnet_cifar10.LOADERS,
 }
+
+
+def parser(
+  doc: str | None,
+  *,
+  default: Sequence[str],
+  out: pathlib.Path,
+  fractions: Sequence[float] | None = None,
+  repeats: int | None = None,
+) -> argparse.ArgumentParser:
+  """`arguments.parser` with where networks are, which, and how much to keep.
+
+  Args:
+    doc, out, repeats: of `arguments.parser`.
+    default: names of networks.
+    fractions: default of `--fractions`; None for no such option.
+  """
+  made = arguments.parser(doc, out=out, repeats=repeats)
+  made.add_argument('--data_root', required=True)
+  made.add_argument(
+    '--networks', nargs='+', default=default, choices=list(LOADERS)
+  )
+  if fractions is not None:
+    made.add_argument('--fractions', nargs='+', type=float, default=fractions)
+  return made
+
+
+def each(
+  names: Sequence[str], data_root: str
+) -> Iterator[tuple[Network, Callable[[], float]]]:
+  """Loads one after the other; they share compiled programs.
+
+  Yields:
+    The network, and a function: seconds since its loading began.
+  """
+  with cache.compilations():
+    for name in names:
+      print(f'\n== {name}', flush=True)
+      start = time.perf_counter()
+      network = LOADERS[name](data_root)
+      yield network, functools.partial(_since, start)
+
+
+def _since(start: float) -> float:
+  return round(time.perf_counter() - start, 1)

@@ -6,9 +6,11 @@ trained on the spot, in a minute or two, with a fixed seed.
 
 from __future__ import annotations
 
-import functools
 import os
+from typing import Any
 
+from flax.traverse_util import flatten_dict
+from flax.traverse_util import unflatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,7 @@ def _init(seed: int):
   rng = np.random.default_rng(seed)
   sizes = [CONTEXT * EMBEDDING, WIDTH, WIDTH, WIDTH, CHARACTERS]
   names = ['dense_0', 'dense_1', 'dense_2', 'head']
-  params = {
+  params: dict[str, Any] = {
     name: {
       'kernel': rng.normal(0, (2 / d) ** 0.5, (d, m)).astype(np.float32),
       'bias': np.zeros(m, np.float32),
@@ -55,11 +57,11 @@ def train(text: np.ndarray, seed: int = 0):
   rates = optax.warmup_cosine_decay_schedule(0.0, RATE, 200, STEPS)
   decayed = lambda params: jax.tree.map(lambda v: v.ndim == 2, params)
   optimizer = optax.adamw(rates, weight_decay=DECAY, mask=decayed)
-  text = jnp.asarray(text)
+  characters = jnp.asarray(text)
 
   def loss(params, key):
-    at = jax.random.randint(key, (BATCH, 1), 0, len(text) - CONTEXT)
-    rows = text[at + jnp.arange(CONTEXT + 1)]
+    at = jax.random.randint(key, (BATCH, 1), 0, len(characters) - CONTEXT)
+    rows = characters[at + jnp.arange(CONTEXT + 1)]
     logits = fn(params, {'x': rows[:, :-1]})
     return optax.softmax_cross_entropy_with_integer_labels(
       logits, rows[:, -1]
@@ -84,13 +86,11 @@ def load(root: str, cache: str | None = None, seed: int = 0) -> common.Network:
   split = len(text) * 9 // 10
   if cache is not None and os.path.exists(cache):
     with np.load(cache, allow_pickle=False) as file:
-      params = common.nest({k: file[k] for k in file.files})
+      params = unflatten_dict(dict(file), sep='/')
   else:
     params = jax.tree.map(np.asarray, train(text[:split], seed))
     if cache is not None:
-      flat = jax.tree_util.tree_flatten_with_path(params)[0]
-      name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
-      np.savez(cache, **{name(k): v for k, v in flat})
+      np.savez(cache, **flatten_dict(params, sep='/'))
   rng = np.random.default_rng(seed)
   calibration = rng.integers(0, split - CONTEXT, CALIBRATION)
   judged = rng.integers(split, len(text) - CONTEXT, JUDGED)

@@ -39,6 +39,24 @@ class Network:
   protocol: str
   batch_size: int
 
+  def batches(self, batch: Batch) -> list[Batch]:
+    """The inputs, `batch_size` at a time."""
+    x, size = batch['x'], self.batch_size
+    return [{'x': x[i : i + size]} for i in range(0, len(x), size)]
+
+
+def halves_both_ways(
+  data: Batch, rows: np.ndarray
+) -> list[tuple[Batch, Batch]]:
+  """Two folds: every other row calibrates and the rest judges, and reversed.
+
+  Args:
+    data: what the rows are of.
+    rows: (n,) int, those to use, in their order.
+  """
+  even, odd = ({k: v[rows[i::2]] for k, v in data.items()} for i in (0, 1))
+  return [(even, odd), (odd, even)]
+
 
 def read(root: str, *parts: str) -> dict[str, np.ndarray]:
   """All arrays of an .npz below `root`."""

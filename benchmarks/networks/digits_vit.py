@@ -49,9 +49,13 @@ def load(root: str, seed: int = 0) -> common.Network:
               pool='gap')  # fmt: skip
   training = {'x': x[JUDGED:], 'y': y[JUDGED:]}
   params = train(model, training['x'], training['y'], seed)
+
+  def fn(params, batch):
+    return model.apply(params, batch['x'])
+
   return common.Network(
     'digits_vit',
-    lambda params, batch: model.apply(params, batch['x']),
+    fn,
     jax.tree.map(np.asarray, params),
     [('params/Transformer/encoderblock.*kernel', True)],
     [(training, {'x': x[:JUDGED], 'y': y[:JUDGED]})],

@@ -35,13 +35,12 @@ def load(root: str) -> common.Network:
   exact = float((right | (data['y'] < 0)).all(axis=1).mean())
   common.check_close('exactly sorted', exact, 1.0, 1e-9)
   rows = np.random.default_rng(0).permutation(len(data['y']))
-  halves = [{k: v[rows[start::2]] for k, v in data.items()} for start in (0, 1)]
   return common.Network(
     'gpt_nano_sort',
     fn,
     params,
     [('params/block_.*kernel', True)],
-    [(halves[0], halves[1]), (halves[1], halves[0])],
+    common.halves_both_ways(data, rows),
     'all 729 inputs in two random halves: calibrated on one, judged on the '
     'other, then the reverse, the judgements pooled; accuracy is that of the '
     "six sorted digits; the blocks' kernels",

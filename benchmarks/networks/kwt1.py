@@ -36,13 +36,12 @@ def load(root: str) -> common.Network:
     0.980,
     6e-4,
   )
-  halves = [{k: data[k][heard[start::2]] for k in 'xy'} for start in (0, 1)]
   return common.Network(
     'kwt1',
     fn,
     params,
     [('.*encoderblock.*kernel', True)],
-    [(halves[0], halves[1]), (halves[1], halves[0])],
+    common.halves_both_ways(data, heard),
     f'{len(heard)} clips that are not silence, in two halves (even and odd '
     'places): calibrated on one, judged on the other, then the reverse, the '
     "judgements pooled; the blocks' kernels",

@@ -56,7 +56,8 @@ def load(name: str, root: str) -> common.Network:
   model, params, _ = load_checkpoint(
     os.path.join(root, 'networks', published.file)
   )
-  mean, std = np.float32(published.mean), np.float32(published.std)
+  mean = np.asarray(published.mean, np.float32)
+  std = np.asarray(published.std, np.float32)
 
   def fn(params, batch):
     x = (jnp.asarray(batch['x'], jnp.float32) / 255 - mean) / std
