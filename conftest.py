@@ -3,6 +3,16 @@
 import os
 import tempfile
 
+_WORKER = 'PYTEST_XDIST_WORKER' in os.environ
+if not _WORKER:
+  _CACHE = tempfile.TemporaryDirectory(prefix='utilized_rank_xla_')
+  # XLA's compile time is most of the suite's. Equal programs compile once in a
+  # run: workers, and what tests start, have these from the environment.
+  os.environ |= {
+    'JAX_COMPILATION_CACHE_DIR': _CACHE.name,
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+  }
 # Before jax makes its devices: collection and sharding are tested on four.
 os.environ.setdefault('JAX_NUM_CPU_DEVICES', '4')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -13,20 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-_CACHE = tempfile.TemporaryDirectory(prefix='utilized_rank_xla_')
-
-
-def pytest_configure(config):
-  del config
-  # XLA's compile time is most of the suite's: equal programs compile once.
-  jax.config.update('jax_compilation_cache_dir', _CACHE.name)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
-  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+pytest_plugins = ['quick']
 
 
 def pytest_unconfigure(config):
   del config
-  _CACHE.cleanup()
+  if not _WORKER:
+    _CACHE.cleanup()
 
 
 @pytest.fixture(autouse=True)

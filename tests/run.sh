@@ -4,18 +4,24 @@
 # go to pytest.
 #
 #   tests/run.sh                     # the pinned reference environment
+#   tests/run.sh --quick             # what a change touches, a test a room
 #   LATEST=1 PYTHON=python3.12 tests/run.sh -k walk    # the newest releases
 #
 # PYTHON chooses the interpreter (3.11 or newer).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/venv.sh
+quick=
+case " $* " in *' --quick '*) quick=1 ;; esac
 if [ -n "${LATEST:-}" ]; then
   venv=.venv-latest
   make_venv "$venv" "${PYTHON:-python3}" --upgrade -e '.[test]'
 else
   venv=.venv-test
-  make_venv "$venv" "${PYTHON:-python3}" -c requirements.txt -e '.[test]'
+  # A quick run takes the environment as it is, once there is one.
+  if [ -z "$quick" ] || [ ! -x "$venv/bin/pytest" ]; then
+    make_venv "$venv" "${PYTHON:-python3}" -c requirements.txt -e '.[test]'
+  fi
 fi
 "$venv/bin/python" - <<'EOF'
 import importlib.metadata as m, platform

@@ -242,6 +242,7 @@ def test_full_rank_is_the_function(case, method):
   )
 
 
+@pytest.mark.quick
 def test_parameters_are_r_of_e(case):
   small, _ = case.factorized(3)
   kernels = sum(ur.count_params(small[n]) for n in 'qkvo')

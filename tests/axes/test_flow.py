@@ -139,6 +139,7 @@ def test_tokens_are_followed(name):
   assert found.is_along(where.TOKEN, T) == along
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
   'sizes', [(12,), (3, 4), (2, 6), (6, 2), (2, 2, 3), (1, 12, 1)]
 )

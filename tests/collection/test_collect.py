@@ -90,6 +90,7 @@ def test_any_order_gives_the_same_moments(params, rows):
   )
 
 
+@pytest.mark.quick
 def test_merging_is_collecting_both(params, rows):
   parts = split(rows, [60, 37])
   merged = ur.merge_moments(*(collect(model, params, [p]) for p in parts))

@@ -41,6 +41,7 @@ def problem(rows=64, **budget):
   )
 
 
+@pytest.mark.quick
 def test_a_later_one_must_come_closer_by_more_than_chance():
   first = tried('first', 2.0, 4.0)
   same = tried('same', 2.0, 4.0)

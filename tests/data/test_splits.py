@@ -51,6 +51,7 @@ def take(batches, count):
   return list(itertools.islice(batches, count))
 
 
+@pytest.mark.quick
 def test_digits_split_is_a_partition():
   labels = np.arange(1797) % 10
   splits = digits.split_indices(labels)

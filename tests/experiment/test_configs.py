@@ -28,6 +28,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize('name', CONFIGS)
 def test_sections_are_read(name):
   config = CONFIGS[name]

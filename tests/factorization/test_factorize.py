@@ -148,6 +148,7 @@ def test_the_mean_output_of_a_compensated_kernel_is_kept(problem, method):
   np.testing.assert_allclose(mean(ur.merge(small)), mean(params), atol=1e-5)
 
 
+@pytest.mark.quick
 def test_merging_runs_the_stock_model(problem):
   fn, params, moments, images, small_fn = problem
   ranks = {p: 3 for p in moments if moments[p].entry.bias is not None}

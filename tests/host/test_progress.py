@@ -3,6 +3,8 @@
 import io
 import sys
 
+import pytest
+
 from utilized_rank.host import progress
 
 
@@ -11,6 +13,7 @@ class Terminal(io.StringIO):
     return True
 
 
+@pytest.mark.quick
 def test_quiet_when_short(capsys):
   assert list(progress.track(range(5), total=5, desc='x')) == [0, 1, 2, 3, 4]
   assert capsys.readouterr() == ('', '')

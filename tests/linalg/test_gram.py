@@ -14,6 +14,7 @@ RNG = np.random.default_rng(0)
 CONVOLUTIONS = [name for name in forms.FORMS if name.startswith('conv_')]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
   'shape', [(200, 512), (130, 515), (2, 150, 530), (20, 512)]
 )

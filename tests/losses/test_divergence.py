@@ -21,6 +21,7 @@ def test_kl_divergence_adds_positions_up():
   assert ur.kl_divergence()(dense[:, 0], dense[:, 0], None).max() == 0
 
 
+@pytest.mark.quick
 def test_squared_error_is_a_share_of_each_output():
   rng = np.random.default_rng(0)
   y, z = rng.normal(size=(2, 6, 3, 2))

@@ -118,6 +118,7 @@ def test_gradient_is_the_dense_one_by_the_chain_rule(model):
     )
 
 
+@pytest.mark.quick
 def test_remat_stays_remat():
   policy = jax.checkpoint_policies.save_only_these_names('kept')
 

@@ -9,6 +9,7 @@ from utilized_rank.models.positions import resize_positions
 TABLE = np.random.default_rng(0).normal(size=(1, 26, 3)).astype(np.float32)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize('method', ['timm', 'hf', 'big_vision'])
 def test_the_same_grid_is_unchanged(method):
   resized = resize_positions(TABLE, (5, 5), method)

@@ -18,6 +18,7 @@ def moments(fn=lambda p, x: x @ p['w'], names='w', x=X):
   return ur.capture(fn)(dict.fromkeys(names, W), x)[1]
 
 
+@pytest.mark.quick
 def test_moments_are_a_pytree_of_sums():
   m = moments()
   assert repr(m) == 'Moments(1 kernels, 1 distinct inputs)'

@@ -100,6 +100,7 @@ def test_the_identity_block_changes_nothing(name):
   assert np.linalg.cond(block) <= math.sqrt(1 + 4 * rank * (m - rank))
 
 
+@pytest.mark.quick
 def test_columns_that_stand_for_others_too_strongly_are_exchanged():
   share = np.array([[1.0, 0.0, 8.0], [0.0, 1.0, 0.5]])
   pivots = np.array([0, 1])

@@ -57,6 +57,7 @@ def test_uniform_ranks_refuses_impossible_fractions(measured, fraction):
     ur.uniform_ranks(*measured, params_fraction=fraction)
 
 
+@pytest.mark.quick
 def test_energy_ranks_are_the_measured_ones_where_they_save(measured):
   params, moments = measured
   for energy in (0.5, 0.9, 0.99):

@@ -125,6 +125,7 @@ def test_nothing_of_its_rank_is_better(shape, ridge):
     assert objective(x, x_hat, w, other, lam, g) > least
 
 
+@pytest.mark.quick
 def test_directions_without_data_keep_the_kernel():
   rng, x, x_hat, w, _ = problem((10, 7), n=4)
   inputs = moments_of(x, x_hat)

@@ -28,6 +28,7 @@ RUNS = [
 ]  # fmt: skip
 
 
+@pytest.mark.quick
 def test_layer_table_lines_up_and_fits():
   layers = vit(4)
   lines = tables.layer_table(layers).splitlines()

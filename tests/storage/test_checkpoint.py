@@ -73,6 +73,7 @@ def test_moments_come_back(tmp_path, small):
   assert again.table == moments.table
 
 
+@pytest.mark.quick
 def test_relative_paths_and_metadata(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   ur.save('here/there', {'a': jnp.ones(1)}, metadata={'step': 3})

@@ -123,6 +123,7 @@ def test_pretraining_lowers_the_loss(images, params):
   assert loss(trained) < 0.9 * loss(params)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize('masked', [0.0, 0.01, 0.99, 1.0])
 def test_something_is_hidden_and_something_visible(masked):
   with pytest.raises(ValueError, match='some must be visible and some hidden'):

@@ -114,6 +114,7 @@ def test_reshapes_that_cut_an_axis_unevenly(shape, sizes):
   assert moved is None or sizes == (8, 3)  # 4 x 6 is cut into 4 x (2 x 3)
 
 
+@pytest.mark.quick
 def test_a_broadcast_axis_does_not_mix():
   view = View.of_leaf('w', (3,), np.float32).broadcast((2, 3), (1,))
   assert view.reshape((6,)) is None
