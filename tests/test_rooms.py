@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -121,6 +122,13 @@ def test_the_init_of_a_room_is_its_map():
   for room in ROOMS:
     tree = ast.parse((ROOT / room / '__init__.py').read_text())
     assert len(tree.body) == 1 and ast.get_docstring(tree), room
+
+
+def test_the_map_has_every_room_in_order():
+  readme = (ROOT.parent / 'README.md').read_text('utf-8')
+  rows = re.findall(r'^\| (`\w+`(?:, `\w+`)*) \|', readme, re.M)
+  named = [room for row in rows for room in re.findall(r'`(\w+)`', row)]
+  assert [room for room in named if room in ROOMS] == ROOMS
 
 
 def test_tests_mirror_the_rooms():
