@@ -47,7 +47,7 @@ def save(
   Args:
     path: directory to make.
     tree: dictionaries (keys strings or integers), lists and tuples of arrays,
-      `LowRank` and `Moments`.
+      `LowRank`, `Moments`, strings, flags, numbers and None.
     metadata: JSON to keep with it; `load_metadata` returns it.
     overwrite: replace what is there; an error otherwise.
 
@@ -253,14 +253,17 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
     kind = {'kind': type(tree).__name__}
   elif tree is None:
     return None, {'kind': 'none'}
+  elif type(tree) in (bool, int, float, str):
+    return None, {'kind': 'value', 'value': tree}
   elif isinstance(tree, (jax.Array, np.ndarray)) and tree.size:
     return tree, 'array'
   else:
     raise TypeError(
       f'cannot save a {type(tree).__name__} at {where!r}: trees of '
-      'dictionaries, lists, tuples, non-empty arrays, LowRank and Moments '
-      'are written; convert other containers first (nnx.to_pure_dict, '
-      'flax.serialization.to_state_dict)'
+      'dictionaries, lists, tuples, non-empty arrays, LowRank, Moments, '
+      'strings, flags and numbers are written; leave functions out and '
+      'convert other containers first (nnx.to_pure_dict, '
+      'flax.serialization.to_state_dict, eqx.filter)'
     )
   parts = {k: _encode(v, f'{where}/{k}') for k, v in items.items()}
   arrays = {k: a for k, (a, _) in parts.items() if a is not None}
@@ -278,6 +281,8 @@ def _decode(arrays: Any, structure: Any) -> Any:
   kind = structure['kind']
   if kind == 'none':
     return None
+  if kind == 'value':
+    return structure['value']
   if kind == 'low_rank':
     a, b, c = (jnp.asarray(arrays[k]) if k in arrays else None for k in 'abc')
     return LowRank(
