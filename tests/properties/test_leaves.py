@@ -206,7 +206,11 @@ def modules():
     [linear(8, 16, 0), eqx.nn.Lambda(jnp.tanh), linear(16, 4, 1)]
   )
   yield eqx.nn.Sequential(
-    [linear(8, 16, 0), eqx.nn.Lambda(jax.nn.gelu), eqx.nn.Dropout(0.1, inference=True)]
+    [
+      linear(8, 16, 0),
+      eqx.nn.Lambda(jax.nn.gelu),
+      eqx.nn.Dropout(0.1, inference=True),
+    ]
   )
 
 
