@@ -24,6 +24,7 @@ from utilized_rank.host import files
 from utilized_rank.linalg import gram
 from utilized_rank.linalg.sketch import Sketch
 from utilized_rank.lowrank.leaf import LowRank
+from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.narrow_heads import NarrowHeads
 from utilized_rank.moments.moments import Entry
 from utilized_rank.moments.moments import Moments
@@ -205,6 +206,8 @@ def _leaves(tree: Any, prefix: str = '') -> Iterator[tuple[str, np.ndarray]]:
 
 def _encode(tree: Any, where: str) -> tuple[Any, Any]:
   """(arrays, structure); containers without arrays leave no trace in arrays."""
+  if is_low_rank(tree):
+    tree = tree.opened()
   if isinstance(tree, NarrowHeads):
     record = {'head': tree.head, **dataclasses.asdict(tree.layout)}
     return {'a': tree.a}, {'kind': 'narrow_heads', **record}
