@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from utilized_rank.lowrank.no_array import NoArray
 from utilized_rank.products import gauge
 from utilized_rank.products.factored import Factored
 from utilized_rank.products.factored import multiply
@@ -19,7 +20,7 @@ from utilized_rank.walk import tracing
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
-class LowRank:
+class LowRank(NoArray):
   """A kernel as a pair of factors: W = A B as a matrix, per group.
 
   Invariant: `layout.to_matrices(dense)` equals the matrix product of `a` and

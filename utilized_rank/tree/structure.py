@@ -104,23 +104,26 @@ class _Flattening:
     self._is_leaf = is_leaf
     # Flax is not imported for it: without flax there are no variables.
     self._variable = getattr(sys.modules.get('flax.nnx'), 'Variable', ())
-    self._places: dict[int, Slot | int] = {}  # of what is tied, by id
+    self._places: dict[Any, Slot | int] = {}  # of what is tied
     # Kept, so that nodes which custom containers make anew get other ids.
-    self._seen: dict[int, Any] = {}
+    self._seen: dict[Any, Any] = {}
     self._ties = self._find_ties(tree)
 
   def part(self, node: Any, keys: tuple[Any, ...]) -> Part:
     """The structure of a container below a place."""
-    ends = lambda v: self._ends(v) or (v is not node and id(v) in self._ties)
+    ends = lambda v: (
+      self._ends(v) or (v is not node and self._identity(v) in self._ties)
+    )
     leaves, treedef = jax.tree_util.tree_flatten_with_path(node, ends)
     return Part(
       treedef, tuple(self._place((*keys, *k), leaf) for k, leaf in leaves)
     )
 
   def _place(self, keys: tuple[Any, ...], node: Any) -> Slot | int:
-    if id(node) in self._places:
-      return self._places[id(node)]
-    if id(node) not in self._ties:
+    key = self._identity(node)
+    if key in self._places:
+      return self._places[key]
+    if key not in self._ties:
       return self._slot(keys, node)
     if self._ends(node) or _is_bare(node):
       place: Slot | int = self._slot(keys, node)
@@ -128,7 +131,7 @@ class _Flattening:
       place = len(self.parts)
       self.parts.append(None)
       self.parts[place] = self.part(node, keys)
-    self._places[id(node)] = place
+    self._places[key] = place
     return place
 
   def _slot(self, keys: tuple[Any, ...], leaf: Any) -> Slot:
@@ -147,20 +150,36 @@ class _Flattening:
     self.leaves.append((path, leaf))
     return Slot(path, box)
 
-  def _find_ties(self, tree: Any) -> set[int]:
-    again: dict[int, Any] = {}
+  def _find_ties(self, tree: Any) -> set[Any]:
+    again: dict[Any, Any] = {}
 
     def look(node):
       if node is None:
         return False
-      if id(node) in self._seen:
-        again[id(node)] = node
+      key = self._identity(node)
+      if key in self._seen:
+        again[key] = node
         return True
-      self._seen[id(node)] = node
+      self._seen[key] = node
       return self._ends(node)
 
     jax.tree.flatten(tree, look)
     return {i for i, node in again.items() if self._is_one(node)}
+
+  def _identity(self, node: Any) -> Any:
+    """What two places have in common that hold one object.
+
+    Flax makes containers anew around the same variables: a leaf of several
+    arrays is the one whose arrays are these.
+    """
+    if self._is_leaf is None or not self._is_leaf(node) or _is_bare(node):
+      return id(node)
+    inside, treedef = jax.tree.flatten(node, is_leaf=lambda v: v is not node)
+    held = [v for v in inside if v is not None]
+    kinds = (jax.Array, np.ndarray, self._variable)
+    if not held or not all(isinstance(v, kinds) for v in held):
+      return id(node)
+    return (treedef, *map(id, inside))
 
   def _is_one(self, node: Any) -> bool:
     """Whether a node at several places is meant to be one."""
