@@ -185,3 +185,31 @@ def test_split_and_merged_modules_are_the_same():
     rtol=1e-4,
     atol=1e-5,
   )
+
+
+def test_mesh_axes_go_with_the_factors():
+  mesh = jax.make_mesh(
+    (4,), ('model',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  plain = nnx.Linear(12, 8, rngs=nnx.Rngs(0))
+  moments = ur.collect(run, plain, [X], progress=False)
+  with jax.set_mesh(mesh):
+    init = nnx.with_partitioning(
+      nnx.initializers.lecun_normal(), (None, 'model')
+    )
+    model = nnx.Linear(12, 8, kernel_init=init, rngs=nnx.Rngs(0))
+    # Three columns do not divide among four devices.
+    small = ur.factorize(model, moments, {'kernel/value': 3}, progress=False)
+    names = lambda v: v.get_metadata('out_sharding')
+    assert names(small.kernel.a) == (None, None)
+    assert names(small.kernel.b) == (None, 'model')
+    optimizer = nnx.Optimizer(small, optax.adam(1e-2), wrt=nnx.Param)
+    of = loss(ur.low_rank(run), jnp.zeros((96, 8)))
+    values = []
+    for _ in range(3):
+      value, grads = nnx.value_and_grad(of)(small)
+      optimizer.update(small, grads)
+      values.append(float(value))
+  assert values[-1] < values[0]
+  merged = ur.merge(small)
+  assert names(merged.kernel) == (None, 'model')

@@ -70,20 +70,33 @@ class LowRank(NoArray):
     return self.b.dtype
 
   def boxed(self, box: Any) -> LowRank:
-    """The leaf with a variable around each factor."""
-    around = lambda v: None if v is None else jax.tree.unflatten(box, [v])
+    """The leaf with a variable around each factor, its axes named anew."""
+    around = lambda name, v: _variable(box, v, self.axes[name], self.layout)
     return self._with_factors(around, box)
 
   def opened(self) -> LowRank:
     """The leaf without them."""
     if self.box is None:
       return self
-    bare = lambda v: None if v is None else jax.tree.leaves(v)[0]
-    return self._with_factors(bare, None)
+    return self._with_factors(lambda _, v: jax.tree.leaves(v)[0], None)
 
-  def _with_factors(self, change: Callable[[Any], Any], box: Any) -> LowRank:
-    factors = {name: change(getattr(self, name)) for name in ('a', 'b', 'c')}
-    return dataclasses.replace(self, **factors, box=box)
+  def _with_factors(
+    self, change: Callable[[str, Any], Any], box: Any
+  ) -> LowRank:
+    held = {name: getattr(self, name) for name in ('a', 'b', 'c')}
+    new = {k: change(k, v) for k, v in held.items() if v is not None}
+    return dataclasses.replace(self, **new, box=box)
+
+  @property
+  def axes(self) -> dict[str, tuple[int | None, ...]]:
+    """Of every factor, the layout's atoms that its axes are; None for r."""
+    y = self.layout
+    rest = y.outputs if self.order is None else (None,)
+    return {
+      'a': (*y.groups, *y.inputs, None),
+      'b': (*y.groups, None, *rest),
+      'c': (*y.groups, *y.outputs),
+    }
 
   def dense(self) -> jax.Array:
     """The kernel multiplied out; `c` is not part of it.
@@ -126,6 +139,22 @@ class LowRank(NoArray):
   def tree_unflatten(cls, static, children) -> LowRank:
     *static, box = static
     return cls(*children, *static, box=box)
+
+
+def _variable(
+  box: Any, factor: Any, axes: tuple[int | None, ...], layout: Layout
+) -> Any:
+  """A kernel's variable around a factor; mesh axes go with the axes."""
+  variable = jax.tree.unflatten(box, [factor])
+  for key in ('out_sharding', 'optimizer_sharding'):
+    names = variable.get_metadata(key, None)
+    if isinstance(names, (tuple, jax.sharding.PartitionSpec)):
+      is_whole = layout.atoms == layout.shape
+      known = dict(enumerate(names)) if is_whole else {}
+      variable.set_metadata(
+        key, tuple(None if i is None else known.get(i) for i in axes)
+      )
+  return variable
 
 
 def is_low_rank(leaf: Any) -> bool:

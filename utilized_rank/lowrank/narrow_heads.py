@@ -59,6 +59,11 @@ class NarrowHeads(LowRank):
     """`a` with zeros after each head's features, to `rank` of them."""
     return _pad(self.opened().a, _order(self.layout).index(self.head), rank)
 
+  @property
+  def axes(self) -> dict[str, tuple[int | None, ...]]:
+    at = _order(self.layout)
+    return {'a': tuple(None if i == self.head else i for i in at)}
+
   def dense(self) -> jax.Array:
     padded = self.padded(self.layout.atoms[self.head])
     groups, matrix = self.layout.group_shape, self.layout.matrix_shape

@@ -99,7 +99,8 @@ def choose(
     if i not in used:
       raise ValueError(
         f'{what} rule {pattern.pattern!r} matched no leaf (rules are full '
-        f'matches, the first one wins); paths look like {paths[:4]}'
+        'matches, the first one wins; what stands at two places has the path '
+        f'of the first); paths look like {paths[:4]}'
       )
   return chosen
 
