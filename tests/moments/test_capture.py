@@ -159,7 +159,7 @@ def test_custom_rules_survive_around_other_parameters():
     return jax.grad(lambda x: jnp.sum(run(params, x)[0]))(X)
 
   assert (slope(lambda p, x: scaled(x, p['s']), {'s': jnp.ones(())}) == 7).all()
-  params = {'w': W, 'v': W}
+  params = {'w': W, 'v': W.copy()}  # one object would be one kernel
   fn = lambda p, x: multiplied(x, p['w'])
   # What is differentiated is what is computed, once a kernel inside is wanted.
   np.testing.assert_allclose(slope(fn, params)[0], W.sum(1), rtol=1e-6)
@@ -344,7 +344,7 @@ def _with_rule(f):
 @pytest.mark.parametrize('name', OPAQUE)
 def test_opaque_calls(name, wrap):
   fn = WRAPS[wrap](lambda p, x: OPAQUE[name](x, p['w'].T) @ p['v'])
-  params = {'w': W, 'v': W}
+  params = {'w': W, 'v': W.copy()}  # one object would be one kernel
   with pytest.raises(ur.UnsupportedError, match=f"'w'.*'{name}'"):
     ur.find_sites(fn, params, X)
   sites = ur.find_sites(fn, params, X, on_opaque='report')
