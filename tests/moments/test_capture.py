@@ -212,7 +212,7 @@ def test_shared_inputs_share_moments():
     q, k = (x @ p[n].astype(x.dtype) for n in 'qk')
     return q * k + jnp.cos(x) @ p['v'].astype(x.dtype)
 
-  sites = ur.find_sites(fn, {'q': W, 'k': W, 'v': W}, X)
+  sites = ur.find_sites(fn, {'q': W, 'k': W.copy(), 'v': W.copy()}, X)
   assert sites['q'].index == sites['k'].index != sites['v'].index
 
 
@@ -394,7 +394,7 @@ REFUSED = {
   'gather': (lambda p, x: p['w'][jnp.arange(3)], {'w': W}, 'used by a lookup'),
   'two_parameters': (
     lambda p, x: x @ (p['w'] @ p['v']),
-    {'w': W, 'v': W},
+    {'w': W, 'v': W.copy()},
     'dot_general with v',
   ),
   'two_ways': (
