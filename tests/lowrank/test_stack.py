@@ -178,3 +178,14 @@ PAIR = ur.LowRank(np.ones((4, 1)), np.ones((1, 3)), None, LAYOUT)
 def test_errors(call, error, message):
   with pytest.raises(error, match=message):
     call()
+
+
+def test_leaves_that_are_no_arrays_are_every_layers():
+  tree = {'blocks': {'w': np.zeros((2, 4, 3)), 'act': jnp.tanh, 'flag': True}}
+  layers = ur.unstack(tree, 'blocks', 'block_{}')
+  assert layers['block_1']['act'] is jnp.tanh and layers['block_0']['flag']
+  again = ur.stack(layers, 'blocks', 'block_{}')['blocks']
+  assert again['w'].shape == (2, 4, 3) and again['act'] is jnp.tanh
+  layers['block_1']['flag'] = False
+  with pytest.raises(ValueError, match="'block_1' differs"):
+    ur.stack(layers, 'blocks', 'block_{}')

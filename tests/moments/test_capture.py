@@ -159,7 +159,7 @@ def test_custom_rules_survive_around_other_parameters():
     return jax.grad(lambda x: jnp.sum(run(params, x)[0]))(X)
 
   assert (slope(lambda p, x: scaled(x, p['s']), {'s': jnp.ones(())}) == 7).all()
-  params = {'w': W, 'v': W}
+  params = {'w': W, 'v': W.copy()}  # one object would be one kernel
   fn = lambda p, x: multiplied(x, p['w'])
   # What is differentiated is what is computed, once a kernel inside is wanted.
   np.testing.assert_allclose(slope(fn, params)[0], W.sum(1), rtol=1e-6)
@@ -212,7 +212,7 @@ def test_shared_inputs_share_moments():
     q, k = (x @ p[n].astype(x.dtype) for n in 'qk')
     return q * k + jnp.cos(x) @ p['v'].astype(x.dtype)
 
-  sites = ur.find_sites(fn, {'q': W, 'k': W, 'v': W}, X)
+  sites = ur.find_sites(fn, {'q': W, 'k': W.copy(), 'v': W.copy()}, X)
   assert sites['q'].index == sites['k'].index != sites['v'].index
 
 
@@ -344,7 +344,7 @@ def _with_rule(f):
 @pytest.mark.parametrize('name', OPAQUE)
 def test_opaque_calls(name, wrap):
   fn = WRAPS[wrap](lambda p, x: OPAQUE[name](x, p['w'].T) @ p['v'])
-  params = {'w': W, 'v': W}
+  params = {'w': W, 'v': W.copy()}  # one object would be one kernel
   with pytest.raises(ur.UnsupportedError, match=f"'w'.*'{name}'"):
     ur.find_sites(fn, params, X)
   sites = ur.find_sites(fn, params, X, on_opaque='report')
@@ -394,7 +394,7 @@ REFUSED = {
   'gather': (lambda p, x: p['w'][jnp.arange(3)], {'w': W}, 'used by a lookup'),
   'two_parameters': (
     lambda p, x: x @ (p['w'] @ p['v']),
-    {'w': W, 'v': W},
+    {'w': W, 'v': W.copy()},
     'dot_general with v',
   ),
   'two_ways': (

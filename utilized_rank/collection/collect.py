@@ -154,20 +154,11 @@ def collect(
   sides = Sides(from_outputs, sketch)
   what = Measurement(fn, loss, fisher_rows, select, on_opaque, sides)
   accumulation.check(accumulate)
-  leaves, treedef = jax.tree.flatten(params)
-  arrays = {i: v for i, v in enumerate(leaves) if tracing.is_array(v)}
-  values = list(arrays.values())
+  values, tree_of = tracing.split(params)
   if mesh is None and pmap_axis is None:
     mesh = mesh_of(values)
   everywhere = jax.process_count() > 1 and (mesh is None or crosses(mesh))
   stream = started(batches, everywhere)
-
-  def tree_of(values):
-    # Flags and functions among the leaves stay what they are.
-    moving = dict(zip(arrays, values, strict=True))
-    return jax.tree.unflatten(
-      treedef, [moving.get(i, v) for i, v in enumerate(leaves)]
-    )
 
   is_spread = _is_spread(values, mesh, batch_axes, pmap_axis)
   joint = everywhere and is_spread

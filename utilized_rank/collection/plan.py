@@ -364,17 +364,9 @@ def _plain_bytes(fn, params, batch) -> int:
 
 def _on_arrays(fn: Any, *args: Any):
   """`fn` of the arguments' arrays alone, and the arrays' shapes."""
-  leaves, treedef = jax.tree.flatten(args)
-  moving = [i for i, v in enumerate(leaves) if tracing.is_array(v)]
-
-  def on_arrays(*arrays):
-    values = list(leaves)
-    for i, array in zip(moving, arrays, strict=True):
-      values[i] = array
-    return fn(*jax.tree.unflatten(treedef, values))
-
-  shape = lambda v: jax.ShapeDtypeStruct(jnp.shape(v), v.dtype)
-  return on_arrays, [shape(leaves[i]) for i in moving]
+  arrays, join = tracing.split(args)
+  shapes = [jax.ShapeDtypeStruct(jnp.shape(v), v.dtype) for v in arrays]
+  return lambda *arrays: fn(*join(arrays)), shapes
 
 
 def _size(tree: Any) -> int:

@@ -1,6 +1,7 @@
 """`LowRank` leaves: their form, how a function runs on them, how they stand.
 
 * `leaf`: the leaf in place of a kernel; merging it, writing it out, counting.
+* `no_array`: the error of a leaf that is used as an array.
 * `low_rank`: functions that run on trees with such leaves.
 * `narrow_heads`: kernels of attention whose heads are narrower.
 * `stack`: layers of a scan taken apart and put together.

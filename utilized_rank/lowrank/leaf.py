@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
 import jax
 
+from utilized_rank.lowrank.no_array import NoArray
 from utilized_rank.products import gauge
 from utilized_rank.products.factored import Factored
 from utilized_rank.products.factored import multiply
@@ -18,7 +20,7 @@ from utilized_rank.walk import tracing
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
-class LowRank:
+class LowRank(NoArray):
   """A kernel as a pair of factors: W = A B as a matrix, per group.
 
   Invariant: `layout.to_matrices(dense)` equals the matrix product of `a` and
@@ -37,6 +39,8 @@ class LowRank:
     order: None, or where each output is, (*groups, m) (static).
     left: None, or the path of the leaf that holds this kernel's A as well as
       its own; `a` is then None here (static).
+    box: None, or the structure of the `nnx.Variable` that was around the
+      kernel; one is around each factor then (static).
 
   >>> layout = Layout.of((4, 3), inputs=(0,), outputs=(1,))
   >>> w = LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), None, layout)
@@ -50,6 +54,7 @@ class LowRank:
   layout: Layout
   order: gauge.Order | None = None
   left: str | None = None
+  box: Any = dataclasses.field(default=None, kw_only=True, repr=False)
 
   @property
   def rank(self) -> int:
@@ -63,6 +68,35 @@ class LowRank:
   @property
   def dtype(self) -> Any:
     return self.b.dtype
+
+  def boxed(self, box: Any) -> LowRank:
+    """The leaf with a variable around each factor, its axes named anew."""
+    around = lambda name, v: _variable(box, v, self.axes[name], self.layout)
+    return self._with_factors(around, box)
+
+  def opened(self) -> LowRank:
+    """The leaf without them."""
+    if self.box is None:
+      return self
+    return self._with_factors(lambda _, v: jax.tree.leaves(v)[0], None)
+
+  def _with_factors(
+    self, change: Callable[[str, Any], Any], box: Any
+  ) -> LowRank:
+    held = {name: getattr(self, name) for name in ('a', 'b', 'c')}
+    new = {k: change(k, v) for k, v in held.items() if v is not None}
+    return dataclasses.replace(self, **new, box=box)
+
+  @property
+  def axes(self) -> dict[str, tuple[int | None, ...]]:
+    """Of every factor, the layout's atoms that its axes are; None for r."""
+    y = self.layout
+    rest = y.outputs if self.order is None else (None,)
+    return {
+      'a': (*y.groups, *y.inputs, None),
+      'b': (*y.groups, None, *rest),
+      'c': (*y.groups, *y.outputs),
+    }
 
   def dense(self) -> jax.Array:
     """The kernel multiplied out; `c` is not part of it.
@@ -90,19 +124,37 @@ class LowRank:
     """What stands for the leaf while a function is walked."""
     layout = self.layout
     order = None if self.order is None else self.order.array
-    factors = Factors(self.a, self.b, self.c, layout, layout.groups, order)
+    leaf = self.opened()
+    factors = Factors(leaf.a, leaf.b, leaf.c, layout, layout.groups, order)
     return Factored(factors)
 
   def tree_flatten_with_keys(self):
     key = jax.tree_util.GetAttrKey
     return (
       ((key('a'), self.a), (key('b'), self.b), (key('c'), self.c)),
-      (self.layout, self.order, self.left),
+      (self.layout, self.order, self.left, self.box),
     )
 
   @classmethod
   def tree_unflatten(cls, static, children) -> LowRank:
-    return cls(*children, *static)
+    *static, box = static
+    return cls(*children, *static, box=box)
+
+
+def _variable(
+  box: Any, factor: Any, axes: tuple[int | None, ...], layout: Layout
+) -> Any:
+  """A kernel's variable around a factor; mesh axes go with the axes."""
+  variable = jax.tree.unflatten(box, [factor])
+  for key in ('out_sharding', 'optimizer_sharding'):
+    names = variable.get_metadata(key, None)
+    if isinstance(names, (tuple, jax.sharding.PartitionSpec)):
+      is_whole = layout.atoms == layout.shape
+      known = dict(enumerate(names)) if is_whole else {}
+      variable.set_metadata(
+        key, tuple(None if i is None else known.get(i) for i in axes)
+      )
+  return variable
 
 
 def is_low_rank(leaf: Any) -> bool:
@@ -180,19 +232,23 @@ def write_out(tree: Any) -> Any:
   >>> write_out({'w': w})['w'].b
   Array([[2., 1., 2.]], dtype=float32)
   """
-  return jax.tree.map(
-    lambda leaf: leaf.written_out() if is_low_rank(leaf) else leaf,
-    tree,
-    is_leaf=is_low_rank,
-  )
+  named, treedef = paths.flatten(tree, is_low_rank)
+  for path, leaf in named.items():
+    if is_low_rank(leaf):
+      named[path] = leaf.written_out()
+  return paths.unflatten(treedef, named)
 
 
 def count_params(tree: Any) -> int:
-  """Number of scalars in a tree; works on shapes as well.
+  """Number of scalars in a tree, what stands at two places once.
+
+  Works on shapes as well.
 
   >>> count_params({'w': jnp.zeros((4, 3)), 'b': jnp.zeros(3)})
   15
   """
   return sum(
-    leaf.size for leaf in jax.tree.leaves(tree) if tracing.is_array(leaf)
+    leaf.size
+    for leaf in paths.flatten(tree)[0].values()
+    if tracing.is_array(leaf)
   )

@@ -57,7 +57,12 @@ class NarrowHeads(LowRank):
 
   def padded(self, rank: int) -> jax.Array:
     """`a` with zeros after each head's features, to `rank` of them."""
-    return _pad(self.a, _order(self.layout).index(self.head), rank)
+    return _pad(self.opened().a, _order(self.layout).index(self.head), rank)
+
+  @property
+  def axes(self) -> dict[str, tuple[int | None, ...]]:
+    at = _order(self.layout)
+    return {'a': tuple(None if i == self.head else i for i in at)}
 
   def dense(self) -> jax.Array:
     padded = self.padded(self.layout.atoms[self.head])
@@ -65,16 +70,18 @@ class NarrowHeads(LowRank):
     return self.layout.from_matrices(padded.reshape(groups + matrix))
 
   def payload(self) -> Narrowed:
-    factors = Factors(self.a, None, None, self.layout, self.layout.groups)
+    a = self.opened().a
+    factors = Factors(a, None, None, self.layout, self.layout.groups)
     return Narrowed(Factored(factors), self.head)
 
   def tree_flatten_with_keys(self):
-    return ((jax.tree_util.GetAttrKey('a'), self.a),), (self.layout, self.head)
+    static = self.layout, self.head, self.box
+    return ((jax.tree_util.GetAttrKey('a'), self.a),), static
 
   @classmethod
   def tree_unflatten(cls, static, children) -> NarrowHeads:
-    layout, head = static
-    return cls(children[0], None, None, layout, head=head)
+    layout, head, box = static
+    return cls(children[0], None, None, layout, head=head, box=box)
 
 
 def narrow_shape(layout: Layout, head: int, rank: int) -> tuple[int, ...]:

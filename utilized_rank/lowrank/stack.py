@@ -22,6 +22,7 @@ from utilized_rank.products.gauge import Order
 from utilized_rank.products.gauge import widen
 from utilized_rank.tree.layout import Layout
 from utilized_rank.tree.layout import pieces_of
+from utilized_rank.walk import tracing
 
 
 def pad_factors(
@@ -66,7 +67,8 @@ def unstack(tree: Any, path: str, name: str) -> Any:
 
   Args:
     tree: nested dictionaries; `LowRank` leaves may be among the leaves.
-    path: where the stacked part is; each of its leaves leads with the layers.
+    path: where the stacked part is; each of its arrays leads with the layers,
+      leaves that are no arrays are every layer's.
     name: key of a layer, `{}` standing for its number from zero.
 
   Returns:
@@ -87,7 +89,7 @@ def unstack(tree: Any, path: str, name: str) -> Any:
   def edit(node):
     part = _child(node, last, path)
     leaves = jax.tree.leaves(part, is_leaf=is_low_rank)
-    sizes = {v.shape[:1] for v in leaves}
+    sizes = {v.shape[:1] for v in leaves if _has_layers(v)}
     if len(sizes) != 1 or () in sizes:
       raise ValueError(
         f'the leaves at {path!r} must lead with the same number of layers, '
@@ -129,7 +131,8 @@ def stack(tree: Any, path: str, name: str) -> Any:
 
   Raises:
     KeyError: the tree has no layer of that name.
-    ValueError: the layers differ in structure, or in a leaf's shape.
+    ValueError: the layers differ in structure, in a leaf's shape, or in a leaf
+      that is no array.
 
   >>> tree = {'block_0': {'w': np.zeros((4, 3))},
   ...         'block_1': {'w': np.ones((4, 3))}}
@@ -155,12 +158,17 @@ def stack(tree: Any, path: str, name: str) -> Any:
       for k in keys
     ]
     shapes = [
-      jax.tree.map(lambda v: v.shape, layer, is_leaf=is_low_rank)
+      jax.tree.map(
+        lambda v: v.shape if _has_layers(v) else v, layer, is_leaf=is_low_rank
+      )
       for layer in layers
     ]
     for key, shape in zip(keys, shapes):
       if shape != shapes[0]:
-        raise ValueError(f'layer {key!r} differs from {keys[0]!r} in shapes')
+        raise ValueError(
+          f'layer {key!r} differs from {keys[0]!r} in shapes, or in leaves '
+          f'that are no arrays: {shape} and {shapes[0]}'
+        )
     part = jax.tree.map(lambda *v: _join(v), *layers, is_leaf=is_low_rank)
     return {last: part} | {k: v for k, v in node.items() if k not in keys}
 
@@ -194,7 +202,14 @@ def _moved(leaf: Any, old: str, new: str) -> Any:
   return dataclasses.replace(leaf, left=f'{new}/{inside}')
 
 
+def _has_layers(leaf: Any) -> bool:
+  """Whether a leaf is an array; others are the same for every layer."""
+  return is_low_rank(leaf) or tracing.is_array(leaf)
+
+
 def _layer(leaf: Any, i: int) -> Any:
+  if not _has_layers(leaf):
+    return leaf
   if not is_low_rank(leaf):
     return leaf[i]
   layout = leaf.layout
@@ -221,6 +236,8 @@ def _layer(leaf: Any, i: int) -> Any:
 
 
 def _join(leaves: Sequence[Any]) -> Any:
+  if not any(map(_has_layers, leaves)):
+    return leaves[0]
   if not any(map(is_low_rank, leaves)):
     array = np if isinstance(leaves[0], np.ndarray) else jnp
     return array.stack(leaves)

@@ -142,16 +142,8 @@ def find_sites(
 
 def eval_shape(fn, *args):
   """`jax.eval_shape` that leaves Python scalars and functions alone."""
-  leaves, treedef = jax.tree.flatten(args)
-  moving = [i for i, v in enumerate(leaves) if tracing.is_array(v)]
-
-  def flat(arrays):
-    values = list(leaves)
-    for i, array in zip(moving, arrays, strict=True):
-      values[i] = array
-    return fn(*jax.tree.unflatten(treedef, values))
-
-  return jax.eval_shape(flat, [leaves[i] for i in moving])
+  arrays, join = tracing.split(args)
+  return jax.eval_shape(lambda arrays: fn(*join(arrays)), arrays)
 
 
 def count(

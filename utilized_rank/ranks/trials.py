@@ -24,6 +24,7 @@ from utilized_rank.lowrank.low_rank import low_rank
 from utilized_rank.lowrank.stack import pad_factors
 from utilized_rank.moments.moments import Moments
 from utilized_rank.tree import paths
+from utilized_rank.walk import tracing
 
 # Path to (num_groups, R): 1 for the directions that count.
 Masks = dict[str, Any]
@@ -66,8 +67,8 @@ class Trials:
     self._named, self._treedef = paths.flatten(params, is_low_rank)
     self._moments = moments
     self._at_once = at_once
-    dense = jax.jit(fn)
-    of = params if reference is None else reference
+    of, join = tracing.split(params if reference is None else reference)
+    dense = jax.jit(lambda arrays, batch: fn(join(arrays), batch))
     self._data = [(batch, dense(of, batch)) for batch in batches]
     self._examples = sum(len(jax.tree.leaves(b)[0]) for b in batches)
     small = low_rank(fn)
@@ -182,9 +183,11 @@ def divergences(
 ) -> np.ndarray:
   """Of every example, (B,): how far `tree` is from the dense function."""
   small = low_rank(fn)
+  dense, join = tracing.split(params)
+  pairs, join_pairs = tracing.split(tree)
   each = jax.jit(
-    lambda params, tree, batch: divergence(
-      fn(params, batch), small(tree, batch), batch
+    lambda dense, pairs, batch: divergence(
+      fn(join(dense), batch), small(join_pairs(pairs), batch), batch
     )
   )
-  return np.concatenate([np.asarray(each(params, tree, b)) for b in batches])
+  return np.concatenate([np.asarray(each(dense, pairs, b)) for b in batches])

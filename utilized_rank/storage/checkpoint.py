@@ -24,6 +24,7 @@ from utilized_rank.host import files
 from utilized_rank.linalg import gram
 from utilized_rank.linalg.sketch import Sketch
 from utilized_rank.lowrank.leaf import LowRank
+from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.narrow_heads import NarrowHeads
 from utilized_rank.moments.moments import Entry
 from utilized_rank.moments.moments import Moments
@@ -47,7 +48,7 @@ def save(
   Args:
     path: directory to make.
     tree: dictionaries (keys strings or integers), lists and tuples of arrays,
-      `LowRank` and `Moments`.
+      `LowRank`, `Moments`, strings, flags, numbers and None.
     metadata: JSON to keep with it; `load_metadata` returns it.
     overwrite: replace what is there; an error otherwise.
 
@@ -205,6 +206,8 @@ def _leaves(tree: Any, prefix: str = '') -> Iterator[tuple[str, np.ndarray]]:
 
 def _encode(tree: Any, where: str) -> tuple[Any, Any]:
   """(arrays, structure); containers without arrays leave no trace in arrays."""
+  if is_low_rank(tree):
+    tree = tree.opened()
   if isinstance(tree, NarrowHeads):
     record = {'head': tree.head, **dataclasses.asdict(tree.layout)}
     return {'a': tree.a}, {'kind': 'narrow_heads', **record}
@@ -253,14 +256,17 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
     kind = {'kind': type(tree).__name__}
   elif tree is None:
     return None, {'kind': 'none'}
+  elif type(tree) in (bool, int, float, str):
+    return None, {'kind': 'value', 'value': tree}
   elif isinstance(tree, (jax.Array, np.ndarray)) and tree.size:
     return tree, 'array'
   else:
     raise TypeError(
       f'cannot save a {type(tree).__name__} at {where!r}: trees of '
-      'dictionaries, lists, tuples, non-empty arrays, LowRank and Moments '
-      'are written; convert other containers first (nnx.to_pure_dict, '
-      'flax.serialization.to_state_dict)'
+      'dictionaries, lists, tuples, non-empty arrays, LowRank, Moments, '
+      'strings, flags and numbers are written; leave functions out and '
+      'convert other containers first (nnx.to_pure_dict, '
+      'flax.serialization.to_state_dict, eqx.filter)'
     )
   parts = {k: _encode(v, f'{where}/{k}') for k, v in items.items()}
   arrays = {k: a for k, (a, _) in parts.items() if a is not None}
@@ -278,6 +284,8 @@ def _decode(arrays: Any, structure: Any) -> Any:
   kind = structure['kind']
   if kind == 'none':
     return None
+  if kind == 'value':
+    return structure['value']
   if kind == 'low_rank':
     a, b, c = (jnp.asarray(arrays[k]) if k in arrays else None for k in 'abc')
     return LowRank(

@@ -7,7 +7,8 @@ import difflib
 import re
 from typing import Any, TypeVar
 
-import jax
+from utilized_rank.tree import structure
+from utilized_rank.tree.structure import Structure
 
 Rules = Sequence[tuple[str, bool]]
 T = TypeVar('T')
@@ -15,8 +16,10 @@ T = TypeVar('T')
 
 def flatten(
   tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[dict[str, Any], Any]:
+) -> tuple[dict[str, Any], Structure]:
   """Flattens a tree to a dict from path to leaf, in the tree's own order.
+
+  One object at two places is there once, see `structure`.
 
   >>> flatten({'a': [1, {'b': 2}]})[0]
   {'a/0': 1, 'a/1/b': 2}
@@ -24,19 +27,18 @@ def flatten(
   Raises:
     ValueError: two leaves have the same path.
   """
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+  leaves, treedef = structure.flatten(tree, is_leaf)
   named = {}
-  for keys, leaf in leaves:
-    path = jax.tree_util.keystr(keys, simple=True, separator='/')
+  for path, leaf in leaves:
     if path in named:
       raise ValueError(f'two leaves of the tree have the path {path!r}')
     named[path] = leaf
   return named, treedef
 
 
-def unflatten(treedef: Any, named: dict[str, Any]) -> Any:
+def unflatten(treedef: Structure, named: dict[str, Any]) -> Any:
   """Undoes `flatten`."""
-  return jax.tree_util.tree_unflatten(treedef, list(named.values()))
+  return treedef.filled(named)
 
 
 def select(paths: Iterable[str], rules: Rules) -> dict[str, bool]:
@@ -97,7 +99,8 @@ def choose(
     if i not in used:
       raise ValueError(
         f'{what} rule {pattern.pattern!r} matched no leaf (rules are full '
-        f'matches, the first one wins); paths look like {paths[:4]}'
+        'matches, the first one wins; what stands at two places has the path '
+        f'of the first); paths look like {paths[:4]}'
       )
   return chosen
 

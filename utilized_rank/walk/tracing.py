@@ -44,6 +44,32 @@ def is_array(leaf: Any) -> bool:
   )
 
 
+def split(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+  """A tree's arrays, for what takes arrays alone (`jax.jit`, `device_put`).
+
+  Args:
+    tree: any pytree; functions, strings, flags and numbers among its leaves
+      stay what and where they are.
+
+  Returns:
+    The arrays, and a function from as many others to the tree with these in
+    their place.
+
+  >>> arrays, join = split({'w': jnp.ones(2), 'act': 'gelu', 'bias': True})
+  >>> double = jax.jit(lambda arrays: join(arrays)['w'] * 2)
+  >>> double(arrays).tolist(), join(arrays)['act']
+  ([2.0, 2.0], 'gelu')
+  """
+  named, treedef = paths.flatten(tree)
+  moving = [path for path, leaf in named.items() if is_array(leaf)]
+
+  def join(arrays):
+    new = dict(zip(moving, arrays, strict=True))
+    return paths.unflatten(treedef, named | new)
+
+  return [named[path] for path in moving], join
+
+
 def trace(
   fn: Callable[..., Any],
   params: Any,
