@@ -52,11 +52,11 @@ class Where:
   @property
   def is_typed(self) -> bool:
     """Whether parameters' types say how they are spread."""
-    return self.spread and self.mesh is not None and meshes.is_explicit(self.mesh)
+    return (
+      self.spread and self.mesh is not None and meshes.is_explicit(self.mesh)
+    )
 
-  def named_by(
-    self, fn: Callable[..., Any], params: Any, batch: Any
-  ) -> Where:
+  def named_by(self, fn: Callable[..., Any], params: Any, batch: Any) -> Where:
     """The same on the mesh that the function itself names, if it names one.
 
     Raises:
