@@ -113,9 +113,9 @@ def test_the_mesh_that_parameters_are_spread_over_is_theirs(
   used = []
   real = Sharded.__init__
 
-  def init(self, values, mesh, names):
+  def init(self, values, mesh, *rest):
     used.append(mesh)
-    real(self, values, mesh, names)
+    real(self, values, mesh, *rest)
 
   monkeypatch.setattr(Sharded, '__init__', init)
   x = batches([8, 8, 4])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import functools
 import math
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,18 @@ from utilized_rank.walk import cost
 _MOST_ROWS = 2**30
 # Sums, and what they have rounded off (None for plain sums).
 State = tuple[Moments, Moments | None]
+M = TypeVar('M', bound=Callable[..., Any])
+
+
+def _in_place(method: M) -> M:
+  """A method of `RunningSums` that runs where its sums are."""
+
+  @functools.wraps(method)
+  def run(self, *args, **kwargs):
+    with self.spread.within():
+      return method(self, *args, **kwargs)
+
+  return cast(M, run)
 
 
 class RunningSums:
@@ -53,6 +66,7 @@ class RunningSums:
       self._steps[whole] = self.spread.run(self._measure, _add, whole)
     return self._steps[whole]
 
+  @_in_place
   def zeros(self, batch: Any) -> State:
     return self.spread.zeros(self._shapes(batch))
 
@@ -61,6 +75,7 @@ class RunningSums:
     is_kept = self._accumulate == 'compensated'
     return shapes, shapes if is_kept else None
 
+  @_in_place
   def step_bytes(self, batch: Any) -> int:
     """What one device holds while the step adds a batch like this."""
     part, whole = self.spread.split(batch)[0]
@@ -71,6 +86,7 @@ class RunningSums:
     used = cost.arguments_bytes(compiled)
     return cost.peak_bytes(compiled) + max(held - used, 0)
 
+  @_in_place
   def add(self, batch: Any, number: int) -> None:
     for part, whole in self.spread.split(batch):
       if self.state is None:
@@ -120,6 +136,7 @@ class RunningSums:
         )
     self.state = jax.tree.map(jnp.zeros_like, self.state)
 
+  @_in_place
   def result(self) -> Moments:
     """The sums of all devices as host arrays."""
     self.look()
@@ -130,6 +147,7 @@ class RunningSums:
 
   # --- interruption ---
 
+  @_in_place
   def save(self, snapshots: Snapshots, done: int, place: Any) -> None:
     self.look()
     assert self.state is not None
@@ -138,6 +156,7 @@ class RunningSums:
       {name: s for name, s in sums.items() if s is not None}, done, place
     )
 
+  @_in_place
   def restore(
     self,
     snapshots: Snapshots,

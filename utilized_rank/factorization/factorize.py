@@ -6,8 +6,6 @@ import dataclasses
 import itertools
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank.factorization import certify
@@ -25,6 +23,7 @@ from utilized_rank.factorization.shared_left import per_member
 from utilized_rank.linalg import best_pairs
 from utilized_rank.linalg.best_pairs import Pair
 from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.lowrank.place import place
 from utilized_rank.lowrank.store import Stored
 from utilized_rank.lowrank.store import assemble
 from utilized_rank.lowrank.store import give_back
@@ -189,11 +188,12 @@ def factorize(
       leaf = assemble([m.parts[i] for m in found], moments[path].layout)
       if i:  # the first of a set holds the left factor
         leaf = dataclasses.replace(leaf, a=None, left=names[0])
-      named[path] = leaf = jax.tree.map(jnp.asarray, leaf)
       if compensate_mean:
         bias = moments[path].entry.bias
         discarded = np.stack([m.discarded[i] for m in found])
         named |= give_back(named, path, bias, leaf, discarded)
+      else:
+        named[path] = place(leaf, named[path])
   return paths.unflatten(treedef, named)
 
 

@@ -115,9 +115,7 @@ class LowRank(NoArray):
     """The same pair without an order: all of B is stored."""
     if self.order is None:
       return self
-    layout = self.layout
-    b = gauge.written_out(self.b, self.order.array)
-    b = b.reshape(*layout.group_shape, self.rank, *layout.output_shape)
+    b = gauge.written_out(self.b, self.order.array, self.layout.output_shape)
     return dataclasses.replace(self, b=b, order=None)
 
   def payload(self) -> Any:

@@ -130,16 +130,12 @@ class _Substitution:
     elif not describe.fits(payload.factors, found):
       reason = f'{eqn.primitive.name} over other axes than it was factored for'
     else:
-      x = operands[1 - which]
-      if payload.factors.order is not None and compat.has_explicit_axes(x):
-        raise ValueError(
-          f'{param.view.path!r} has an identity block, whose outputs are put '
-          'in order by a lookup; on AxisType.Explicit meshes JAX does not say '
-          'how that is sharded: use AxisType.Auto, or write_out(tree)'
-        )
+      x, factors = operands[1 - which], payload.factors
+      if compat.has_explicit_axes(x):
+        factors = factors.plain()  # no lookup among x's outputs
       left = self._lefts.get(param.view.path)
       if left is None:
-        return found.factored(x, payload.factors, lambda make: make())
+        return found.factored(x, factors, lambda make: make())
       key = (
         left,
         tuple(_token(by) for a, by in sorted(param.view.taken)),
@@ -149,9 +145,7 @@ class _Substitution:
         which,
         compat.params_key(eqn),
       )
-      return found.factored(
-        x, payload.factors, lambda make: walk.once(key, make)
-      )
+      return found.factored(x, factors, lambda make: walk.once(key, make))
     plain = list(operands)
     plain[which] = walk.materialise(param, reason)
     return compat.bind(eqn, plain)[0]

@@ -25,6 +25,7 @@ from utilized_rank.axes.where import TOKEN
 from utilized_rank.axes.where import Where
 from utilized_rank.axes.where import batch_array
 from utilized_rank.axes.where import plain
+from utilized_rank.host.meshes import is_explicit
 from utilized_rank.linalg import gram
 from utilized_rank.linalg import sketch
 from utilized_rank.products.product import ROW
@@ -370,14 +371,19 @@ def in_parts(
 
   Returns:
     What `sums` returns, with the parts in front of the features. Examples that
-    do not divide evenly are all in the first part.
+    do not divide evenly are all in the first part, and so are those whose
+    types say how they are spread: a function may not cut them.
   """
   parts = Counting(None, over).parts
   if not parts:
     return sums(arrays)
   assert over is not None
   size = len(jax.tree.leaves(arrays)[0])
-  if size % parts:
+  explicit = is_explicit(over[0])
+  if explicit:
+    whole = NamedSharding(over[0], PartitionSpec())
+    arrays = jax.tree.map(lambda a: jax.sharding.reshard(a, whole), arrays)
+  if size % parts or explicit:
     return jax.tree.map(lambda a: _first(a, 1, parts), sums(arrays))
   spread = NamedSharding(over[0], PartitionSpec(over[1]))
 
@@ -387,11 +393,6 @@ def in_parts(
 
   found = jax.vmap(sums)(jax.tree.map(cut, arrays))
   return jax.tree.map(lambda a: jnp.moveaxis(a, 0, -2), found)
-
-
-def is_explicit(mesh: Any) -> bool:
-  """Whether types say how arrays are spread over some of the mesh's axes."""
-  return jax.sharding.AxisType.Explicit in mesh.axis_types
 
 
 def _auto(mesh: Any) -> Any:

@@ -140,6 +140,8 @@ def lay_out(
 def multiply(factors: Factors) -> jax.Array:
   """The matrices (*present, d, m) of a pair."""
   f, (d, _) = factors, factors.layout.matrix_shape
+  if f.order is not None and f.is_typed():
+    f = f.plain()
   groups = f.layout.sizes(f.present)
   rank = f.b.shape[len(groups)]
   a = f.a.reshape(*groups, d, rank)

@@ -13,6 +13,7 @@ from utilized_rank.tree.layout import Atoms
 from utilized_rank.tree.layout import Layout
 from utilized_rank.tree.layout import View
 from utilized_rank.tree.layout import pieces_of
+from utilized_rank.walk import compat
 
 # Names of axes that are no atom: the rank, and in a pair with an identity
 # block the outputs that are no pivots.
@@ -35,6 +36,17 @@ class Factors:
   layout: Layout
   present: Atoms
   order: Any = None
+
+  def plain(self) -> Factors:
+    """The same pair without an order: all of B."""
+    if self.order is None:
+      return self
+    b = gauge.written_out(self.b, self.order, self.layout.output_shape)
+    return dataclasses.replace(self, b=b, order=None)
+
+  def is_typed(self) -> bool:
+    """Whether types say how B is spread: nothing is looked up there."""
+    return compat.has_explicit_axes(self.b)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +83,7 @@ def oriented(
   if factors.order is None:
     b = named(factors.b, present + (RANK,) + fine.outputs)
   elif gauge.pays_written_out(rows, special[RANK], factors.order.shape[-1]):
-    whole = gauge.written_out(factors.b, factors.order)
-    b = named(whole, present + (RANK,) + fine.outputs)
+    b = named(factors.plain().b, present + (RANK,) + fine.outputs)
   else:
     b = named(factors.b, present + (RANK, OTHERS))
     order = named(factors.order, present + fine.outputs)

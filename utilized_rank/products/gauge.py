@@ -13,15 +13,18 @@ takes less time to write B out and to multiply with it (`written_out`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import hashlib
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from utilized_rank.tree.layout import Layout
+from utilized_rank.walk import compat
 
 IDENTITY = 'identity'
 GAUGES = (None, IDENTITY)
@@ -194,15 +197,17 @@ def _saved_by_row(rank: int, outputs: int) -> int:
   return _MOVE * outputs - rank * rank
 
 
-def written_out(b: Any, order: Any) -> Any:
+def written_out(b: Any, order: Any, outputs: Sequence[int]) -> Any:
   """B whole: [I, B'][:, order].
 
   Args:
     b: B', (*groups, r, m - r).
     order: (*groups, m), int32.
+    outputs: the output axes' sizes, m in all.
 
   Returns:
-    (*groups, r, m).
+    (*groups, r, *outputs). Where types say how arrays are spread, the first of
+    these axes is spread as B' is, if it divides.
   """
 
   def whole(b, order):
@@ -212,7 +217,21 @@ def written_out(b: Any, order: Any) -> Any:
     block = jnp.arange(rank)[:, None] == order
     return jnp.where(order < rank, block.astype(b.dtype), others)
 
-  return _over(whole, order.ndim - 1)(jnp.asarray(b), jnp.asarray(order))
+  def write(b, order):
+    found = _over(whole, order.ndim - 1)(b, order)
+    return found.reshape(*found.shape[:-1], *outputs)
+
+  b, order = jnp.asarray(b), jnp.asarray(order)
+  if not compat.has_explicit_axes(b):
+    return write(b, order)
+  # JAX does not say how the result of a lookup is spread.
+  sharding = jax.typeof(b).sharding
+  *lead, last = sharding.spec
+  names = last if isinstance(last, tuple) else (last,) if last else ()
+  if outputs[0] % math.prod(sharding.mesh.shape[n] for n in names):
+    last = None
+  spec = PartitionSpec(*lead, last, *[None] * (len(outputs) - 1))
+  return jax.sharding.auto_axes(write, out_sharding=spec)(b, order)
 
 
 def join(z: Any, rest: Any, order: Any, axis: int) -> Any:

@@ -7,7 +7,6 @@ import itertools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,6 +22,7 @@ from utilized_rank.linalg import best_pairs
 from utilized_rank.linalg import subspace
 from utilized_rank.linalg.best_pairs import Pair
 from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.lowrank.place import place
 from utilized_rank.lowrank.store import Stored
 from utilized_rank.lowrank.store import assemble
 from utilized_rank.lowrank.store import give_back
@@ -325,9 +325,9 @@ class _Fit:
     d, m = layout.matrix_shape
     none = self._store(Pair(np.zeros((d, 1)), np.zeros((1, m))))
     stored = [none if s is None else s for s in self._stored]
-    leaf = jax.tree.map(jnp.asarray, assemble(stored, layout))
+    leaf = assemble(stored, layout)
     if not self._compensate_mean:
-      return {path: leaf}
+      return {path: place(leaf, self._named[path])}
     return give_back(self._named, path, bias, leaf, self._constants)
 
   def finish(self) -> dict[str, Any]:

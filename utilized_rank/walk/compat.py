@@ -91,6 +91,20 @@ def sub_jaxprs(eqn: Any) -> list[Any]:
   return list(jex_core.jaxprs_in_params(eqn.params))
 
 
+def meshes_of(jaxpr: Any) -> list[Any]:
+  """Meshes of devices that an open jaxpr's equations name, without repeats."""
+  found: dict[Any, None] = {}
+  for eqn in jaxpr.eqns:
+    for value in eqn.params.values():
+      for item in value if isinstance(value, tuple) else (value,):
+        mesh = getattr(item, 'mesh', item)
+        if isinstance(mesh, jax.sharding.Mesh) and not mesh.empty:
+          found[mesh] = None
+    for sub in sub_jaxprs(eqn):
+      found.update(dict.fromkeys(meshes_of(open_jaxpr(sub)[0])))
+  return list(found)
+
+
 def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
   """Repeats an equation on new operands, as its author wrote it."""
   params = eqn.primitive.get_bind_params(eqn.params)
