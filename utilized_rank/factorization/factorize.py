@@ -191,9 +191,11 @@ def factorize(
         leaf = dataclasses.replace(leaf, a=None, left=names[0])
       named[path] = leaf = jax.tree.map(jnp.asarray, leaf)
       if compensate_mean:
-        bias = moments[path].entry.bias
+        entry = moments[path].entry
         discarded = np.stack([m.discarded[i] for m in found])
-        named |= give_back(named, path, bias, leaf, discarded)
+        named |= give_back(
+          named, path, entry.bias, leaf, discarded, entry.bias_scale
+        )
   return paths.unflatten(treedef, named)
 
 

@@ -3,9 +3,10 @@
 A leaf's shape is cut into *atoms*: factors of its axes, in the leaf's own
 (row-major) order. A view of the leaf is then a list of axes, each made of
 atoms, so that reshaping, transposing and slicing only move small tuples of
-integers. Where a view meets a matrix product, every atom has one of three
-roles: it is summed over (an input), kept (an output), or counted along (a
-group: a scan's step, an expert, a member of an ensemble).
+integers; reading it backwards and multiplying it with a number are marks on
+it. Where a view meets a matrix product, every atom has one of three roles: it
+is summed over (an input), kept (an output), or counted along (a group: a
+scan's step, an expert, a member of an ensemble).
 """
 
 from __future__ import annotations
@@ -33,7 +34,14 @@ class View:
     sizes: the array's shape.
     dtype: the array's dtype.
     taken: atoms that are no longer an axis, with what took each: an integer
-      (a static index), or a token (a loop that slices it, a traced index).
+      (a static index of the leaf), or a token (a loop that slices it, a traced
+      index).
+    flipped: atoms that are read backwards.
+    scale: what the leaf is multiplied with; None if that is a number which is
+      computed, or more than one.
+    scaled_along: atoms along which what it is multiplied with differs.
+    part: None, or of what is a part of a leaf and no layout of it, which. It
+      is a view as if it were a leaf of its own.
   """
 
   path: str
@@ -43,6 +51,10 @@ class View:
   sizes: tuple[int, ...]
   dtype: Any
   taken: tuple[tuple[int, Any], ...] = ()
+  flipped: frozenset[int] = frozenset()
+  scale: float | None = 1.0
+  scaled_along: frozenset[int] = frozenset()
+  part: str | None = None
 
   @classmethod
   def of_leaf(
@@ -78,6 +90,34 @@ class View:
       self,
       axes=tuple(self.axes[i] for i in permutation),
       sizes=tuple(self.sizes[i] for i in permutation),
+    )
+
+  def flip(self, dimensions: Iterable[int]) -> View:
+    """`lax.rev`: an axis backwards is each of its atoms backwards."""
+    atoms = {a for i in dimensions for a in self.axes[i]}
+    return dataclasses.replace(self, flipped=self.flipped ^ atoms)
+
+  def multiply(self, shape: Sequence[int], scale: float | None) -> View | None:
+    """The view times an array of this shape, its axes of size one repeated.
+
+    None where that differs along an axis that the leaf is broadcast along, or
+    from each number of the leaf to the next.
+    """
+    along: set[int] = set()
+    for atoms, n in zip(self.axes, shape, strict=True):
+      if n > 1 and not atoms:
+        return None
+      along |= set(atoms) if n > 1 else set()
+    if along and math.prod(shape) == math.prod(self.sizes):
+      return None
+    if scale is not None and self.scale is not None:
+      scale = self.scale * scale
+    else:
+      scale = None
+    return dataclasses.replace(
+      self,
+      scale=scale,
+      scaled_along=self.scaled_along | along,
     )
 
   def squeeze(self, dimensions: Iterable[int]) -> View:
@@ -116,7 +156,10 @@ class View:
     names = [by] * len(atoms)
     if isinstance(by, int):
       sizes = [self.atoms[a] for a in atoms]
-      names = [int(i) for i in np.unravel_index(by, sizes)]
+      names = [
+        n - 1 - int(i) if a in self.flipped else int(i)
+        for a, n, i in zip(atoms, sizes, np.unravel_index(by, sizes))
+      ]
     return dataclasses.replace(
       self,
       axes=tuple(self.axes[i] for i in keep),
@@ -187,12 +230,15 @@ class View:
       new_axes.append(
         tuple(next(next_part[a]) for a, _ in axis if a is not None)
       )
+    spread = lambda old: frozenset(n for a in old for n in numbers[a])
     return dataclasses.replace(
       self,
       atoms=tuple(atoms),
       axes=tuple(new_axes),
       sizes=sizes,
       taken=tuple((numbers[a][0], by) for a, by in self.taken),
+      flipped=spread(self.flipped),
+      scaled_along=spread(self.scaled_along),
     )
 
 
