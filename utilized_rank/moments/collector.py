@@ -105,8 +105,9 @@ class Collector:
       loops,
       tuple((a, id(token)) for a, (token, _) in traced),
     )
-    if side == 'output':  # of this kernel alone
-      key = (key, view.path)
+    if side == 'output':  # of this kernel alone, and of one member of it
+      fixed = tuple(t for t in product.view.taken if isinstance(t[1], int))
+      key = (key, view.path, product.view.atoms, fixed)
     elif side == 'sketch':
       key = (key, columns)
     groups = tuple((a,) for a in product.present)
