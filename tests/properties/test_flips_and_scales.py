@@ -19,7 +19,15 @@ from wrappers import close
 import utilized_rank as ur
 from utilized_rank.tree import paths
 
-FORMS = forms.FORMS
+FORMS = forms.FORMS | {
+  # Under `vmap` it would be one number for each example: not in the matrix.
+  'scale_of_the_data': forms.Form(
+    lambda p, x: x @ (p['w'] / jnp.abs(x).max()),
+    dict(w=(4, 3)),
+    (5, 4),
+    forms.just(4),
+  )
+}
 NAMES = [
   'flipped_inputs',
   'flipped_outputs',
@@ -67,6 +75,13 @@ def collected(name, **kwargs):
 def error(fn, params, tree, x):
   y, z = (np.asarray(v, np.float64) for v in (fn(params, x), tree(x)))
   return np.linalg.norm(z - y) / np.linalg.norm(y)
+
+
+def test_moments_under_a_scale_of_the_data():
+  form, (fn, params, x) = FORMS['scale_of_the_data'], case('scale_of_the_data')
+  (rows,) = form.rows(params, x).values()
+  _, moments = ur.capture(fn)(params, x)
+  close(moments['w'].second, forms.moments_of(rows)[2], 'second')
 
 
 @pytest.mark.parametrize('name', APART)
@@ -320,6 +335,64 @@ def test_masks_reach_the_parts():
   np.testing.assert_array_equal(moments['w'].count, count)
   close(moments['w'].mean, mean, 'mean')
   close(moments['w'].second, second, 'second')
+
+
+# --- as layers write it ---
+
+
+def deconvolution(p, x):
+  """Keras' Conv2DTranspose: (h, w, out, in), flipped, and muP's 1/m."""
+  y = jax.lax.conv_transpose(
+    x,
+    p['kernel'] * (1 / np.sqrt(8)),
+    (2, 2),
+    'SAME',
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    transpose_kernel=True,
+  )
+  return y + p['bias']
+
+
+def test_a_deconvolution_becomes_two():
+  rng = np.random.default_rng(2)
+  draw = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)
+  params = {'kernel': draw(3, 3, 5, 2), 'bias': draw(5)}
+  x = draw(4, 4, 4, 2)
+  moments = ur.collect(deconvolution, params, [x], progress=False)
+  assert moments['kernel'].layout.matrix_shape == (18, 5)
+  small = ur.factorize(params, moments, {'kernel': 5}, progress=False)
+  close(
+    ur.low_rank(deconvolution)(small, x), deconvolution(params, x), 'outputs'
+  )
+  # Of rank 3, against the best that there is, by the dense outputs' SVD.
+  small = ur.factorize(
+    params, moments, {'kernel': 3}, compensate_mean=False, progress=False
+  )
+  y = f64(deconvolution(params, x)) - f64(params['bias'])
+  z = f64(ur.low_rank(deconvolution)(small, x)) - f64(params['bias'])
+  _, s, _ = np.linalg.svd(y.reshape(-1, 5), full_matrices=False)
+  close(np.square(z - y).sum(), np.square(s[3:]).sum(), 'error')
+  close(deconvolution(ur.merge(small), x), z + f64(params['bias']), 'merged')
+
+
+def standardised(p, x):
+  w = p['kernel']
+  mean, std = w.mean((0, 1, 2)), w.std((0, 1, 2))
+  return jax.lax.conv_general_dilated(
+    x,
+    (w - mean) / (std + 1e-5) * p['gain'],
+    (1, 1),
+    'SAME',
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
+
+
+def test_a_standardised_kernel_is_named():
+  params = {'kernel': np.ones((3, 3, 2, 5)), 'gain': np.ones(5)}
+  params = jax.tree.map(np.float32, params)
+  sites = ur.find_sites(standardised, params, np.ones((2, 4, 4, 2), np.float32))
+  assert not sites
+  assert 'used by' in sites.unseen['kernel'] and 'sub' in sites.unseen['kernel']
 
 
 # --- what is not followed is named ---
