@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from utilized_rank.tree.recut import recut
+
 Atoms = tuple[int, ...]
 
 
@@ -173,69 +175,18 @@ class View:
     It cannot where a new axis would hold part of an atom whose size it does
     not divide, or would mix atoms with a broadcast axis.
     """
-    # A broadcast axis goes through as an item of its own: atom None.
-    queue: list[tuple[int | None, int]] = []
-    for atoms, size in zip(self.axes, self.sizes, strict=True):
-      if atoms:
-        queue += [(a, self.atoms[a]) for a in atoms]
-      elif size > 1:
-        queue.append((None, size))
-    pieces: dict[int, list[int]] = {a: [s] for a, s in enumerate(self.atoms)}
-    axes: list[list[tuple[int | None, int]]] = []
-    for size in sizes:
-      axis: list[tuple[int | None, int]] = []
-      left = size
-      while left > 1 or (queue and queue[0][1] == 1 and not axis):
-        if not queue:
-          return None
-        atom, n = queue.pop(0)
-        if n > left:
-          if n % left:
-            return None
-          queue.insert(0, (atom, n // left))
-          if atom is not None:
-            # Row-major: the outer piece belongs to this axis.
-            pieces[atom][-1:] = [left, n // left]
-          n = left
-        elif left % n:
-          return None
-        axis.append((atom, n))
-        left //= n
-      axes.append(axis)
-    if any(size != 1 for _, size in queue):
+    found = recut(self.atoms, self.axes, self.sizes, sizes)
+    if found is None:
       return None
-    if queue:
-      # Trailing atoms of size one; they can sit on any axis with atoms.
-      home = next(
-        (x for x in reversed(axes) if x and x[-1][0] is not None), None
-      )
-      if home is None:
-        return None
-      home += queue
-    return self._recut(pieces, axes, tuple(sizes))
-
-  def _recut(self, pieces, axes, sizes) -> View | None:
-    numbers: dict[int, list[int]] = {}
-    atoms: list[int] = []
-    for atom, parts in sorted(pieces.items()):
-      numbers[atom] = list(range(len(atoms), len(atoms) + len(parts)))
-      atoms += parts
+    atoms, axes, numbers = found
     if any(len(numbers[a]) > 1 for a, _ in self.taken):
       return None
-    next_part = {a: iter(n) for a, n in numbers.items()}
-    new_axes = []
-    for axis in axes:
-      if len({atom is None for atom, _ in axis}) > 1:
-        return None
-      new_axes.append(
-        tuple(next(next_part[a]) for a, _ in axis if a is not None)
-      )
     spread = lambda old: frozenset(n for a in old for n in numbers[a])
     return dataclasses.replace(
       self,
-      atoms=tuple(atoms),
-      axes=tuple(new_axes),
-      sizes=sizes,
+      atoms=atoms,
+      axes=axes,
+      sizes=tuple(sizes),
       taken=tuple((numbers[a][0], by) for a, by in self.taken),
       flipped=spread(self.flipped),
       scaled_along=spread(self.scaled_along),
