@@ -8,17 +8,16 @@ from typing import Any
 import warnings
 import zlib
 
-import jax
 from jax.sharding import Mesh
 
 from utilized_rank.collection import accumulation
 from utilized_rank.collection import passes
 from utilized_rank.collection.one_pass import Feeding
 from utilized_rank.collection.one_pass import started
+from utilized_rank.collection.placement import placement
 from utilized_rank.collection.plan import members_of
 from utilized_rank.collection.plan import passes_within
 from utilized_rank.collection.running_sums import RunningSums
-from utilized_rank.collection.where import where
 from utilized_rank.host import processes
 from utilized_rank.moments.gradients import LossFn
 from utilized_rank.moments.masks import Mask
@@ -157,7 +156,7 @@ def collect(
   what = Measurement(fn, loss, fisher_rows, select, on_opaque, sides)
   accumulation.check(accumulate)
   values, tree_of = tracing.split(params)
-  place = where(values, mesh, batch_axes, pmap_axis)
+  place = placement(values, mesh, batch_axes, pmap_axis)
   everywhere = place.everywhere
   stream = started(batches, everywhere)
   place = place.named_by(fn, params, stream.first)

@@ -189,9 +189,11 @@ def factorize(
       if i:  # the first of a set holds the left factor
         leaf = dataclasses.replace(leaf, a=None, left=names[0])
       if compensate_mean:
-        bias = moments[path].entry.bias
+        entry = moments[path].entry
         discarded = np.stack([m.discarded[i] for m in found])
-        named |= give_back(named, path, bias, leaf, discarded)
+        named |= give_back(
+          named, path, entry.bias, leaf, discarded, entry.bias_scale
+        )
       else:
         named[path] = place(leaf, named[path])
   return paths.unflatten(treedef, named)

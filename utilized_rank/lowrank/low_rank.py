@@ -134,7 +134,7 @@ class _Substitution:
       if compat.has_explicit_axes(x):
         factors = factors.plain()  # no lookup among x's outputs
       left = self._lefts.get(param.view.path)
-      if left is None:
+      if left is None or factors.scaled:
         return found.factored(x, factors, lambda make: make())
       key = (
         left,

@@ -100,6 +100,7 @@ def give_back(
   bias: str | None,
   leaf: LowRank,
   constant: np.ndarray,
+  scale: float = 1.0,
 ) -> dict[str, Any]:
   """A leaf whose product adds a constant: in its bias, or in `LowRank.c`.
 
@@ -109,6 +110,7 @@ def give_back(
     bias: path of the kernel's own bias; None where there is none.
     leaf: the kernel's factors, on the host.
     constant: one number for each output of each member.
+    scale: what it is multiplied with on its way to the bias.
 
   Returns:
     The leaves to put in place, by path, on the devices of those that were
@@ -127,5 +129,5 @@ def give_back(
       'moments were collected; these parameters do not'
     )
   old = named[bias]
-  new = np.asarray(old, np.float64) + constant.reshape(old.shape)
+  new = np.asarray(old, np.float64) + scale * constant.reshape(old.shape)
   return {path: place(leaf, named[path]), bias: place_like(new, old)}

@@ -70,6 +70,8 @@ class Entry:
     number: in which pass over the batches it was collected, from 0; not looked
       at where moments are compared or merged.
     columns: of the sketch; 0 without.
+    bias_scale: what a constant of x W is multiplied with to be one of the
+      bias; the function may multiply either with a number.
   """
 
   path: str
@@ -80,6 +82,7 @@ class Entry:
   side: str = 'input'
   number: int = dataclasses.field(default=0, compare=False, kw_only=True)
   columns: int = dataclasses.field(default=0, kw_only=True)
+  bias_scale: float = dataclasses.field(default=1.0, kw_only=True)
 
   @property
   def measured(self) -> tuple[Layout, str, int]:

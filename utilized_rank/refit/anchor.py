@@ -328,7 +328,8 @@ class _Fit:
     leaf = assemble(stored, layout)
     if not self._compensate_mean:
       return {path: place(leaf, self._named[path])}
-    return give_back(self._named, path, bias, leaf, self._constants)
+    scale = self._site.bias_scale
+    return give_back(self._named, path, bias, leaf, self._constants, scale)
 
   def finish(self) -> dict[str, Any]:
     """The leaves, a matrix that no product read being cut by its SVD."""

@@ -24,7 +24,7 @@ from utilized_rank.walk import tracing
 
 
 @dataclasses.dataclass(frozen=True)
-class Where:
+class Placement:
   """Where a collection's steps run.
 
   Attributes:
@@ -56,7 +56,9 @@ class Where:
       self.spread and self.mesh is not None and meshes.is_explicit(self.mesh)
     )
 
-  def named_by(self, fn: Callable[..., Any], params: Any, batch: Any) -> Where:
+  def named_by(
+    self, fn: Callable[..., Any], params: Any, batch: Any
+  ) -> Placement:
     """The same on the mesh that the function itself names, if it names one.
 
     Raises:
@@ -101,12 +103,12 @@ class Where:
     return Devices(params, mine)
 
 
-def where(
+def placement(
   params: Sequence[Any],
   mesh: Mesh | None,
   batch_axes: Sequence[str] | None,
   pmap_axis: str | None,
-) -> Where:
+) -> Placement:
   """Where a collection runs, by what its caller gives and has in force.
 
   Args:
@@ -121,17 +123,17 @@ def where(
   if pmap_axis is not None:
     if mesh is None and axes is not None:
       raise ValueError('batch_axes are axes of a mesh; pass mesh= as well')
-    return Where(mesh, False, False, None, axes, pmap_axis)
+    return Placement(mesh, False, False, None, axes, pmap_axis)
   around = _joint(meshes.ambient())
   found = mesh or _mesh_of(params) or around
   if found is None:
     if axes is not None:
       raise ValueError('batch_axes are axes of a mesh; pass mesh= as well')
-    return Where(None, False, False, None, None, None)
+    return Placement(None, False, False, None, None, None)
   spread = any(_is_spread(v, found) for v in params)
   whole = spread or axes is not None or around is not None
   is_set = mesh is not None or around is not None or meshes.is_explicit(found)
-  return Where(found, whole, spread, found if is_set else None, axes, None)
+  return Placement(found, whole, spread, found if is_set else None, axes, None)
 
 
 def _is_spread(array: Any, mesh: Mesh) -> bool:
