@@ -14,7 +14,7 @@ import utilized_rank as ur
 from utilized_rank.collection import running_sums
 from utilized_rank.collection.devices import Sharded
 from utilized_rank.moments.capture import count
-from utilized_rank.moments.rows import Counting
+from utilized_rank.moments.counting import Counting
 
 collect = functools.partial(ur.collect, progress=False)
 # Mesh, and how each parameter is spread over it.

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 
 from utilized_rank.moments.collector import Collector
+from utilized_rank.moments.counting import EVERY
+from utilized_rank.moments.counting import Counting
 from utilized_rank.moments.moments import Entry
 from utilized_rank.moments.moments import Moments
-from utilized_rank.moments.rows import EVERY
-from utilized_rank.moments.rows import Counting
 from utilized_rank.moments.rows import Rows
 from utilized_rank.moments.sides import INPUTS
 from utilized_rank.moments.sides import Columns

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from utilized_rank.moments.counting import EVERY
+from utilized_rank.moments.counting import Counting
 from utilized_rank.moments.gradients import LossFn
-from utilized_rank.moments.rows import EVERY
-from utilized_rank.moments.rows import Counting
 from utilized_rank.moments.rows import in_parts
 from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Layout

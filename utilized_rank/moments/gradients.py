@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from utilized_rank.linalg import gram
-from utilized_rank.moments.rows import EVERY
-from utilized_rank.moments.rows import Counting
+from utilized_rank.moments.counting import EVERY
+from utilized_rank.moments.counting import Counting
 from utilized_rank.moments.rows import Rows
 from utilized_rank.products import describe
 from utilized_rank.products.factored import Factored

@@ -9,7 +9,6 @@ so that devices that hold different examples have nothing to tell each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -28,34 +27,11 @@ from utilized_rank.axes.where import plain
 from utilized_rank.host.meshes import is_explicit
 from utilized_rank.linalg import gram
 from utilized_rank.linalg import sketch
+from utilized_rank.moments.counting import Counting
 from utilized_rank.products.product import ROW
 from utilized_rank.products.product import Product
 from utilized_rank.products.product import one_block
 from utilized_rank.walk import compat
-
-
-@dataclasses.dataclass(frozen=True)
-class Counting:
-  """What is counted.
-
-  Attributes:
-    mask: whether each example, (B,), or each of its tokens, (B, T), counts.
-    over: a mesh and the names of its axes over which the examples are spread;
-      each share of them has sums of its own, along an axis behind the groups.
-  """
-
-  mask: Any = None
-  over: tuple[Any, tuple[str, ...]] | None = None
-
-  @property
-  def parts(self) -> int:
-    if self.over is None:
-      return 0
-    mesh, names = self.over
-    return math.prod(mesh.shape[n] for n in names)
-
-
-EVERY = Counting()  # all rows, in one sum
 
 
 class Rows:
