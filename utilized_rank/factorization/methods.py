@@ -83,7 +83,7 @@ def _output(kernel: Kernel, damping: float) -> Solution:
   d, m = kernel.w.shape
   if d < m and not kernel.from_outputs:
     return _input_side(kernel, None, 0.0)
-  values, vectors = kernel.out_basis
+  values, vectors = kernel.leading_outputs(None)
   return best_pairs.output_factors(kernel.w, vectors), values
 
 
@@ -178,12 +178,8 @@ def output(kernel: Kernel, rank: int) -> tuple[Pair, float, float]:
   if d < m and not kernel.from_outputs:
     return best_pairs.input_side_pair(kernel.w, kernel.second, rank)
   values, vectors = kernel.leading_outputs(rank)
-  left, energy = values[rank:].sum(), values.sum()
-  return (
-    best_pairs.output_factors(kernel.w, vectors),
-    float(left),
-    float(energy),
-  )
+  left, energy = (max(float(v.sum()), 0.0) for v in (values[rank:], values))
+  return best_pairs.output_factors(kernel.w, vectors), left, energy
 
 
 def truncate(family: Family, rank: int) -> Pair:
