@@ -72,7 +72,7 @@ def check(
     for rounding in _rounding_of(metric, stored, predicted, dtype):
       yield rounding + unseen
 
-  size = np.trace(t) * len(w)
+  size = _size(t) * len(w)
   _compare(kernel.name, stored, measured, predicted, energy, size, slack())
 
 
@@ -117,7 +117,7 @@ def check_in(
   difference = w - stored.a @ stored.b
   # Without G the product is symmetric, and takes half of the time of S D.
   measured = _form(s, _times(difference, g) @ difference.T)
-  size = np.trace(s) * _form(w, w) * (1.0 if g is None else np.trace(g))
+  size = _size(s) * _form(w, w) * (1.0 if g is None else _size(g))
   slack = _rounding_of(metric, stored, predicted, dtype)
   _compare(name, stored, measured, predicted, energy, size, slack)
 
@@ -155,12 +155,12 @@ def _compare(
   of which `slack` has bounds, the next one looked at where the last is not
   enough, the two may differ by what float32 sums resolve of the whole energy,
   and by what float64 does of `size`, which no error is above: tr(S) |W|^2
-  tr(G).
+  tr(G), by and large.
   """
   a, b = stored
   double = float(np.finfo(np.float64).eps) * _DEVIATIONS * (len(a) + b.shape[1])
   # Traces of what is rounding alone may be below zero.
-  tolerance = eigh.EIGENVALUE_FLOOR * max(energy, 0.0) + double * abs(size)
+  tolerance = eigh.EIGENVALUE_FLOOR * max(energy, 0.0) + double * size
   off = abs(max(measured, 0.0) - predicted)
   allowed = tolerance
   for more in itertools.chain([0.0], slack):
@@ -213,6 +213,11 @@ def _noise(
   of_a = _form(np.diagonal(s) @ error_a, np.sum(_times(b, g) * b, axis=1))
   of_b = _form(np.sum((s @ a) * a, axis=0), error_b @ columns)
   return _DEVIATIONS * float(np.sqrt(max(of_a + of_b, 0.0)))
+
+
+def _size(moment: np.ndarray) -> float:
+  """The trace, unless it is rounding alone."""
+  return max(float(np.trace(moment)), float(np.abs(moment).max()))
 
 
 def _form(left: np.ndarray, right: np.ndarray) -> float:

@@ -217,8 +217,12 @@ def utilized(kernel: Kernel, rank: int) -> tuple[Pair, float, float]:
     for basis, at_rank in zip(bases, energies, strict=True)
   )
   v, u = of_s.vectors[:, :k_s], of_t.vectors[:, :k_t]
+  # With what the basis takes for zero: certificates measure in S itself.
+  values = np.sum(of_s.vectors * (kernel.second @ of_s.vectors), axis=0)
+  own = subspace.Basis(values, of_s.vectors)
+  error = subspace.projected_error(kernel.w, own, k_s, u)
   return (
     best_pairs.utilized_factors(kernel.w, v, u),
-    subspace.projected_error(kernel.w, of_s, k_s, u),
+    max(error, 0.0),
     float(of_s.values[0] * np.sum(kernel.w**2)),
   )

@@ -142,7 +142,8 @@ def _root(
   unless rounding of float32 sums has left S with eigenvalues below minus the
   floor. They, and all that such sums do not resolve, are then taken for zero.
   """
-  floor = floor_of(np.trace(s))
+  # The trace, unless S is rounding alone.
+  floor = floor_of(max(np.trace(s), np.abs(s).max()))
   try:
     root = np.linalg.cholesky(s + floor * np.eye(len(s)))
   except np.linalg.LinAlgError:
