@@ -237,8 +237,8 @@ class Rows:
     if mixed:
       raise ValueError(
         f'{self._why} needs examples that do not mix, and the input of '
-        f'{path!r} mixes them: {mixed}. Collect without a mask on batches without '
-        f"padding, or leave it out with select=[('{path}', False), ...]"
+        f'{path!r} mixes them: {mixed}. Collect without a mask on batches '
+        f"without padding, or leave it out with select=[('{path}', False), ...]"
       )
     if self._tokens is None or not where.has(EXAMPLE):
       return

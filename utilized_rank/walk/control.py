@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from utilized_rank.tree.layout import View
 from utilized_rank.walk import compat
+from utilized_rank.walk import custom
 from utilized_rank.walk import shard_map
 from utilized_rank.walk.values import Emission
 from utilized_rank.walk.values import Loop
@@ -34,12 +35,15 @@ def _call(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
 def _custom(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
   """A function with its own rule for derivatives.
 
-  The rule survives unless a product with a parameter is inside: then what is
-  differentiated is what is computed.
+  The rule survives where the walk is differentiated; what looks at forward
+  values alone enters the function.
   """
   inner = eqn.params[compat.CALLS[eqn.primitive.name]]
   jaxpr, consts = compat.open_jaxpr(inner)
   if holds_product(walk, jaxpr, consts, operands):
+    is_vjp = eqn.primitive.name == 'custom_vjp_call'
+    if is_vjp and getattr(walk.visitor, 'is_differentiated', False):
+      return custom.keep_rule(walk, eqn, jaxpr, consts, operands)
     return walk.run(jaxpr, consts, operands)
   name = eqn.primitive.name
   return compat.bind(eqn, [walk.materialise(v, name) for v in operands])
