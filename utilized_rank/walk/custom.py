@@ -24,6 +24,7 @@ def keep_rule(
   """
   arrays, rebuild = split(operands)
   name = eqn.primitive.name
+  closed = eqn.params.get('num_consts', 0)  # values that have no cotangents
 
   def walked(arrays, consts):
     scope = walk.scope()
@@ -49,7 +50,9 @@ def keep_rule(
 
   def backward(kept, cotangents):
     arrays, consts = kept
-    (found,) = jax.vjp(written, arrays)[1](cotangents)
+    fixed, free = arrays[:closed], arrays[closed:]
+    (found,) = jax.vjp(lambda a: written([*fixed, *a]), free)[1](cotangents)
+    found = [None] * closed + found
     if any(hasattr(a, 'tap') for a in arrays):
       _, back = jax.vjp(lambda a: walked(a, consts), arrays)
       (inside,) = back(cotangents)
