@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from utilized_rank.walk import compat
 from utilized_rank.walk.values import split
@@ -23,6 +24,8 @@ def keep_rule(
   code has there.
   """
   arrays, rebuild = split(operands)
+  # A rule may index what is an array of numpy's in the trace by a tracer.
+  arrays = jax.tree.map(jnp.asarray, arrays)
   name = eqn.primitive.name
   closed = eqn.params.get('num_consts', 0)  # values that have no cotangents
 
