@@ -101,11 +101,13 @@ class Kernel:
 
   @functools.cached_property
   def out_basis(self) -> subspace.Basis:
-    """Eigenbasis of T = W^T S W."""
-    return self.leading_outputs(None)
+    """Eigenbasis of T = W^T S W; what rounding put below zero is zero."""
+    values, vectors = self.leading_outputs(None)
+    return subspace.Basis(np.maximum(values, 0), vectors)
 
   def leading_outputs(self, most: int | None) -> subspace.Basis:
-    """`out_basis`, with no more than the first `most` vectors."""
+    """`out_basis`, with no more than the first `most` vectors and the values
+    as they are: they add up to T's trace."""
     w = self.w
     if self.from_outputs:
       return subspace.measured_output_basis(w, self.out_second, most)

@@ -100,6 +100,8 @@ class _Substitution:
   `lefts` maps the paths of kernels that share an A to the one that holds it.
   """
 
+  is_differentiated = True  # rules of `custom_vjp` are kept
+
   def __init__(self, lefts: dict[str, str]):
     self._lefts = lefts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+import copy
 import dataclasses
 import functools
 import math
@@ -32,6 +33,7 @@ from utilized_rank.walk.values import Emission
 from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
 from utilized_rank.walk.values import Param
+from utilized_rank.walk.values import Running
 from utilized_rank.walk.values import UnsupportedError
 
 
@@ -133,6 +135,12 @@ class Collector:
     use = Use(product, groups, product.num_rows)
     walk.tape.emit(key, make, use, loops)
     return Output(product.output, out, use)
+
+  def among(self, running: Running) -> Collector:
+    """The same, for the rows of a loop's examples that are not done."""
+    inner = copy.copy(self)
+    inner.rows = self.rows.among(running)
+    return inner
 
   def biased(self, output: Output, bias: Param) -> bool:
     if not is_bias(output.use.product, output.view, bias.view):

@@ -56,7 +56,8 @@ def gradient_sums(
     gradient of the example's loss with respect to the row of outputs; and B.
 
   Raises (when called):
-    ValueError: the loss is not one number per example.
+    ValueError: the loss is not one number per example, or there is no
+      reverse derivative.
   """
 
   def sums(params, batch):
@@ -80,9 +81,30 @@ def gradient_sums(
         )
       return jnp.sum(rows.losses(losses))
 
-    return jax.grad(total)(taps), rows.examples(examples)
+    return _gradient(total, taps), rows.examples(examples)
 
   return sums
+
+
+def _gradient(total: Callable[[Any], jax.Array], taps: Any) -> Any:
+  try:
+    return jax.grad(total)(taps)
+  except Exception as error:
+    jax.eval_shape(total, taps)  # fails as well unless it is the derivative
+    raise ValueError(
+      'loss= needs the reverse derivative of the function, which has none: '
+      f'{first_line(error)}. Collect without a loss (compress: give '
+      'divergence= in its place), or give the function a jax.custom_vjp rule'
+    ) from error
+
+
+def first_line(error: Exception) -> str:
+  """What an error says first, or its type where it says nothing.
+
+  >>> first_line(ValueError('one\\ntwo')), first_line(AssertionError())
+  ('one', 'AssertionError')
+  """
+  return (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
 
 
 def _examples(batch: Any) -> int:
@@ -160,6 +182,8 @@ class _Tapped:
 
 class _Tapper:
   """Visitor that puts a tap at the output of every product."""
+
+  is_differentiated = True  # rules of `custom_vjp` are kept
 
   def __init__(self, rows: Rows):
     self.rows = rows

@@ -9,6 +9,7 @@ so that devices that hold different examples have nothing to tell each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import copy
 import functools
 import math
 from typing import Any
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from utilized_rank.axes.flow import Flow
+from utilized_rank.axes.flow import in_loop
 from utilized_rank.axes.where import EXAMPLE
 from utilized_rank.axes.where import TOKEN
 from utilized_rank.axes.where import Where
@@ -32,6 +34,7 @@ from utilized_rank.products.product import ROW
 from utilized_rank.products.product import Product
 from utilized_rank.products.product import one_block
 from utilized_rank.walk import compat
+from utilized_rank.walk.values import Running
 
 
 class Rows:
@@ -43,6 +46,7 @@ class Rows:
     self.parts = counting.parts
     self._found: dict[Any, Where] = {}
     self._tokens: int | None = None
+    self._why, self._is_cut = 'a mask', True  # see `among`
     if counting.mask is None and not counting.parts:
       return
     self._examples = traced.args[0].shape[0]
@@ -54,6 +58,31 @@ class Rows:
     if self._examples > 1:
       flow.run(traced.jaxpr, values)
     self._found = flow.found
+
+  def among(self, running: Running) -> Rows:
+    """The rows in a loop's body of the examples that are not done.
+
+    Raises:
+      ValueError: it is not known which of the mask's examples are whose.
+    """
+    here = running.examples
+    if here.size == 1:
+      return self
+    where = self._of(running.test)
+    if self._mask is not None:
+      if self._tokens is not None or where.mixed or not where.has(EXAMPLE):
+        raise ValueError(
+          'the examples of a vmapped loop end apart, and a mask of '
+          f'{self._mask.shape} was not followed into it ({where.mixed})'
+        )
+      here = here & self.keep(where)
+    inner = copy.copy(self)
+    inner._why = 'a vmapped loop whose examples end apart'
+    inner._mask, inner._tokens = here.reshape(-1), None
+    inner._examples = here.size
+    inner._is_cut = any(p.name == EXAMPLE for p in where.axes[0])
+    inner._found = in_loop(running.body, running.num_consts, here.shape)
+    return inner
 
   @property
   def tail(self) -> int:
@@ -141,7 +170,7 @@ class Rows:
       if not self._is_split(where):
         # Its examples are not known: one sum of all, at the first part.
         found = of(matrix, x, blocks(x.shape))
-        return _by_features(lambda a, k: _first(a, k, self.parts), found)
+        return _by_features(lambda a, k: first_part(a, k, self.parts), found)
       x = _parts_first(x, where, self.parts)
       free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
       spread = NamedSharding(_auto(mesh), PartitionSpec(names, *free))
@@ -166,7 +195,12 @@ class Rows:
 
   def _is_split(self, where: Where) -> bool:
     """Whether the shares of the examples can be told apart."""
-    if not self.parts or where.mixed or not where.has(EXAMPLE):
+    if (
+      not self.parts
+      or not self._is_cut
+      or where.mixed
+      or not where.has(EXAMPLE)
+    ):
       return False
     return _top(where)[1] % self.parts == 0
 
@@ -180,9 +214,9 @@ class Rows:
         mixed = mixed or 'the product itself'
     if mixed:
       raise ValueError(
-        f'a mask needs examples that do not mix, and the input of {path!r} '
-        f'mixes them: {mixed}. Collect without a mask on batches without '
-        f"padding, or leave it out with select=[('{path}', False), ...]"
+        f'{self._why} needs examples that do not mix, and the input of '
+        f'{path!r} mixes them: {mixed}. Collect without a mask on batches '
+        f"without padding, or leave it out with select=[('{path}', False), ...]"
       )
     if self._tokens is None or not where.has(EXAMPLE):
       return
@@ -283,7 +317,7 @@ class Rows:
     if not self.parts:
       return mask.sum(dtype=jnp.int32)
     if len(mask) % self.parts:
-      return _first(mask.sum(dtype=jnp.int32), 0, self.parts)
+      return first_part(mask.sum(dtype=jnp.int32), 0, self.parts)
     return mask.reshape(self.parts, -1).sum(1, dtype=jnp.int32)
 
 
@@ -326,50 +360,12 @@ def _parts_first(x: jax.Array, where: Where, parts: int) -> jax.Array:
   return x.reshape(parts, *lead, -1, *rest)
 
 
-def _first(array: jax.Array, features: int, parts: int) -> jax.Array:
+def first_part(array: jax.Array, features: int, parts: int) -> jax.Array:
   """(*groups, parts, ...) with the array at the first part, zeros behind."""
   at = array.ndim - features
   widths: Sequence[tuple[int, int]] = [(0, 0)] * array.ndim
   array = jnp.expand_dims(array, at)
   return jnp.pad(array, [*widths[:at], (0, parts - 1), *widths[at:]])
-
-
-def in_parts(
-  sums: Callable[[Any], jax.Array],
-  arrays: Any,
-  over: tuple[Any, tuple[str, ...]] | None,
-) -> Any:
-  """`sums` of arrays that lead with the examples, over each share of them.
-
-  Args:
-    sums: sums over examples, each (*groups, d).
-    arrays: pytree of arrays of the same examples.
-    over: as in `Counting`.
-
-  Returns:
-    What `sums` returns, with the parts in front of the features. Examples that
-    do not divide evenly are all in the first part, and so are those whose
-    types say how they are spread: a function may not cut them.
-  """
-  parts = Counting(None, over).parts
-  if not parts:
-    return sums(arrays)
-  assert over is not None
-  size = len(jax.tree.leaves(arrays)[0])
-  explicit = is_explicit(over[0])
-  if explicit:
-    whole = NamedSharding(over[0], PartitionSpec())
-    arrays = jax.tree.map(lambda a: jax.sharding.reshard(a, whole), arrays)
-  if size % parts or explicit:
-    return jax.tree.map(lambda a: _first(a, 1, parts), sums(arrays))
-  spread = NamedSharding(over[0], PartitionSpec(over[1]))
-
-  def cut(array):
-    array = jnp.asarray(array).reshape(parts, size // parts, *array.shape[1:])
-    return jax.lax.with_sharding_constraint(array, spread)
-
-  found = jax.vmap(sums)(jax.tree.map(cut, arrays))
-  return jax.tree.map(lambda a: jnp.moveaxis(a, 0, -2), found)
 
 
 def _auto(mesh: Any) -> Any:

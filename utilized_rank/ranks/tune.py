@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
+import warnings
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from utilized_rank.factorization.decompose import decompose
 from utilized_rank.host.progress import track
 from utilized_rank.losses.divergence import Divergence
 from utilized_rank.losses.divergence import comes_closer
+from utilized_rank.moments.gradients import first_line
 from utilized_rank.moments.moments import Moments
 from utilized_rank.ranks.budget import budget_ranks
 from utilized_rank.ranks.trials import OnDevice
@@ -124,7 +126,8 @@ def tune_ranks(
     reference: parameters of the dense function to stay near to; default
       `params`, other kernels of which may be compressed already.
     rounds: corrections of the best allocation; each takes one backward pass
-      and up to three trials, and ends the search if it brings nothing.
+      and up to three trials, and ends the search if it brings nothing. Where
+      the function has no reverse derivative there are none: a warning.
     at_once: sets of ranks tried in one call; more fill a large accelerator.
     progress: show a progress bar.
 
@@ -178,7 +181,7 @@ def tune_ranks(
     )
   for _ in range(rounds):
     next(step)
-    if not search.correct():
+    if not search.has_slopes() or not search.correct():
       break
   return TunedRanks(search.ranks, search.families, search.log, search.best)
 
@@ -210,6 +213,17 @@ class _Search:
         self.best, self.ranks, self.families = each, ranks, families
         self._family, self._metric = family, metric
         self._scale = dict.fromkeys(families, 0.0)
+
+  def has_slopes(self) -> bool:
+    """Whether the outputs have a derivative; a warning where they have not."""
+    why = self._trials.no_slopes(self.ranks, self._family)
+    if why is not None:
+      warnings.warn(
+        'ranks are chosen by predictions and trials alone, without slopes: '
+        f'the function has no reverse derivative ({first_line(why)})',
+        stacklevel=3,
+      )
+    return why is None
 
   def correct(self) -> bool:
     """Scales the predictions to what is seen; whether that helped."""

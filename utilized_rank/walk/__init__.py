@@ -5,6 +5,7 @@
 * `interpret`: the walk itself, one equation after the other.
 * `parts`, `pieces`, `scale`: slices of a leaf, and a leaf times a number.
 * `control`, `shard_map`: calls, loops, branches and shards, rebuilt around it.
+* `custom`: functions with a derivative rule of their own.
 * `flatten`: a function as one list of equations, to be cut anywhere.
 * `cost`: what a traced and what a compiled program costs.
 * `compat`: every contact with JAX internals.

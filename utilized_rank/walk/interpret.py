@@ -31,6 +31,7 @@ from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
 from utilized_rank.walk.values import Param
 from utilized_rank.walk.values import Pieces
+from utilized_rank.walk.values import Running
 from utilized_rank.walk.values import Tape
 from utilized_rank.walk.values import UnsupportedError
 from utilized_rank.walk.values import Visitor
@@ -102,9 +103,17 @@ class Walk:
       known = self._origins[id(value)] = (('value', next(self._serial)), value)
     return known[0]
 
-  def scope(self) -> Walk:
-    """The walk of a body: emissions of its own, all else shared."""
-    inner = type(self)(self.visitor)
+  def scope(self, running: Running | None = None) -> Walk:
+    """The walk of a body: emissions of its own, all else shared.
+
+    Args:
+      running: the examples that are not done, where the body is a loop's that
+        runs on for others; the visitor's `among` is told, if it has one.
+    """
+    visitor = self.visitor
+    if running is not None and hasattr(visitor, 'among'):
+      visitor = visitor.among(running)
+    inner = type(self)(visitor)
     inner._origins, inner._serial = self._origins, self._serial
     inner.repeats = self.repeats
     return inner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -170,6 +170,22 @@ class Visitor(Protocol):
   def stacked(self, use: Any, loop: Any, size: int, is_stacked: bool) -> Any:
     """The use, seen from outside a loop that stacked or summed it."""
     ...
+
+
+class Running(NamedTuple):
+  """Which examples of a vmapped `while` are not done yet.
+
+  Attributes:
+    examples: of each, the leading axes of all that is carried.
+    test: the variable of the condition's jaxpr that says so.
+    body: the loop's body, an open jaxpr; carried values are its last inputs.
+    num_consts: its first inputs, which stay what they are.
+  """
+
+  examples: jax.Array
+  test: Any
+  body: Any
+  num_consts: int
 
 
 class Loop:
