@@ -19,6 +19,7 @@ from utilized_rank.tree.layout import Atoms
 from utilized_rank.tree.layout import Layout
 from utilized_rank.tree.layout import View
 from utilized_rank.tree.layout import common_atoms
+from utilized_rank.tree.layout import is_long
 from utilized_rank.tree.layout import pieces_of
 from utilized_rank.walk import compat
 from utilized_rank.walk.values import Loop
@@ -94,7 +95,7 @@ def _dims(eqn: Any, which: int):
 
 def _named(view: View, axis: int) -> list[int]:
   """The atoms along an axis, repeats too; none along rows."""
-  return [a for a in view.axes[axis] if view.atoms[a] > 1]
+  return [a for a in view.axes[axis] if is_long(view.atoms[a])]
 
 
 def _own(output: Output, axes: Sequence[int]) -> list[int]:
@@ -269,7 +270,7 @@ def contracted(
   for name, pieces in zip(
     mixed.labels, pieces_of(mixed.atoms, view.atoms), strict=True
   ):
-    real = [p for p in pieces if view.atoms[p] > 1]
+    real = [p for p in pieces if is_long(view.atoms[p])]
     if name is not None and len(real) != 1:
       raise NoPair('has its heads cut otherwise when it meets the next kernel')
     label.update(dict.fromkeys(real, name))

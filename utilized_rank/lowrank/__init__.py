@@ -3,6 +3,7 @@
 * `leaf`: the leaf in place of a kernel; merging it, writing it out, counting.
 * `low_rank`: functions that run on trees with such leaves.
 * `narrow_heads`: kernels of attention whose heads are narrower.
+* `serialize`: leaves known to `jax.export` and, where it is, to Flax.
 * `stack`: layers of a scan taken apart and put together.
 * `store`: from float64 pairs to leaves, constants where they fit.
 """

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank.tree.layout import Layout
+from utilized_rank.walk import compat
 
 IDENTITY = 'identity'
 GAUGES = (None, IDENTITY)
@@ -184,9 +185,12 @@ def pays_written_out(rows: int, rank: int, outputs: int) -> bool:
   """Whether a product with `written_out` takes less time than one with B'.
 
   It moves r (m outputs) numbers of the factor in place of `rows`, and
-  multiplies r^2 more a row.
+  multiplies r^2 more a row. Of a symbolic number of rows it must be so for
+  every number; else B' is kept, which is never much slower on few rows.
   """
-  return rank * _MOVE * outputs < rows * _saved_by_row(rank, outputs)
+  return compat.surely(
+    lambda: rank * _MOVE * outputs < rows * _saved_by_row(rank, outputs)
+  )
 
 
 def _saved_by_row(rank: int, outputs: int) -> int:
@@ -206,9 +210,10 @@ def written_out(b: Any, order: Any) -> Any:
   """
 
   def whole(b, order):
-    rank = len(b)
+    rank, order = len(b), order[None]
     # Looked up in B' itself: an array of both would be one more to write.
-    others = b.at[:, jnp.maximum(order - rank, 0)].get(mode='promise_in_bounds')
+    at = jnp.maximum(order[0] - rank, 0)
+    others = b.at[:, at].get(mode='promise_in_bounds')
     block = jnp.arange(rank)[:, None] == order
     return jnp.where(order < rank, block.astype(b.dtype), others)
 

@@ -135,29 +135,28 @@ class View:
     for atoms, size in zip(self.axes, self.sizes, strict=True):
       if atoms:
         queue += [(a, self.atoms[a]) for a in atoms]
-      elif size > 1:
+      elif is_long(size):
         queue.append((None, size))
     pieces: dict[int, list[int]] = {a: [s] for a, s in enumerate(self.atoms)}
     axes: list[list[tuple[int | None, int]]] = []
     for size in sizes:
       axis: list[tuple[int | None, int]] = []
       left = size
-      while left > 1 or (queue and queue[0][1] == 1 and not axis):
+      while is_long(left) or (queue and queue[0][1] == 1 and not axis):
         if not queue:
           return None
         atom, n = queue.pop(0)
-        if n > left:
-          if n % left:
-            return None
+        # Sizes may be symbolic: of two, it is not known which is more.
+        if n != left and n % left == 0:
           queue.insert(0, (atom, n // left))
           if atom is not None:
             # Row-major: the outer piece belongs to this axis.
             pieces[atom][-1:] = [left, n // left]
           n = left
-        elif left % n:
+        elif left % n != 0:
           return None
         axis.append((atom, n))
-        left //= n
+        left = 1 if n == left else left // n
       axes.append(axis)
     if any(size != 1 for _, size in queue):
       return None
@@ -317,6 +316,11 @@ class Layout:
     return Layout(self.shape, tuple(atoms), pick(0), pick(1), pick(2))
 
 
+def is_long(size: Any) -> bool:
+  """Whether an axis may have several indices; one of symbolic size may."""
+  return bool(size > 1) if isinstance(size, (int, np.integer)) else True
+
+
 def pieces_of(
   coarse: Sequence[int], fine: Sequence[int]
 ) -> list[tuple[int, ...]]:
@@ -331,7 +335,7 @@ def pieces_of(
   at = 0
   for k, size in enumerate(coarse):
     start, product = at, 1
-    while product < size or at == start:
+    while at == start or (product != size and at < len(fine)):
       product *= fine[at]
       at += 1
     if k == len(coarse) - 1:

@@ -146,6 +146,14 @@ def is_complex(dtype: Any) -> bool:
   return jnp.issubdtype(dtype, jnp.complexfloating)
 
 
+def surely(holds: Callable[[], Any]) -> bool:
+  """Whether a comparison of sizes holds, whatever symbolic ones stand for."""
+  try:
+    return bool(holds())
+  except jax.errors.InconclusiveDimensionOperation:
+    return False
+
+
 def stage(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:
   """Traces `fn` once, so that it can be run again without its Python code.
 

@@ -18,6 +18,8 @@ from collections.abc import Callable, Hashable, Sequence
 import itertools
 from typing import Any
 
+import numpy as np
+
 from utilized_rank.tree.layout import View
 from utilized_rank.walk import compat
 from utilized_rank.walk import control
@@ -205,6 +207,9 @@ class Walk:
       kernels = []
     plain = []
     for i, value in enumerate(operands):
+      if isinstance(eqn.invars[i], compat.Literal):
+        # A number; what reads rows wants an array.
+        value = np.asarray(value, eqn.invars[i].aval.dtype)
       if isinstance(value, Param) and i not in kernels:
         reason = eqn.primitive.name
         if len(params) == 2:
