@@ -16,8 +16,20 @@ import pytest
 _CACHE = tempfile.TemporaryDirectory(prefix='utilized_rank_xla_')
 
 
+# `UTILIZED_RANK_SETTING=rank_promotion pytest ...`: the suite under a setting
+# that users may have made.
+_SETTINGS = {
+  'rank_promotion': ('jax_numpy_rank_promotion', 'raise'),
+  'dtype_promotion': ('jax_numpy_dtype_promotion', 'strict'),
+  'transfer_guard': ('jax_transfer_guard', 'disallow'),
+}
+
+
 def pytest_configure(config):
   del config
+  setting = os.environ.get('UTILIZED_RANK_SETTING')
+  if setting:
+    jax.config.update(*_SETTINGS[setting])
   # XLA's compile time is most of the suite's: equal programs compile once.
   jax.config.update('jax_compilation_cache_dir', _CACHE.name)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
