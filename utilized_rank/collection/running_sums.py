@@ -18,6 +18,7 @@ from utilized_rank.linalg import gram
 from utilized_rank.linalg.sketch import Sketch
 from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.sites import Site
+from utilized_rank.walk import compat
 from utilized_rank.walk import cost
 
 # Rows that the devices may count before the host takes the sums over: int32
@@ -109,6 +110,7 @@ class RunningSums:
     if np.asarray(most).max() > _MOST_ROWS:
       self._flush()
 
+  @compat.moves_data
   def _flush(self) -> None:
     """Moves the sums to the host, in float64 and int64."""
     assert self.state is not None

@@ -41,9 +41,11 @@ from utilized_rank.report.measure import measure
 from utilized_rank.report.report import Report
 from utilized_rank.storage.recipe import Recipe
 from utilized_rank.tree import paths
+from utilized_rank.walk import compat
 from utilized_rank.walk.interpret import UnsupportedError
 
 
+@compat.moves_data
 def compress(
   fn: Callable[[Any, Any], Any],
   params: Any,

@@ -102,6 +102,7 @@ def pair_flops(layout: Layout, rank: int, gauge: str | None = None) -> int:
   return pair_cost(layout, rank, gauge)
 
 
+@compat.moves_data  # also in a thread of its own, which has its own guard
 def to_identity(
   a: np.ndarray, b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
