@@ -13,12 +13,10 @@ from utilized_rank.linalg.subspace import check_energy
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.moments.moments import Moments
 from utilized_rank.tree import paths
-from utilized_rank.walk import compat
 
 Energies = float | Mapping[str, float | tuple[float, float]]
 
 
-@compat.moves_data
 def project(
   params: Any,
   moments: Moments,
