@@ -85,6 +85,7 @@ class RunningSums:
         self.look()
         self._flush()
 
+  @compat.moves_data
   def look(self) -> None:
     """Sees to what the last batch left.
 
@@ -122,6 +123,7 @@ class RunningSums:
         )
     self.state = jax.tree.map(jnp.zeros_like, self.state)
 
+  @compat.moves_data
   def result(self) -> Moments:
     """The sums of all devices as host arrays."""
     self.look()
