@@ -23,6 +23,7 @@ from utilized_rank.moments.moments import Moments
 from utilized_rank.ranks import knapsack
 from utilized_rank.ranks import offers
 from utilized_rank.tree import paths
+from utilized_rank.walk import compat
 
 
 def uniform_head_ranks(
@@ -160,6 +161,7 @@ def head_offers(
   return found
 
 
+@compat.moves_data
 def factorize_heads(
   params: Any,
   moments: Moments,

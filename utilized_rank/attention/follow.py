@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from utilized_rank.attention import pairing
+from utilized_rank.attention import repeats
 from utilized_rank.moments.collector import is_bias
 from utilized_rank.products import describe
 from utilized_rank.tree.layout import View
@@ -60,7 +61,8 @@ class Recorder:
     use = output.use
     if isinstance(use, pairing.Mixed) or use.bias is not None or use.scaled:
       return False
-    if not is_bias(use.product, output.view, bias.view):
+    view = repeats.as_rows(output.view, use.leaf)
+    if view is None or not is_bias(use.product, view, bias.view):
       return False
     if bias.view.scale != 1:
       return False
@@ -77,6 +79,12 @@ def _stop(output: Output, reason: str) -> None:
     use, where = use.projection, ', summed over rows,'
   if use.end is None:
     use.end = f'its output{where} {reason}'
+
+
+def _moved(eqn: Any, output: Output) -> View | None:
+  if isinstance(output.use, pairing.Mixed):
+    return moved(eqn, output.view)
+  return repeats.moved(eqn, output.view, output.use.leaf)
 
 
 class Follower(Walk):
@@ -103,7 +111,9 @@ class Follower(Walk):
     results = super()._plain(eqn, operands)
     if eqn.primitive.name == 'broadcast_in_dim':
       kept = zip(
-        eqn.params['broadcast_dimensions'], operands[0].shape, strict=True
+        eqn.params['broadcast_dimensions'],
+        eqn.invars[0].aval.shape,  # a literal's value has none
+        strict=True,
       )
       sizes = eqn.params['shape']
       varies = {axis for axis, size in kept if size == sizes[axis]}
@@ -127,7 +137,7 @@ class Follower(Walk):
     (first, *others) = outputs
     view = None
     if len(operands) == 1:
-      view = moved(eqn, first.view)
+      view = _moved(eqn, first)
       view = None if view is None or view.flipped else view
     elif not others and self._keeps(eqn, operands, first, params):
       view = first.view

@@ -19,6 +19,7 @@ from utilized_rank.linalg import gram
 from utilized_rank.linalg.sketch import Sketch
 from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.sites import Site
+from utilized_rank.walk import compat
 from utilized_rank.walk import cost
 
 # Rows that the devices may count before the host takes the sums over: int32
@@ -100,6 +101,7 @@ class RunningSums:
         self.look()
         self._flush()
 
+  @compat.moves_data
   def look(self) -> None:
     """Sees to what the last batch left.
 
@@ -125,6 +127,7 @@ class RunningSums:
     if np.asarray(most).max() > _MOST_ROWS:
       self._flush()
 
+  @compat.moves_data
   def _flush(self) -> None:
     """Moves the sums to the host, in float64 and int64."""
     assert self.state is not None
@@ -137,6 +140,7 @@ class RunningSums:
     self.state = jax.tree.map(jnp.zeros_like, self.state)
 
   @_in_place
+  @compat.moves_data
   def result(self) -> Moments:
     """The sums of all devices as host arrays."""
     self.look()

@@ -27,8 +27,10 @@ from utilized_rank.products.gauge import IDENTITY
 from utilized_rank.report.measure import measure
 from utilized_rank.report.report import Report
 from utilized_rank.tree import paths
+from utilized_rank.walk import compat
 
 
+@compat.moves_data
 def compress(
   fn: Callable[[Any, Any], Any],
   params: Any,

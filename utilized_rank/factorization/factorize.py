@@ -31,8 +31,10 @@ from utilized_rank.lowrank.store import store
 from utilized_rank.moments.moments import Moments
 from utilized_rank.products.gauge import check_gauge
 from utilized_rank.tree import paths
+from utilized_rank.walk import compat
 
 
+@compat.moves_data
 def factorize(
   params: Any,
   moments: Moments,

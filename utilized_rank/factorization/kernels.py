@@ -24,6 +24,7 @@ from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.moments import unknown_inputs
 from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Layout
+from utilized_rank.walk import compat
 
 # Rows per input feature below which moments are mostly noise.
 ENOUGH_ROWS = 4
@@ -307,6 +308,7 @@ def member_name(path: str, index: tuple[int, ...]) -> str:
   return f'{path}[{",".join(map(str, index))}]' if index else path
 
 
+@compat.moves_data  # in a thread too
 def to_leaf(matrices: list[np.ndarray], layout: Layout, leaf: Any) -> Any:
   """One matrix per group as an array like `leaf`."""
   stacked = np.stack(matrices).reshape(layout.group_shape + layout.matrix_shape)

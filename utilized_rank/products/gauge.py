@@ -104,6 +104,7 @@ def pair_flops(layout: Layout, rank: int, gauge: str | None = None) -> int:
   return pair_cost(layout, rank, gauge)
 
 
+@compat.moves_data  # also in a thread of its own, which has its own guard
 def to_identity(
   a: np.ndarray, b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -187,9 +188,12 @@ def pays_written_out(rows: int, rank: int, outputs: int) -> bool:
   """Whether a product with `written_out` takes less time than one with B'.
 
   It moves r (m outputs) numbers of the factor in place of `rows`, and
-  multiplies r^2 more a row.
+  multiplies r^2 more a row. Of a symbolic number of rows it must be so for
+  every number; else B' is kept, which is never much slower on few rows.
   """
-  return rank * _MOVE * outputs < rows * _saved_by_row(rank, outputs)
+  return compat.surely(
+    lambda: rank * _MOVE * outputs < rows * _saved_by_row(rank, outputs)
+  )
 
 
 def _saved_by_row(rank: int, outputs: int) -> int:
@@ -211,9 +215,10 @@ def written_out(b: Any, order: Any, outputs: Sequence[int]) -> Any:
   """
 
   def whole(b, order):
-    rank = len(b)
+    rank, order = len(b), order[None]
     # Looked up in B' itself: an array of both would be one more to write.
-    others = b.at[:, jnp.maximum(order - rank, 0)].get(mode='promise_in_bounds')
+    at = jnp.maximum(order[0] - rank, 0)
+    others = b.at[:, at].get(mode='promise_in_bounds')
     block = jnp.arange(rank)[:, None] == order
     return jnp.where(order < rank, block.astype(b.dtype), others)
 

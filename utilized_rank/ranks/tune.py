@@ -30,6 +30,7 @@ from utilized_rank.moments.moments import Moments
 from utilized_rank.ranks.budget import budget_ranks
 from utilized_rank.ranks.trials import OnDevice
 from utilized_rank.ranks.trials import Trials
+from utilized_rank.walk import compat
 
 # Of the gradient moment's mean diagonal. Little trusts the quadratic
 # approximation of the loss, much tends to 'output'; no value is best for all.
@@ -90,6 +91,7 @@ class TunedRanks(dict[str, int]):
     return float(self.divergences.mean())
 
 
+@compat.moves_data
 def tune_ranks(
   fn: Callable[[Any, Any], Any],
   params: Any,

@@ -38,9 +38,11 @@ from utilized_rank.refit.blocks import Group
 from utilized_rank.refit.streams import Streams
 from utilized_rank.refit.streams import distinct
 from utilized_rank.tree import paths
+from utilized_rank.walk import compat
 from utilized_rank.walk import tracing
 
 
+@compat.moves_data
 def anchor(
   fn: Callable[[Any, Any], Any],
   params: Any,

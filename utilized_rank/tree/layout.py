@@ -328,7 +328,7 @@ def pieces_of(
   at = 0
   for k, size in enumerate(coarse):
     start, product = at, 1
-    while product < size or at == start:
+    while at == start or (product != size and at < len(fine)):
       product *= fine[at]
       at += 1
     if k == len(coarse) - 1:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 Axes = tuple[tuple[int, ...], ...]
 
@@ -34,29 +37,28 @@ def recut(
   for axis_atoms, size in zip(axes, sizes, strict=True):
     if axis_atoms:
       queue += [(a, atoms[a]) for a in axis_atoms]
-    elif size > 1:
+    elif is_long(size):
       queue.append((None, size))
   pieces: dict[int, list[int]] = {a: [s] for a, s in enumerate(atoms)}
   out: list[list[tuple[int | None, int]]] = []
   for size in new_sizes:
     axis: list[tuple[int | None, int]] = []
     left = size
-    while left > 1 or (queue and queue[0][1] == 1 and not axis):
+    while is_long(left) or (queue and queue[0][1] == 1 and not axis):
       if not queue:
         return None
       atom, n = queue.pop(0)
-      if n > left:
-        if n % left:
-          return None
+      # Sizes may be symbolic: of two, it is not known which is more.
+      if n != left and n % left == 0:
         queue.insert(0, (atom, n // left))
         if atom is not None:
           # Row-major: the outer piece belongs to this axis.
           pieces[atom][-1:] = [left, n // left]
         n = left
-      elif left % n:
+      elif left % n != 0:
         return None
       axis.append((atom, n))
-      left //= n
+      left = 1 if n == left else left // n
     out.append(axis)
   if any(size != 1 for _, size in queue):
     return None
@@ -78,3 +80,8 @@ def recut(
       return None
     new_axes.append(tuple(next(next_part[a]) for a, _ in axis if a is not None))
   return tuple(new_atoms), tuple(new_axes), numbers
+
+
+def is_long(size: Any) -> bool:
+  """Whether an axis may have several indices; one of symbolic size may."""
+  return bool(size > 1) if isinstance(size, (int, np.integer)) else True

@@ -24,7 +24,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import contextlib
-from typing import Any
+import functools
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.extend import source_info_util
@@ -33,6 +34,8 @@ from jax.interpreters import partial_eval
 import jax.numpy as jnp
 
 Literal = jex_core.Literal
+_P = ParamSpec('_P')
+_R = TypeVar('_R')
 
 # Primitives that run a sub-computation once, in place.
 CALLS = {
@@ -158,6 +161,28 @@ def is_floating(dtype: Any) -> bool:
 
 def is_complex(dtype: Any) -> bool:
   return jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def moves_data(fn: Callable[_P, _R]) -> Callable[_P, _R]:
+  """Lets a function that works on the host move data under a transfer guard.
+
+  A guard is to find moves that nobody meant; these are what `fn` is for.
+  """
+
+  @functools.wraps(fn)
+  def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    with jax.transfer_guard('allow'):
+      return fn(*args, **kwargs)
+
+  return wrapped
+
+
+def surely(holds: Callable[[], Any]) -> bool:
+  """Whether a comparison of sizes holds, whatever symbolic ones stand for."""
+  try:
+    return bool(holds())
+  except jax.errors.InconclusiveDimensionOperation:
+    return False
 
 
 def stage(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:

@@ -235,6 +235,9 @@ class Walk:
       kernels = []
     plain = []
     for i, value in enumerate(operands):
+      if isinstance(eqn.invars[i], compat.Literal):
+        # A number; what reads rows wants an array.
+        value = np.asarray(value, eqn.invars[i].aval.dtype)
       if isinstance(value, Param) and i not in kernels:
         reason = value.view.part or eqn.primitive.name
         if len(params) == 2:
