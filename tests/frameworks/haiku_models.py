@@ -33,7 +33,7 @@ class Transformer(hk.Module):
     return hk.Linear(CLASSES, name='head')(x)
 
 
-def _recorder(seen, inputs_of):
+def recorder(seen, inputs_of):
   def interceptor(method, args, kwargs, context):
     module = context.module
     if context.method_name == '__call__' and isinstance(
@@ -59,7 +59,7 @@ def transformer() -> Case:
 
   def inputs():
     seen = {}
-    with _recorder(seen, lambda module, x: rows(x, x.shape[-1])):
+    with recorder(seen, lambda module, x: rows(x, x.shape[-1])):
       model.apply(params, tokens())
     return seen
 
@@ -148,7 +148,7 @@ def resnet() -> Case:
 
   def inputs():
     seen = {}
-    with _recorder(seen, inputs_of):
+    with recorder(seen, inputs_of):
       model.apply(params, state, images, True)
     return seen
 

@@ -264,7 +264,8 @@ class Walk:
       results = iter(eqn.primitive.bind(*plain) if plain else ())
       return [v if isinstance(v, Param) else next(results) for v in operands]
     if name == 'dynamic_slice' and params == [0]:
-      return self._dynamic_index(eqn, operands)
+      found = self._dynamic_index(eqn, operands)
+      return parts.window(eqn, operands) if found is None else found
     if name in scale.SCALES:
       return scale.scaled(self, eqn, operands, params)
     if len(operands) != 1:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 
 from utilized_rank.tree.layout import View
 from utilized_rank.walk.values import Dense
+from utilized_rank.walk.values import Output
 from utilized_rank.walk.values import Param
 from utilized_rank.walk.values import Pieces
 
@@ -61,7 +63,7 @@ def taken(eqn: Any, value: Param | Pieces) -> list[Any] | None:
     if axis is None:
       if isinstance(value, Pieces):
         return None
-      odd = _odd(value, starts, limits)
+      odd = _odd(value, lengths, lambda w: jax.lax.slice(w, starts, limits))
       return None if odd is None else [odd]
     places = [(starts[axis], lengths[axis])]
   else:
@@ -77,22 +79,39 @@ def taken(eqn: Any, value: Param | Pieces) -> list[Any] | None:
     else:
       part = _taken(value, axis, start, length)
       if part is None:
-        at = lambda n: (*[0] * axis, n, *[0] * (len(shape) - axis - 1))
-        limit = (*shape[:axis], start + length, *shape[axis + 1 :])
-        part = _odd(value, at(start), limit)
+        lengths = [*shape[:axis], length, *shape[axis + 1 :]]
+        end = start + length
+        part = _odd(
+          value,
+          lengths,
+          functools.partial(
+            jax.lax.slice_in_dim, start_index=start, limit_index=end, axis=axis
+          ),
+        )
       found.append(part)
   return None if None in found else found
 
 
+def window(eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+  """What `dynamic_slice` takes of a leaf: all of it, or a part to follow."""
+  param, *starts = [v.value if isinstance(v, Output) else v for v in operands]
+  lengths = eqn.params['slice_sizes']
+  if tuple(lengths) == tuple(param.view.sizes):  # wherever it would start
+    return [param]
+  take = lambda w: jax.lax.dynamic_slice(w, starts, lengths)
+  part = _odd(param, lengths, take)
+  return None if part is None else [part]
+
+
 def _odd(
-  param: Param, starts: Sequence[int], limits: Sequence[int]
+  param: Param, lengths: Sequence[int], take: Callable[[Any], Any]
 ) -> Param | None:
   """A part that is none of equal ones; it is followed, to be named."""
   if not isinstance(param.payload, Dense):
     return None
-  array = jax.lax.slice(param.payload.array, starts, limits)
+  array = take(param.payload.array)
   view = View.of_leaf(param.view.path, array.shape, param.view.dtype)
-  sizes = zip(array.shape, param.view.sizes, strict=True)
+  sizes = zip(lengths, param.view.sizes, strict=True)
   cut = ', '.join(f'{n} of {size}' for n, size in sizes if n != size)
   part = param.view.part or f'{PART} ({cut})'
   return Param(dataclasses.replace(view, part=part), Dense(array))
