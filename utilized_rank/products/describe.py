@@ -11,6 +11,12 @@ from utilized_rank.products.product import Product
 from utilized_rank.tree.layout import View
 from utilized_rank.tree.layout import pieces_of
 
+_NO_RANK = {
+  'dot': 'a scale, or one feature for each group: matrices of rank one, '
+  'nothing to factor',
+  'conv': 'a depthwise convolution: matrices of rank one, nothing to factor',
+}
+
 
 def describe(eqn: Any, view: View, which: int) -> Product | str:
   """Reads a product's equation; a string says why it is none.
@@ -21,8 +27,12 @@ def describe(eqn: Any, view: View, which: int) -> Product | str:
     which: its position among the operands.
   """
   if eqn.primitive.name == 'dot_general':
-    return dot_general.dot(eqn, view, which)
-  return convolution.convolution(eqn, view, which)
+    product = dot_general.dot(eqn, view, which)
+  else:
+    product = convolution.convolution(eqn, view, which)
+  if isinstance(product, Product) and product.has_no_rank:
+    return _NO_RANK[product.kind]
+  return product
 
 
 def fits(factors: Factors, product: Product) -> bool:
