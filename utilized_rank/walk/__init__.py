@@ -4,6 +4,7 @@
 * `values`: what travels through a walk, and who looks at it.
 * `interpret`: the walk itself, one equation after the other.
 * `control`, `shard_map`: calls, loops, branches and shards, rebuilt around it.
+* `rescaling`: products that only set the size of a parameter.
 * `flatten`: a function as one list of equations, to be cut anywhere.
 * `cost`: what a traced and what a compiled program costs.
 * `compat`: every contact with JAX internals.

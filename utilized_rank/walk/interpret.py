@@ -21,6 +21,9 @@ from typing import Any
 from utilized_rank.tree.layout import View
 from utilized_rank.walk import compat
 from utilized_rank.walk import control
+from utilized_rank.walk.rescaling import BY_ITSELF
+from utilized_rank.walk.rescaling import RESCALES
+from utilized_rank.walk.rescaling import Rescaling
 from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
 from utilized_rank.walk.values import Param
@@ -70,13 +73,17 @@ _REASONS = dict.fromkeys(('slice', 'split', 'dynamic_slice'), PART) | {
 
 
 class Walk:
-  """One walk over a traced function."""
+  """One walk over a traced function.
+
+  `rescaling` is what the function does to its parameters before their use.
+  """
 
   # What to do at calls, loops and branches that a `Param` enters.
   rules = control.RULES
 
-  def __init__(self, visitor: Visitor):
+  def __init__(self, visitor: Visitor, rescaling: Rescaling = Rescaling()):
     self.visitor = visitor
+    self.rescaling = rescaling
     self.tape = Tape()
     # id of a value -> (what it is a plain renaming of, the value). The value
     # is kept so that its id stays its own.
@@ -102,7 +109,7 @@ class Walk:
 
   def scope(self) -> Walk:
     """The walk of a body: emissions of its own, all else shared."""
-    inner = type(self)(self.visitor)
+    inner = type(self)(self.visitor, self.rescaling)
     inner._origins, inner._serial = self._origins, self._serial
     return inner
 
@@ -177,8 +184,22 @@ class Walk:
     ):
       for i in params:
         self.visitor.opaque(operands[i].view, name)
+    return compat.bind(
+      eqn, [self.materialise(v, self._reason(eqn, v)) for v in operands]
+    )
+
+  def rescales(self, eqn: Any, view: View) -> bool:
+    """Whether a product does no more than set the size of a parameter."""
+    return (eqn.outvars[0], view.path) in self.rescaling.products
+
+  def _reason(self, eqn: Any, value: Any) -> str:
+    """Why an equation's operand is no leaf any more, if it is one."""
+    name = eqn.primitive.name
     reason = _REASONS.get(name, name)
-    return compat.bind(eqn, [self.materialise(v, reason) for v in operands])
+    if isinstance(value, Param) and eqn.outvars:
+      use = eqn.outvars[0], value.view.path
+      reason += BY_ITSELF * (use in self.rescaling.by_itself)
+    return reason
 
   def _plain(self, eqn: Any, operands: list[Any]) -> list[Any]:
     if any(isinstance(v, Output) for v in operands):
@@ -199,7 +220,12 @@ class Walk:
     return results
 
   def _product(self, eqn: Any, operands: list[Any], params: list[int]) -> Any:
-    kernels = [i for i in params if self.visitor.wants(operands[i].view)]
+    idle = [i for i in params if self.rescales(eqn, operands[i].view)]
+    kernels = [
+      i
+      for i in params
+      if i not in idle and self.visitor.wants(operands[i].view)
+    ]
     if len(kernels) != 1:
       # None that is looked at, or two: which of them is the kernel?
       kernels = []
@@ -209,6 +235,8 @@ class Walk:
         reason = eqn.primitive.name
         if len(params) == 2:
           reason += f' with {operands[1 - i].view.path}'
+        if i in idle:
+          reason = RESCALES
         value = self.materialise(value, reason)
       plain.append(value.value if isinstance(value, Output) else value)
     if kernels:
