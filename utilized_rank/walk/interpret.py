@@ -22,6 +22,7 @@ from utilized_rank.tree.layout import View
 from utilized_rank.walk import compat
 from utilized_rank.walk import control
 from utilized_rank.walk.rescaling import BY_ITSELF
+from utilized_rank.walk.rescaling import NOTHING
 from utilized_rank.walk.rescaling import RESCALES
 from utilized_rank.walk.rescaling import Rescaling
 from utilized_rank.walk.values import Loop
@@ -81,7 +82,7 @@ class Walk:
   # What to do at calls, loops and branches that a `Param` enters.
   rules = control.RULES
 
-  def __init__(self, visitor: Visitor, rescaling: Rescaling = Rescaling()):
+  def __init__(self, visitor: Visitor, rescaling: Rescaling = NOTHING):
     self.visitor = visitor
     self.rescaling = rescaling
     self.tape = Tape()
@@ -220,13 +221,9 @@ class Walk:
     return results
 
   def _product(self, eqn: Any, operands: list[Any], params: list[int]) -> Any:
+    kernels = [i for i in params if self.visitor.wants(operands[i].view)]
     idle = [i for i in params if self.rescales(eqn, operands[i].view)]
-    kernels = [
-      i
-      for i in params
-      if i not in idle and self.visitor.wants(operands[i].view)
-    ]
-    if len(kernels) != 1:
+    if len(kernels) != 1 or kernels[0] in idle:
       # None that is looked at, or two: which of them is the kernel?
       kernels = []
     plain = []

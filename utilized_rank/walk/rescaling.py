@@ -67,6 +67,9 @@ class Rescaling:
   by_itself: frozenset[tuple[Any, str]] = frozenset()
 
 
+NOTHING = Rescaling()
+
+
 def find(jaxpr: Any, params: Sequence[str]) -> Rescaling:
   """Finds them in an open jaxpr.
 
@@ -136,7 +139,10 @@ class _Flow:
 
     for var in jaxpr.constvars:
       env[var] = _Value(False, is_number=_size(var) == 1)
-    env.update(zip(jaxpr.invars, args, strict=True))
+    for var, value in zip(jaxpr.invars, args, strict=True):
+      # What a scan reads one of may be one number.
+      is_one = not value.is_data and _size(var) == 1
+      env[var] = value._replace(is_number=True, like=0) if is_one else value
     for eqn in jaxpr.eqns:
       ins = [read(a) for a in eqn.invars]
       rule = _INNER.get(eqn.primitive.name, _Flow._equation)
@@ -177,7 +183,8 @@ class _Flow:
     if like and name in _SCALES:
       done.update(*(v.products for v in ins if v.is_number))
     self.rescales |= done
-    return _Value(False, leaves, 0 if is_number else like, is_number, made - done)
+    like = 0 if is_number else like
+    return _Value(False, leaves, like, is_number, made - done)
 
   def _meet_data(self, eqn: Any, ins: list[_Value]) -> None:
     """What becomes of products whose results meet data."""
