@@ -6,6 +6,7 @@ reads is X, whatever is done to estimate that.
 """
 
 from flax import linen as nn
+from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -92,10 +93,10 @@ def divided(estimate):
   return lambda p, x: jnp.tanh(x @ p['w'] / estimate(p))
 
 
-def is_of_the_batch(fn, params=PARAMS, rows=N):
+def is_of_the_batch(fn, params=PARAMS, path='w'):
   sites = ur.find_sites(fn, params, X)
-  assert set(sites) == {'w'}, str(sites)
-  assert (sites['w'].rows, sites['w'].uses) == (rows, 1)
+  assert set(sites) == {path}, str(sites)
+  assert (sites[path].rows, sites[path].uses) == (N, 1)
   return sites
 
 
@@ -194,6 +195,13 @@ def test_kernels_changed_by_themselves_say_so(fn):
   assert (RESCALES in sites.unseen['w']) == (fn in (deflated, orthonormal))
 
 
+# --- layers of frameworks ---
+
+DIVIDED = pytest.mark.xfail(
+  reason='a kernel divided by a computed number is not followed', strict=True
+)
+
+
 class Spectral(nn.Module):
   steps: int = 1
   update: bool = False
@@ -204,16 +212,39 @@ class Spectral(nn.Module):
     return layer(x, update_stats=self.update)
 
 
+@DIVIDED
 @pytest.mark.parametrize('steps, update', [(1, False), (3, True)])
-def test_linen_spectral_norm(steps, update):
+def test_linen(steps, update):
   net = Spectral(steps, update)
   variables = Spectral(steps).init(jax.random.key(0), X)
   fn = lambda v, x: net.apply(v, x, mutable=['batch_stats'])
-  sites = ur.find_sites(fn, variables, X)
-  path = 'params/Dense_0/kernel'
-  assert not sites
-  assert RESCALES in sites.unseen[path]
-  assert 'div' + BY_ITSELF in sites.unseen[path]
+  is_of_the_batch(fn, variables, path='params/Dense_0/kernel')
+
+
+@DIVIDED
+@pytest.mark.parametrize('update', [False, True])
+def test_nnx(update):
+  rngs = nnx.Rngs(0)
+  layer = nnx.SpectralNorm(nnx.Linear(D, M, rngs=rngs), n_steps=2, rngs=rngs)
+  graph, state = nnx.split(layer)
+
+  def fn(state, x):
+    layer = nnx.merge(graph, state)
+    return layer(x, update_stats=update), nnx.state(layer, nnx.BatchStat)
+
+  is_of_the_batch(fn, state, path='layer_instance/kernel/value')
+
+
+@DIVIDED
+@pytest.mark.parametrize('inference', [False, True])
+def test_equinox(inference):
+  eqx = pytest.importorskip('equinox')
+  one, two = jax.random.split(jax.random.key(0))
+  conv = eqx.nn.Conv1d(2, M, 2, key=one)
+  layer = eqx.nn.SpectralNorm(conv, 'weight', inference=inference, key=two)
+  state = eqx.nn.State(layer)
+  fn = lambda p, x: jax.vmap(lambda r: p[0](r.reshape(2, 2), p[1])[0])(x)
+  is_of_the_batch(fn, (layer, state), path='0/layer/weight')
 
 
 # --- what is a use, though no data is in it ---
