@@ -121,7 +121,7 @@ def _tapped(traced, layouts, taps, rows):
     view = View.of_leaf(path, leaf.shape, leaf.dtype, layout.atoms)
     grouped = Factored(Factors(taps[path], None, None, layout, layout.groups))
     values.append(Param(view, _Tapped(Dense(leaf), grouped)))
-  walk = Walk(_Tapper(rows))
+  walk = Walk(_Tapper(rows), traced.rescaling)
   outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
   outs = [walk.materialise(v, 'output') for v in outs]
   return jax.tree.unflatten(

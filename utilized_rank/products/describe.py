@@ -11,6 +11,12 @@ from utilized_rank.products.product import Product
 from utilized_rank.tree.layout import View
 from utilized_rank.tree.layout import pieces_of
 
+_NO_RANK = {
+  'dot': 'a scale, or one feature for each group: matrices of rank one, '
+  'nothing to factor',
+  'conv': 'a depthwise convolution: matrices of rank one, nothing to factor',
+}
+
 
 def describe(eqn: Any, view: View, which: int) -> Product | str:
   """Reads a product's equation; a string says why it is none.
@@ -28,6 +34,8 @@ def describe(eqn: Any, view: View, which: int) -> Product | str:
     return product
   if not product.view.scaled_along.issubset(product.layout.groups):
     return 'a multiplication with more than one number'
+  if product.has_no_rank:
+    return _NO_RANK[product.kind]
   return product
 
 

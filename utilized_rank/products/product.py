@@ -68,6 +68,18 @@ class Product:
     return tuple(a for a in self.layout.groups if a not in gone)
 
   @property
+  def has_no_rank(self) -> bool:
+    """Whether it is a number, or each of its groups has one input or output.
+
+    Such are scales and depthwise convolutions. A dense layer of one feature is
+    not: it is one matrix, of rank one.
+    """
+    groups = math.prod(self.layout.sizes(self.present))
+    if self.layout.matrix_shape == (1, 1):
+      return True
+    return groups > 1 and self.layout.full_rank == 1
+
+  @property
   def num_rows(self) -> int:
     """n, rows that one evaluation contributes to each matrix."""
     return math.prod(

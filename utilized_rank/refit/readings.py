@@ -19,6 +19,7 @@ from utilized_rank.tree.layout import common_atoms
 from utilized_rank.tree.layout import pieces_of
 from utilized_rank.walk import compat
 from utilized_rank.walk.interpret import Walk
+from utilized_rank.walk.rescaling import Rescaling
 from utilized_rank.walk.values import Dense
 from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
@@ -85,6 +86,7 @@ def read(
   params: dict[str, Any],
   args: list[Any],
   kernels: Container[str],
+  rescaling: Rescaling,
 ) -> tuple[list[Any], list[Read]]:
   """Runs a jaxpr and keeps what the products of some kernels read.
 
@@ -95,6 +97,7 @@ def read(
     params: its first operands by path.
     args: its other operands.
     kernels: paths of the kernels that are looked at.
+    rescaling: what the whole function does to its parameters.
 
   Returns:
     The outputs, and the readings in the order of execution.
@@ -104,7 +107,7 @@ def read(
       is picked by an index that is computed.
   """
   reader = _Reader(kernels)
-  walk = reader.top = Walk(reader)
+  walk = reader.top = Walk(reader, rescaling)
   values = [
     Param(View.of_leaf(path, leaf.shape, leaf.dtype), Dense(leaf))
     if path in kernels

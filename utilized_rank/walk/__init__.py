@@ -6,6 +6,7 @@
 * `parts`, `pieces`, `scale`: slices of a leaf, and a leaf times a number.
 * `control`, `shard_map`: calls, loops, branches and shards, rebuilt around it.
 * `custom`: functions with a derivative rule of their own.
+* `rescaling`: products that only set the size of a parameter.
 * `flatten`: a function as one list of equations, to be cut anywhere.
 * `cost`: what a traced and what a compiled program costs.
 * `compat`: every contact with JAX internals.

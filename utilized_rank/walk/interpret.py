@@ -27,6 +27,10 @@ from utilized_rank.walk import control
 from utilized_rank.walk import parts
 from utilized_rank.walk import pieces
 from utilized_rank.walk import scale
+from utilized_rank.walk.rescaling import BY_ITSELF
+from utilized_rank.walk.rescaling import NOTHING
+from utilized_rank.walk.rescaling import RESCALES
+from utilized_rank.walk.rescaling import Rescaling
 from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
 from utilized_rank.walk.values import Param
@@ -71,13 +75,17 @@ _REDUCERS = ('scatter', 'reduce', 'select_and_', 'arg', 'cum')
 
 
 class Walk:
-  """One walk over a traced function."""
+  """One walk over a traced function.
+
+  `rescaling` is what the function does to its parameters before their use.
+  """
 
   # What to do at calls, loops and branches that a `Param` enters.
   rules = control.RULES
 
-  def __init__(self, visitor: Visitor):
+  def __init__(self, visitor: Visitor, rescaling: Rescaling = NOTHING):
     self.visitor = visitor
+    self.rescaling = rescaling
     self.tape = Tape()
     # id of a value -> (what it is a plain renaming of, the value). The value
     # is kept so that its id stays its own.
@@ -113,7 +121,7 @@ class Walk:
     visitor = self.visitor
     if running is not None and hasattr(visitor, 'among'):
       visitor = visitor.among(running)
-    inner = type(self)(visitor)
+    inner = type(self)(visitor, self.rescaling)
     inner._origins, inner._serial = self._origins, self._serial
     inner.repeats = self.repeats
     return inner
@@ -200,8 +208,21 @@ class Walk:
     ):
       for i in params:
         self.visitor.opaque(operands[i].view, name)
+    return compat.bind(
+      eqn, [self.materialise(v, self._reason(eqn, v)) for v in operands]
+    )
+
+  def rescales(self, eqn: Any, view: View) -> bool:
+    """Whether a product does no more than set the size of a parameter."""
+    return (eqn.outvars[0], view.path) in self.rescaling.products
+
+  def _reason(self, eqn: Any, value: Any) -> str:
+    """Why an equation's operand is no leaf any more, if it is one."""
     reason = parts.reason(eqn)
-    return compat.bind(eqn, [self.materialise(v, reason) for v in operands])
+    if isinstance(value, Param) and eqn.outvars:
+      use = eqn.outvars[0], value.view.path
+      reason += BY_ITSELF * (use in self.rescaling.by_itself)
+    return reason
 
   def _plain(self, eqn: Any, operands: list[Any]) -> list[Any]:
     if any(isinstance(v, Output) for v in operands):
@@ -230,7 +251,8 @@ class Walk:
       for i in params
       if self.visitor.wants(operands[i].view) and operands[i].view.part is None
     ]
-    if len(kernels) != 1:
+    idle = [i for i in params if self.rescales(eqn, operands[i].view)]
+    if len(kernels) != 1 or kernels[0] in idle:
       # None that is looked at, or two: which of them is the kernel?
       kernels = []
     plain = []
@@ -242,6 +264,8 @@ class Walk:
         reason = value.view.part or eqn.primitive.name
         if len(params) == 2:
           reason += f' with {operands[1 - i].view.path}'
+        if i in idle:
+          reason = RESCALES
         value = self.materialise(value, reason)
       plain.append(value.value if isinstance(value, Output) else value)
     if kernels:
