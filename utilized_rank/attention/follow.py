@@ -47,6 +47,8 @@ class Recorder:
     plain[which] = operands[which].payload.materialise(view)
     (out,) = compat.bind(eqn, plain)
     product = describe.describe(eqn, view, which)
+    if operands[2:]:
+      product = f'{eqn.primitive.name}, in which rows meet different kernels'
     if isinstance(product, str):
       self.dropped(view, product)
       return out

@@ -138,8 +138,9 @@ class _Substitution:
           'how that is sharded: use AxisType.Auto, or write_out(tree)'
         )
       left = self._lefts.get(param.view.path)
+      others = operands[2:]
       if left is None:
-        return found.factored(x, payload.factors, lambda make: make())
+        return found.factored(x, payload.factors, lambda make: make(), *others)
       key = (
         left,
         tuple(_token(by) for a, by in sorted(param.view.taken)),
@@ -148,9 +149,10 @@ class _Substitution:
         param.view.dtype,
         which,
         compat.params_key(eqn),
+        *map(walk.origin, others),
       )
       return found.factored(
-        x, payload.factors, lambda make: walk.once(key, make)
+        x, payload.factors, lambda make: walk.once(key, make), *others
       )
     plain = list(operands)
     plain[which] = walk.materialise(param, reason)

@@ -101,6 +101,7 @@ class Collector:
       product.key,
       loops,
       tuple((a, id(token)) for a, (token, _) in traced),
+      *map(walk.origin, operands[2:]),
     )
     if side == 'output':  # of this kernel alone
       key = (key, view.path)
@@ -111,11 +112,12 @@ class Collector:
       groups = ((a,), *groups)
 
     def make():
-      count = self.rows.count(product, eqn, which)
+      of = product.bound(operands[2:])
+      count = self.rows.count(of, eqn, which)
       if side == 'output':
-        found = self.rows.outputs(product, eqn, which, x, out)
+        found = self.rows.outputs(of, eqn, which, x, out)
       else:
-        found = self.rows.inputs(product, eqn, which, x, columns)
+        found = self.rows.inputs(of, eqn, which, x, columns)
       sums = Sums(count, *found)
       for a, (_, at) in traced:
         size = product.layout.atoms[a]

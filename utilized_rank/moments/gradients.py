@@ -23,6 +23,7 @@ from utilized_rank.moments.rows import Rows
 from utilized_rank.products import describe
 from utilized_rank.products.factored import Factored
 from utilized_rank.products.factors import Factors
+from utilized_rank.products.product import one_block
 from utilized_rank.tree.layout import Layout
 from utilized_rank.tree.layout import View
 from utilized_rank.walk import compat
@@ -176,10 +177,17 @@ class _Tapper:
     if isinstance(found, str):
       return out
     where, keep = self.rows.responses(found, eqn)
-    panels = lambda g, keep: self.rows.sums(
-      lambda y, _: found.responses(y), g, where, keep, len(found.present)
-    )[1]
-    return _tap(panels, out, param.payload.tap.factors.a, keep)
+    tiles = None
+    if operands[2:]:
+      tiles = found.output_blocks(out.shape, *operands[2:])
+
+    def panels(g, kept):
+      keep, tiles = kept
+      blocks = one_block if tiles is None else lambda shape: tiles
+      groups = len(found.present)
+      return self.rows.sums(found.responses, g, where, keep, groups, blocks)[1]
+
+    return _tap(panels, out, param.payload.tap.factors.a, (keep, tiles))
 
   def biased(self, output: Output, bias: Param) -> bool:
     raise AssertionError('no outputs are followed when taps are set')
@@ -193,19 +201,19 @@ def _tap(
   panels: Callable[[Any, Any], gram.Panels],
   out: jax.Array,
   dummy: gram.Panels,
-  keep: Any,
+  kept: Any,
 ):
-  del panels, dummy, keep
+  del panels, dummy, kept
   return out
 
 
-def _tap_forward(panels, out, dummy, keep):
+def _tap_forward(panels, out, dummy, kept):
   del panels, dummy
-  return out, keep
+  return out, kept
 
 
-def _tap_backward(panels, keep, cotangent):
-  second = panels(cotangent, keep)
+def _tap_backward(panels, kept, cotangent):
+  second = panels(cotangent, kept)
   return cotangent, tuple(p.astype(jnp.float32) for p in second), None
 
 

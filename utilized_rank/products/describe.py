@@ -1,4 +1,4 @@
-"""The products a kernel takes part in: `dot_general` and convolution."""
+"""The products that a kernel takes part in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from utilized_rank.products import convolution
 from utilized_rank.products import dot_general
+from utilized_rank.products import ragged_dot
 from utilized_rank.products.factors import Factors
 from utilized_rank.products.product import Product
 from utilized_rank.tree.layout import View
@@ -16,12 +17,15 @@ def describe(eqn: Any, view: View, which: int) -> Product | str:
   """Reads a product's equation; a string says why it is none.
 
   Args:
-    eqn: a `dot_general` or `conv_general_dilated` equation.
+    eqn: a `dot_general`, `conv_general_dilated` or `ragged_dot_general`
+      equation.
     view: the operand that is a parameter.
     which: its position among the operands.
   """
   if eqn.primitive.name == 'dot_general':
     return dot_general.dot(eqn, view, which)
+  if eqn.primitive.name == 'ragged_dot_general':
+    return ragged_dot.ragged_dot(eqn, view, which)
   return convolution.convolution(eqn, view, which)
 
 
@@ -40,4 +44,4 @@ def fits(factors: Factors, product: Product) -> bool:
   if (fine.outputs, fine.inputs) != mine or factors.c is not None:
     return False
   # An identity block stands among a convolution's outputs, not in its window.
-  return factors.order is None or product.kind == 'dot'
+  return factors.order is None or product.kind != 'conv'

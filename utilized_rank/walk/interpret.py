@@ -58,7 +58,8 @@ _RENAMES = frozenset(
     'sharding_constraint',
   }
 )
-_PRODUCTS = ('dot_general', 'conv_general_dilated')
+_RAGGED = 'ragged_dot_general'
+_PRODUCTS = ('dot_general', 'conv_general_dilated', _RAGGED)
 # Their sub-computation combines two scalars; it holds no product.
 _REDUCERS = ('scatter', 'reduce', 'select_and_', 'arg', 'cum')
 # Reason for a leaf of which only a part is used, not one of several equal
@@ -153,6 +154,8 @@ class Walk:
 
   def _equation(self, eqn: Any, operands: list[Any]) -> list[Any]:
     name = eqn.primitive.name
+    if name == _RAGGED:
+      operands = self._read_ragged(eqn, operands)
     params = [i for i, v in enumerate(operands) if isinstance(v, Param)]
     if not params:
       return self._plain(eqn, operands)
@@ -214,6 +217,23 @@ class Walk:
     if kernels:
       return self.visitor.product(eqn, plain, kernels[0], self)
     return compat.bind(eqn, plain)[0]
+
+  def _read_ragged(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    """The operands, of which a `Param` is one that may be a kernel.
+
+    Raises:
+      UnsupportedError: a kernel of which each group has rows of its own, or of
+        a ragged batch.
+    """
+    *both, sizes = operands
+    sizes = self.materialise(sizes, eqn.primitive.name)
+    ways = eqn.params['ragged_dot_dimension_numbers']
+    if not (ways.rhs_group_dimensions and isinstance(both[1], Param)):
+      for i, value in enumerate(both):
+        if isinstance(value, Param):
+          self.visitor.opaque(value.view, eqn.primitive.name)
+          both[i] = self.materialise(value, eqn.primitive.name)
+    return [*both, sizes]
 
   # --- layout operations ---
 
