@@ -79,7 +79,12 @@ class Trials:
     def total(*args):
       return jnp.sum(each(*args))
 
-    self._each = jax.jit(jax.vmap(each, in_axes=(0, None, None, None)))
+    def one_by_one(masks, *args):
+      return jax.lax.map(lambda m: each(m, *args), masks)
+
+    self._together = jax.vmap(each, in_axes=(0, None, None, None))
+    self._one_by_one = one_by_one
+    self._each: Callable[..., jax.Array] | None = None
     self._slopes = jax.jit(jax.grad(total))
 
   def on_device(self, families: Families) -> OnDevice:
@@ -123,12 +128,31 @@ class Trials:
       # Always as many masks, so that one program serves.
       filled = part + part[-1:] * (self._at_once - len(part))
       stacked = jax.tree.map(lambda *m: np.stack(m), *filled)
+      run = self._several(stacked, family)
       each = [
-        np.asarray(self._each(stacked, family, batch, outputs), np.float64)
+        np.asarray(run(stacked, family, batch, outputs), np.float64)
         for batch, outputs in self._data
       ]
       found.append(np.concatenate(each, axis=1)[: len(part)])
     return np.concatenate(found)
+
+  def _several(self, masks: Masks, family: OnDevice) -> Callable[..., Any]:
+    """`each` of several masks: one by one where a part has no batching rule."""
+    if self._each is None:
+      self._each = jax.jit(self._together)
+      if self._at_once == 1 or self._fails(self._together, masks, family):
+        self._each = jax.jit(self._one_by_one)
+    return self._each
+
+  def _fails(
+    self, fn: Callable[..., Any], masks: Masks, family: OnDevice
+  ) -> Exception | None:
+    """What tracing `fn` raises, if anything; nothing is computed."""
+    try:
+      jax.eval_shape(fn, masks, family, *self._data[0])
+    except Exception as error:  # each primitive's author raises another
+      return error
+    return None
 
   def slopes(
     self, ranks: Mapping[str, int], family: OnDevice
