@@ -65,7 +65,9 @@ class RaggedDot(Product):
 
   def _tile(self, rows: Any, tile: Any) -> Any:
     rows = rows.reshape(-1, rows.shape[-1])
-    return tiles.read(rows, *tile, tiles.rows_of_tile(len(rows), self.segments))
+    start, stop = tile
+    size = tiles.rows_of_tile(len(rows), self.segments)
+    return tiles.read(rows, start, stop, size)
 
 
 def ragged_dot(eqn: Any, view: View, which: int) -> Product | str:
@@ -154,10 +156,9 @@ def ragged_dot(eqn: Any, view: View, which: int) -> Product | str:
     [present.index(a) for a in (*in_order, *view.axes[group])]
   )
   # A kernel that stands for all of a group is one kernel.
-  member = np.broadcast_to(
-    member.reshape(math.prod(batch_sizes), 1, -1),
-    (math.prod(batch_sizes), math.prod(x_sizes[:outer]), count),
-  ).reshape(-1)
+  choices = member.reshape(math.prod(batch_sizes), 1, -1)
+  shape = math.prod(batch_sizes), math.prod(x_sizes[:outer]), count
+  member = np.broadcast_to(choices, shape).reshape(-1)
 
   def factored(x, factors: Factors, once, group_sizes):
     if factors.order is not None:
@@ -215,7 +216,9 @@ def ragged_dot(eqn: Any, view: View, which: int) -> Product | str:
     of = jax.vmap(
       lambda ends, n: jnp.searchsorted(ends, n, side='right'), (0, None)
     )
-    whose = of(stop.reshape(-1, count), jnp.arange(x_shape[at]))
+    whose = of(
+      stop.reshape(-1, count), jnp.arange(x_shape[at], dtype=jnp.int32)
+    )
     whose = whose.reshape(*prefix, x_shape[at])
     look = lambda c, whose: c.at[whose].get(mode='fill', fill_value=0)
     for _ in range(nb):
@@ -225,7 +228,7 @@ def ragged_dot(eqn: Any, view: View, which: int) -> Product | str:
     shape = [*prefix, x_shape[at], *[1] * between]
     return found.reshape(*shape, *found.shape[len(prefix) + 1 :])
 
-  geometry = ('ragged', outer, count, groups, tuple(member.tolist()))
+  geometry = ('ragged', outer, count, groups, tuple(choices.flat))
   return RaggedDot(
     'ragged_dot',
     view,

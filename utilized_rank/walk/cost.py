@@ -38,7 +38,9 @@ def _count(jaxpr: Any) -> int:
       shape = eqn.invars[0].aval.shape
       flops = 2 * math.prod(out) * math.prod(shape[i] for i in contracted)
       if set(numbers.lhs_ragged_dimensions) <= set(contracted):
-        flops //= out[0]  # each row is contracted for the one group it is of
+        flops //= eqn.invars[2].aval.shape[
+          -1
+        ]  # each row is contracted for the one group it is of
       total += flops
     elif eqn.primitive.name == 'conv_general_dilated':
       kernel = eqn.invars[1].aval.shape
