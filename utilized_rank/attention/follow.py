@@ -52,6 +52,8 @@ class Recorder:
     product = describe.describe(eqn, view, which)
     if not isinstance(product, str) and (view.flipped or view.scale != 1):
       product = 'a product of it read backwards, or scaled'
+    if operands[2:]:
+      product = f'{eqn.primitive.name}, in which rows meet different kernels'
     if isinstance(product, str):
       self.dropped(view, product)
       return out

@@ -139,8 +139,9 @@ class _Substitution:
       if compat.has_explicit_axes(x):
         factors = factors.plain()  # no lookup among x's outputs
       left = self._lefts.get(param.view.path)
+      others = operands[2:]
       if left is None or factors.scaled:
-        return found.factored(x, factors, lambda make: make())
+        return found.factored(x, factors, lambda make: make(), *others)
       key = (
         left,
         tuple(_token(by) for a, by in sorted(param.view.taken)),
@@ -149,8 +150,11 @@ class _Substitution:
         param.view.dtype,
         which,
         compat.params_key(eqn),
+        *map(walk.origin, others),
       )
-      return found.factored(x, factors, lambda make: walk.once(key, make))
+      return found.factored(
+        x, factors, lambda make: walk.once(key, make), *others
+      )
     plain = list(operands)
     plain[which] = walk.materialise(param, reason)
     return compat.bind(eqn, plain)[0]

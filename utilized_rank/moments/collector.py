@@ -106,6 +106,7 @@ class Collector:
       product.key,
       loops,
       tuple((a, id(token)) for a, (token, _) in traced),
+      *map(walk.origin, operands[2:]),
     )
     if side == 'output':  # of this kernel alone, and of one member of it
       fixed = tuple(t for t in product.view.taken if isinstance(t[1], int))
@@ -117,15 +118,16 @@ class Collector:
       groups = ((a,), *groups)
 
     def make():
-      count = self.rows.count(product, eqn, which)
+      of = product.bound(operands[2:])
+      count = self.rows.count(of, eqn, which)
       if side == 'output':
         y = out
         if operands[which].payload.bare is not None:
           plain[which] = operands[which].payload.bare
           (y,) = compat.bind(eqn, plain)
-        found = self.rows.outputs(product, eqn, which, x, y)
+        found = self.rows.outputs(of, eqn, which, x, y)
       else:
-        found = self.rows.inputs(product, eqn, which, x, columns)
+        found = self.rows.inputs(of, eqn, which, x, columns)
       sums = Sums(count, *found)
       for a, (_, at) in traced:
         size = product.layout.atoms[a]

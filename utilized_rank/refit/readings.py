@@ -55,7 +55,7 @@ class Read:
 
   def rows(self) -> jax.Array:
     """X, shape (*present groups, n, d)."""
-    blocks = self.product.blocks(self.x.shape)
+    blocks = self.product.blocks(self.x.shape)  # a number
     parts = [self.product.features(self.x, i) for i in range(blocks)]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-2)
 
@@ -145,8 +145,10 @@ class _Reader:
       return out
     path = param.view.path
     picked = [by for _, by in param.view.taken if not isinstance(by, int)]
-    if walk is not self.top or picked:
+    if walk is not self.top or picked or operands[2:]:
       where = 'picked by a computed index'
+      if operands[2:]:
+        where = f'{eqn.primitive.name}, in which data say whose rows are whose'
       if walk is not self.top:
         where = 'inside a while loop, a branch or a shard_map'
       raise UnsupportedError(

@@ -70,6 +70,8 @@ _RENAMES = frozenset(
     'sharding_constraint',
   }
 )
+_RAGGED = 'ragged_dot_general'
+_PRODUCTS = (*pieces.PRODUCTS, _RAGGED)
 # Their sub-computation combines two scalars; it holds no product.
 _REDUCERS = ('scatter', 'reduce', 'select_and_', 'arg', 'cum')
 
@@ -184,10 +186,12 @@ class Walk:
         self.materialise(v, parts.reason(eqn)) if isinstance(v, Pieces) else v
         for v in operands
       ]
+    if name == _RAGGED:
+      operands = self._read_ragged(eqn, operands)
     params = [i for i, v in enumerate(operands) if isinstance(v, Param)]
     if not params:
       return self._plain(eqn, operands)
-    if name in pieces.PRODUCTS:
+    if name in _PRODUCTS:
       return [self._product(eqn, operands, params)]
     moved = self._move_params(eqn, operands, params)
     if moved is not None:
@@ -271,6 +275,23 @@ class Walk:
     if kernels:
       return self.visitor.product(eqn, plain, kernels[0], self)
     return compat.bind(eqn, plain)[0]
+
+  def _read_ragged(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    """The operands, of which a `Param` is one that may be a kernel.
+
+    Raises:
+      UnsupportedError: a kernel of which each group has rows of its own, or of
+        a ragged batch.
+    """
+    *both, sizes = operands
+    sizes = self.materialise(sizes, eqn.primitive.name)
+    ways = eqn.params['ragged_dot_dimension_numbers']
+    if not (ways.rhs_group_dimensions and isinstance(both[1], Param)):
+      for i, value in enumerate(both):
+        if isinstance(value, Param):
+          self.visitor.opaque(value.view, eqn.primitive.name)
+          both[i] = self.materialise(value, eqn.primitive.name)
+    return [*both, sizes]
 
   # --- layout operations ---
 
