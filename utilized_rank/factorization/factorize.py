@@ -70,8 +70,9 @@ def factorize(
         moments that were collected with a loss.
     compensate_mean: give the mean of what is discarded, mu (W - W'), back as
       a constant: in the kernel's bias where the function adds one and uses it
-      for nothing else, else in `LowRank.c`. 'output' and 'loss' then minimise
-      the error about the mean, which never raises it.
+      for nothing else (behind a residual sum or a number as well, or taken
+      off, as a norm's running mean is), else in `LowRank.c`. 'output' and
+      'loss' then minimise the error about the mean, which never raises it.
     damping: for 'loss', share of the mean of the gradient moment's diagonal
       that is added to it; without any, few examples make things worse.
     gauge: 'identity' stores each pair without the r^2 numbers that it does
@@ -191,9 +192,11 @@ def factorize(
         leaf = dataclasses.replace(leaf, a=None, left=names[0])
       named[path] = leaf = jax.tree.map(jnp.asarray, leaf)
       if compensate_mean:
-        bias = moments[path].entry.bias
+        entry = moments[path].entry
         discarded = np.stack([m.discarded[i] for m in found])
-        named |= give_back(named, path, bias, leaf, discarded)
+        named |= give_back(
+          named, path, entry.bias, leaf, discarded, entry.bias_scale
+        )
   return paths.unflatten(treedef, named)
 
 

@@ -99,6 +99,7 @@ def give_back(
   bias: str | None,
   leaf: LowRank,
   constant: np.ndarray,
+  scale: float = 1.0,
 ) -> dict[str, Any]:
   """A leaf whose product adds a constant: in its bias, or in `LowRank.c`.
 
@@ -108,6 +109,7 @@ def give_back(
     bias: path of the kernel's own bias; None where there is none.
     leaf: the kernel's factors.
     constant: one number for each output of each member.
+    scale: what it is multiplied with on its way to the bias.
 
   Returns:
     The leaves to put in place, by path.
@@ -125,5 +127,5 @@ def give_back(
       'moments were collected; these parameters do not'
     )
   old = named[bias]
-  new = np.asarray(old, np.float64) + constant.reshape(old.shape)
+  new = np.asarray(old, np.float64) + scale * constant.reshape(old.shape)
   return {path: leaf, bias: jnp.asarray(new, old.dtype)}

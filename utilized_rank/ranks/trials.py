@@ -163,6 +163,7 @@ class Trials:
         c = constant.reshape(groups + layout.output_shape)
       else:
         old = named[bias]
+        constant *= self._moments[path].entry.bias_scale
         named[bias] = old + constant.reshape(old.shape).astype(old.dtype)
       named[path] = LowRank(
         (a * mask[:, None]).reshape(groups + layout.input_shape + (-1,)),

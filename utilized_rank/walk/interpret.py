@@ -21,6 +21,7 @@ from typing import Any
 from utilized_rank.tree.layout import View
 from utilized_rank.walk import compat
 from utilized_rank.walk import control
+from utilized_rank.walk import sums
 from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
 from utilized_rank.walk.values import Param
@@ -83,6 +84,8 @@ class Walk:
     self._origins: dict[int, tuple[Hashable, Any]] = {}
     self._serial = itertools.count()
     self._made: dict[Hashable, Any] = {}
+    # id of a value -> (the leaf that it is a multiple of, the value).
+    self.multiples: dict[int, tuple[Param, Any]] = {}
 
   def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
     """Makes a value the first time that its key is seen in this scope."""
@@ -104,6 +107,7 @@ class Walk:
     """The walk of a body: emissions of its own, all else shared."""
     inner = type(self)(self.visitor)
     inner._origins, inner._serial = self._origins, self._serial
+    inner.multiples = self.multiples
     return inner
 
   def run(
@@ -161,13 +165,10 @@ class Walk:
     moved = self._move_params(eqn, operands, params)
     if moved is not None:
       return moved
-    if name in ('add', 'add_any') and len(params) == 1:
-      other, bias = operands[1 - params[0]], operands[params[0]]
-      if isinstance(other, Output) and self.visitor.biased(other, bias):
-        array = bias.payload.materialise(bias.view)
-        return compat.bind(
-          eqn, [array if v is bias else other.value for v in operands]
-        )
+    if any(isinstance(v, Output) for v in operands):
+      summed = sums.followed(self, eqn, operands)
+      if summed is not None:
+        return summed
     operands = [v.value if isinstance(v, Output) else v for v in operands]
     rule = self.rules.get(name)
     if rule is not None:
@@ -178,15 +179,21 @@ class Walk:
       for i in params:
         self.visitor.opaque(operands[i].view, name)
     reason = _REASONS.get(name, name)
-    return compat.bind(eqn, [self.materialise(v, reason) for v in operands])
+    results = compat.bind(eqn, [self.materialise(v, reason) for v in operands])
+    if name == 'mul' and len(params) == 1:
+      self.multiples[id(results[0])] = operands[params[0]], results[0]
+    return results
 
   def _plain(self, eqn: Any, operands: list[Any]) -> list[Any]:
     if any(isinstance(v, Output) for v in operands):
       if len(operands) == 1:
-        view = moved(eqn, operands[0].view)
-        if view is not None:
+        views = [moved(eqn, term.view) for term in operands[0].terms]
+        if any(view is not None for view in views):
           (value,) = compat.bind(eqn, [operands[0].value])
-          return [Output(view, value, operands[0].use)]
+          return [operands[0].moved(value, views)]
+      summed = sums.followed(self, eqn, operands)
+      if summed is not None:
+        return summed
       operands = [v.value if isinstance(v, Output) else v for v in operands]
     results = compat.bind(eqn, operands)
     if eqn.primitive.name in _RENAMES and len(operands) == 1:
@@ -196,6 +203,9 @@ class Walk:
         compat.params_key(eqn),
       )
       self._origins[id(results[0])] = (key, results[0])
+      if id(operands[0]) in self.multiples:
+        leaf, _ = self.multiples[id(operands[0])]
+        self.multiples[id(results[0])] = leaf, results[0]
     return results
 
   def _product(self, eqn: Any, operands: list[Any], params: list[int]) -> Any:
@@ -233,7 +243,7 @@ class Walk:
     if name == 'dynamic_slice' and params == [0]:
       return self._dynamic_index(eqn, operands)
     if len(operands) != 1:
-      return None
+      return sums.unscaled(eqn, operands)
     (param,) = operands
     if name == 'slice':
       starts, limits = eqn.params['start_indices'], eqn.params['limit_indices']
