@@ -141,7 +141,8 @@ def merge(tree: Any) -> Any:
     The tree of dense kernels, shapes and dtypes as before factorization.
 
   Raises:
-    ValueError: a leaf has a constant `c`, which no kernel can hold.
+    ValueError: a leaf has a constant `c`, which no kernel can hold:
+      `compensate_mean=False` of `compress` and `factorize` makes none.
 
   >>> layout = Layout.of((4, 3), inputs=(0,), outputs=(1,))
   >>> w = LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), None, layout)
@@ -155,8 +156,8 @@ def merge(tree: Any) -> Any:
       if leaf.c is not None:
         raise ValueError(
           f'{path!r} has a constant of shape {tuple(leaf.c.shape)} at its '
-          'output and no bias to hold it; factorize with '
-          'compensate_mean=False to get a tree that can be merged'
+          'output and no bias to hold it: compress or factorize with '
+          'compensate_mean=False for a tree that can be merged'
         )
       named[path] = leaf.dense()
   return paths.unflatten(treedef, named)
