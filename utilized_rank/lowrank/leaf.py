@@ -27,6 +27,13 @@ class LowRank:
   apply. With an `order`, r of the outputs are x A itself, and
   W = [A, A B'][:, order] with B' (r, m - r): `factorize(gauge='identity')`.
 
+  The order decides the function and is no array: `jax.grad` refuses integer
+  leaves, weight decay and casts change floating ones. In its place the key of
+  B' holds the order's digest, as in `b_3fa9c21e`: reading arrays by their keys
+  into a tree of another order (plain orbax, an npz of key paths) fails where it
+  would compute something else, and a call costs no more. Rules over paths match
+  it as `b(_.*)?`. What reads arrays by place alone must compare structures.
+
   Attributes:
     a: (*groups, *inputs, r).
     b: (*groups, r, *outputs), or with an order B', (*groups, r, m - r).
@@ -95,8 +102,9 @@ class LowRank:
 
   def tree_flatten_with_keys(self):
     key = jax.tree_util.GetAttrKey
+    b = 'b' if self.order is None else f'b_{self.order.digest}'
     return (
-      ((key('a'), self.a), (key('b'), self.b), (key('c'), self.c)),
+      ((key('a'), self.a), (key(b), self.b), (key('c'), self.c)),
       (self.layout, self.order, self.left),
     )
 
