@@ -158,6 +158,10 @@ FOLDS = {
     lambda p, x: 2 * (x @ p['w']) + p['b'],
     dict(w=(4, 3), b=(3,)),
   ),
+  'kernel_and_bias_scaled': (
+    lambda p, x: x - (x @ (p['w'] / 3)) * 2 + 0.5 * p['b'],
+    dict(w=(4, 4), b=(4,)),
+  ),
   'scaled_sum': (
     lambda p, x: -(x + (x @ p['w']) / 4) * 3 + p['b'],
     dict(w=(4, 4), b=(4,)),

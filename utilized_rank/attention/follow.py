@@ -47,6 +47,8 @@ class Recorder:
     plain[which] = operands[which].payload.materialise(view)
     (out,) = compat.bind(eqn, plain)
     product = describe.describe(eqn, view, which)
+    if not isinstance(product, str) and (view.flipped or view.scale != 1):
+      product = 'a product of it read backwards, or scaled'
     if isinstance(product, str):
       self.dropped(view, product)
       return out
@@ -59,6 +61,8 @@ class Recorder:
     if isinstance(use, pairing.Mixed) or use.bias is not None or use.scaled:
       return False
     if not is_bias(use.product, output.view, bias.view):
+      return False
+    if bias.view.scale != 1:
       return False
     use.bias = bias.view.path
     return True
@@ -124,6 +128,7 @@ class Follower(Walk):
     view = None
     if len(operands) == 1:
       view = moved(eqn, first.view)
+      view = None if view is None or view.flipped else view
     elif not others and self._keeps(eqn, operands, first, params):
       view = first.view
       plain = [

@@ -138,7 +138,7 @@ class _Substitution:
           'how that is sharded: use AxisType.Auto, or write_out(tree)'
         )
       left = self._lefts.get(param.view.path)
-      if left is None:
+      if left is None or payload.factors.scaled:
         return found.factored(x, payload.factors, lambda make: make())
       key = (
         left,

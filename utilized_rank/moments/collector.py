@@ -27,7 +27,7 @@ from utilized_rank.tree.layout import View
 from utilized_rank.tree.layout import common_atoms
 from utilized_rank.tree.layout import pieces_of
 from utilized_rank.walk import compat
-from utilized_rank.walk.interpret import PART
+from utilized_rank.walk.parts import PART
 from utilized_rank.walk.values import Bias
 from utilized_rank.walk.values import Emission
 from utilized_rank.walk.values import Loop
@@ -85,6 +85,9 @@ class Collector:
       self.dropped(view, product)
       return out
     dtypes = self.params[view.path].dtype, x.dtype
+    if view.scale != 1 and not compat.is_floating(dtypes[0]):
+      self.dropped(view, f'a scale of {dtypes[0]} numbers')
+      return out
     if not compat.is_floating(dtypes[0]) or compat.is_complex(dtypes[1]):
       raise TypeError(
         f'kernel {view.path!r} is {dtypes[0]} and multiplies {dtypes[1]}; '
@@ -102,8 +105,9 @@ class Collector:
       loops,
       tuple((a, id(token)) for a, (token, _) in traced),
     )
-    if side == 'output':  # of this kernel alone
-      key = (key, view.path)
+    if side == 'output':  # of this kernel alone, and of one member of it
+      fixed = tuple(t for t in product.view.taken if isinstance(t[1], int))
+      key = (key, view.path, product.view.atoms, fixed)
     elif side == 'sketch':
       key = (key, columns)
     groups = tuple((a,) for a in product.present)
@@ -113,7 +117,11 @@ class Collector:
     def make():
       count = self.rows.count(product, eqn, which)
       if side == 'output':
-        found = self.rows.outputs(product, eqn, which, x, out)
+        y = out
+        if operands[which].payload.bare is not None:
+          plain[which] = operands[which].payload.bare
+          (y,) = compat.bind(eqn, plain)
+        found = self.rows.outputs(product, eqn, which, x, y)
       else:
         found = self.rows.inputs(product, eqn, which, x, columns)
       sums = Sums(count, *found)
@@ -129,7 +137,10 @@ class Collector:
   def biased(self, output: Output, bias: Bias) -> bool:
     if not is_bias(output.use.product, output.view, bias.view):
       return False
-    scale = output.scale / bias.scale
+    of_output, of_bias = output.view.scale, bias.view.scale
+    if of_output is None or not of_bias:
+      return False  # by how much a constant of x W is scaled is not known
+    scale = of_output * output.scale / (of_bias * bias.scale)
     output.use.biases.append(dataclasses.replace(bias, scale=scale))
     return True
 
@@ -182,7 +193,7 @@ class Collector:
 
   def _unify(self, path, pairs) -> Layout | None:
     layouts = [u.product.layout for _, u in pairs]
-    if PART in self.drops[path]:
+    if any(reason.startswith(PART) for reason in self.drops[path]):
       # Its parts that no product was seen to read may be read all the same.
       return None
     atoms = common_atoms(layouts[0].shape, [y.atoms for y in layouts])
@@ -250,6 +261,8 @@ class Collector:
         unseen[path] = f'bias of {" and ".join(owners[path])}'
       elif path in self.conflicts:
         unseen[path] = self.conflicts[path]
+      elif PART in reasons:
+        unseen[path] = f'HOLE: {reasons}: its parts have no moments'
       elif reasons:
         unseen[path] = f'used by {reasons}'
       else:
@@ -279,8 +292,8 @@ def is_bias(product: Product, view: View, bias: View) -> bool:
     bias: the leaf.
   """
   layout = product.layout.refine(view.atoms)
-  if len(bias.axes) != len(view.axes):
-    return False  # a scalar
+  if len(bias.axes) != len(view.axes) or bias.part is not None:
+    return False  # a scalar, or a part
   # One axis for each of the kernel's atoms, or for a row or broadcast axis.
   names: list[int | None] = []
   sizes: list[int] = []
@@ -299,11 +312,16 @@ def is_bias(product: Product, view: View, bias: View) -> bool:
     if len(its) != (name is not None):
       return False
     if name is not None:
+      if (name in view.flipped) != (its[0] in cut.flipped):
+        return False
       pairs[name] = its[0]
   taken = {by: a for a, by in cut.taken if isinstance(by, Loop)}
   for a, by in product.view.taken:
     if isinstance(by, Loop) and by in taken:
-      pairs[pieces_of(product.layout.atoms, view.atoms)[a][0]] = taken.pop(by)
+      its_atom = taken.pop(by)
+      if (a in product.view.flipped) != (its_atom in cut.flipped):
+        return False
+      pairs[pieces_of(product.layout.atoms, view.atoms)[a][0]] = its_atom
     elif product.layout.atoms[a] > 1:
       return False
   order = [

@@ -118,6 +118,14 @@ class _Tapped:
   def relayout(self, eqn: Any, view: View) -> _Tapped:
     return _Tapped(self.dense.relayout(eqn, view), self.tap.relayout(eqn, view))
 
+  def scaled(
+    self, view: View, make: Callable[[Any], Any], factor: Any
+  ) -> _Tapped | None:
+    # What is multiplied is c x W; gradients with respect to x W are c g.
+    tap = self.tap.scaled(view, make, jax.lax.stop_gradient(factor) ** 2)
+    dense = self.dense.scaled(view, make, factor)
+    return None if tap is None else _Tapped(dense, tap)
+
   def squeeze(self, axis: int) -> _Tapped:
     return _Tapped(self.dense.squeeze(axis), self.tap)
 
@@ -179,7 +187,15 @@ class _Tapper:
     panels = lambda g, keep: self.rows.sums(
       lambda y, _: found.responses(y), g, where, keep, len(found.present)
     )[1]
-    return _tap(panels, out, param.payload.tap.factors.a, keep)
+    groups = found.layout.sizes(found.present)
+    tap = param.payload.tap.factors
+    dummy = jax.tree.map(
+      lambda a: found.in_leaf_order(
+        a.reshape(*groups, *a.shape[len(tap.present) :])
+      ),
+      tap.a,
+    )
+    return _tap(panels, out, dummy, keep)
 
   def biased(self, output: Output, bias: Param) -> bool:
     raise AssertionError('no outputs are followed when taps are set')

@@ -181,6 +181,7 @@ class Rows:
   # --- where the examples and tokens are ---
 
   def _of(self, atom: Any) -> Where:
+    atom = getattr(atom, 'whole', atom)  # of a part: where they are on it all
     if isinstance(atom, compat.Literal) or atom not in self._found:
       # Not analysed: no mask and one sum, or one example.
       return plain(atom.aval.shape)

@@ -20,9 +20,15 @@ def describe(eqn: Any, view: View, which: int) -> Product | str:
     view: the operand that is a parameter.
     which: its position among the operands.
   """
-  if eqn.primitive.name == 'dot_general':
-    return dot_general.dot(eqn, view, which)
-  return convolution.convolution(eqn, view, which)
+  of = dot_general.dot
+  if eqn.primitive.name != 'dot_general':
+    of = convolution.convolution
+  product = of(eqn, view, which)
+  if isinstance(product, str):
+    return product
+  if not product.view.scaled_along.issubset(product.layout.groups):
+    return 'a multiplication with more than one number'
+  return product
 
 
 def fits(factors: Factors, product: Product) -> bool:

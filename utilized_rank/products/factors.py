@@ -26,7 +26,8 @@ class Factors:
   `layout` is over the leaf's atoms; `present` names the group atoms that are
   still axes of the arrays (a loop may have sliced others away). `order` is
   None, or the outputs' order where the pair has an identity block,
-  (*present, m).
+  (*present, m). `scaled`: whether A is multiplied with what other kernels
+  that share it are not.
   """
 
   a: Any
@@ -35,6 +36,7 @@ class Factors:
   layout: Layout
   present: Atoms
   order: Any = None
+  scaled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,14 @@ class Oriented:
   swapped: bool
 
 
+def read_backwards(array: Any, axes: Sequence[int]) -> Any:
+  """The array, numpy's or JAX's, some of its axes from their end."""
+  if not axes:
+    return array
+  step = lambda i: slice(None, None, -1 if i in axes else 1)
+  return array[tuple(map(step, range(array.ndim)))]
+
+
 def oriented(
   factors: Factors, layout: Layout, view: View, rows: int
 ) -> Oriented:
@@ -63,10 +73,12 @@ def oriented(
     RANK: factors.b.shape[len(factors.present)],
     OTHERS: factors.b.shape[-1],
   }
-  named = lambda array, names: Named(
-    array.reshape([special[n] if n < 0 else layout.atoms[n] for n in names]),
-    names,
-  )
+
+  def named(array, names):
+    sizes = [special[n] if n < 0 else layout.atoms[n] for n in names]
+    backwards = [i for i, n in enumerate(names) if n in view.flipped]
+    return Named(read_backwards(array.reshape(sizes), backwards), names)
+
   c = order = None
   if factors.order is None:
     b = named(factors.b, present + (RANK,) + fine.outputs)

@@ -14,6 +14,7 @@ import math
 from typing import Any
 
 from utilized_rank.products.factors import Factors
+from utilized_rank.products.factors import read_backwards
 from utilized_rank.tree.layout import Atoms
 from utilized_rank.tree.layout import Layout
 from utilized_rank.tree.layout import View
@@ -79,13 +80,21 @@ class Product:
     split, order = self._arrangement(
       self.rows_shape, self.labels, self.layout.inputs
     )
-    return (self.geometry, _runs(split, order), self.layout.sizes(self.present))
+    inputs = self.layout.inputs
+    backwards = tuple(
+      (self.layout.atoms[a], math.prod(self.layout.sizes(inputs[i + 1 :])))
+      for i, a in enumerate(inputs)
+      if a in self.view.flipped and self.layout.atoms[a] > 1
+    )
+    lead = self.layout.sizes(self.present)
+    return (self.geometry, _runs(split, order), lead, backwards)
 
   def features(self, x: Any, block: Any = 0) -> Any:
     """The rows of X in one of its blocks, shape (*groups, n, d).
 
     Features are in the kernel's own order, whatever order the equation lists
-    them in: `einsum('bshd,hde->bse')` contracts (d, h).
+    them in (`einsum('bshd,hde->bse')` contracts (d, h)) and whether or not it
+    reads the kernel backwards. Groups are in the order of the view.
     """
     return self._matrices(self.rows(x, block), self.labels, self.layout.inputs)
 
@@ -98,8 +107,16 @@ class Product:
     split, order = self._arrangement(array.shape, labels, atoms)
     lead = self.layout.sizes(self.present)
     width = math.prod(self.layout.sizes(atoms))
-    array = array.reshape(split).transpose(sum(order, []))
-    return array.reshape(*lead, -1, width)
+    backwards = [i for i, a in zip(order[-1], atoms) if a in self.view.flipped]
+    array = read_backwards(array.reshape(split), backwards)
+    return array.transpose(sum(order, [])).reshape(*lead, -1, width)
+
+  def in_leaf_order(self, array: Any) -> Any:
+    """An array that leads with the present groups, from the view's order to
+    the leaf's; the same the other way round."""
+    present = self.present
+    backwards = [i for i, a in enumerate(present) if a in self.view.flipped]
+    return read_backwards(array, backwards)
 
   def _arrangement(
     self, shape: Sequence[int], labels: Sequence[Label], atoms: Atoms

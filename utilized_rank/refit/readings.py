@@ -73,7 +73,9 @@ class Read:
       sizes = [atoms[p] for p in pieces[atom]]
       at.update(zip(pieces[atom], map(int, np.unravel_index(index, sizes))))
     numbers = np.arange(layout.num_groups).reshape(fine.sizes(fine.groups))
-    numbers = numbers[tuple(at.get(a, slice(None)) for a in fine.groups)]
+    flipped = {p for a in self.product.view.flipped for p in pieces[a]}
+    along = lambda a: slice(None, None, -1 if a in flipped else 1)
+    numbers = numbers[tuple(at.get(a, along(a)) for a in fine.groups)]
     return tuple(numbers.reshape(-1).tolist())
 
 

@@ -1,5 +1,5 @@
 """Names of a tree's leaves, and each leaf seen as matrices.
 
 * `paths`: leaves by path, rules over paths, kernels that are one array.
-* `layout`: how an array is laid out from one leaf, and as what matrix.
+* `layout`, `recut`: how an array is laid out from one leaf, and as what matrix.
 """

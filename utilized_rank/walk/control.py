@@ -21,6 +21,7 @@ from utilized_rank.walk.values import Emission
 from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
 from utilized_rank.walk.values import Param
+from utilized_rank.walk.values import Pieces
 from utilized_rank.walk.values import split
 
 
@@ -83,7 +84,7 @@ def holds_product(
 
   def shapes(arrays):
     outs = type(walk)(probe).run(jaxpr, consts, rebuild(arrays))
-    return [v for v in outs if not isinstance(v, Param)]
+    return [v for v in outs if not isinstance(v, (Param, Pieces))]
 
   jax.eval_shape(shapes, arrays)
   return probe.found

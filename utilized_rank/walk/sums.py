@@ -12,9 +12,8 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
-
 from utilized_rank.walk import compat
+from utilized_rank.walk.scale import number
 from utilized_rank.walk.values import Bias
 from utilized_rank.walk.values import Output
 from utilized_rank.walk.values import Param
@@ -48,33 +47,6 @@ def followed(walk: Any, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
   terms = [_times(t, times) for t in output.terms]
   biases = [_times(b, times) for b in output.biases]
   return [_output(terms, value, biases)]
-
-
-def unscaled(eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
-  """A leaf times one, or divided by one: the leaf."""
-  if eqn.primitive.name not in ('mul', 'div'):
-    return None
-  one, two = operands
-  if isinstance(one, Param) and number(two) == 1:
-    leaf = one
-  elif (
-    isinstance(two, Param)
-    and number(one) == 1
-    and (eqn.primitive.name == 'mul')
-  ):
-    leaf = two
-  else:
-    return None
-  same = eqn.outvars[0].aval
-  kept = (same.shape, same.dtype) == (leaf.view.sizes, leaf.view.dtype)
-  return [leaf] if kept else None
-
-
-def number(value: Any) -> float | None:
-  """A number that is known when the function is traced."""
-  if isinstance(value, (int, float, np.ndarray, np.generic)):
-    return float(np.reshape(value, -1)[0]) if np.size(value) == 1 else None
-  return None
 
 
 def _sum(

@@ -36,6 +36,17 @@ class Payload(Protocol):
     """
     ...
 
+  def scaled(
+    self, view: View, make: Callable[[Any], Any], factor: Any
+  ) -> Payload | None:
+    """The payload times a factor; None where it cannot be multiplied.
+
+    `make` multiplies an array that is laid out as the view says, as the
+    function's author wrote it; `factor` is a scalar, or has an axis for each
+    of the view's, of size one where it repeats itself.
+    """
+    ...
+
   def squeeze(self, axis: int) -> Payload:
     """The payload without an axis of size one."""
     ...
@@ -78,6 +89,17 @@ class Bias(Param):
 
   place: Any = None
   scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+  """Several, not all, of the equal parts that an axis of a leaf is cut into.
+
+  They lie side by side along `axis`; a product with them is one with each.
+  """
+
+  params: tuple[Param, ...]
+  axis: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,46 +234,71 @@ class Loop:
 
 def split(values: Sequence[Any]):
   """The arrays in a list of values, and how to put the list together again."""
-  arrays = [v.payload if isinstance(v, Param) else v for v in values]
+
+  def apart(value):
+    if isinstance(value, Pieces):
+      return [p.payload for p in value.params]
+    return value.payload if isinstance(value, Param) else value
+
+  def together(value, arrays):
+    if isinstance(value, Pieces):
+      params = map(together, value.params, arrays)
+      return dataclasses.replace(value, params=tuple(params))
+    return Param(value.view, arrays) if isinstance(value, Param) else arrays
 
   def rebuild(arrays):
-    return [
-      Param(v.view, a) if isinstance(v, Param) else a
-      for v, a in zip(values, arrays, strict=True)
-    ]
+    return [together(*pair) for pair in zip(values, arrays, strict=True)]
 
-  return arrays, rebuild
+  return [apart(v) for v in values], rebuild
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dense:
-  """A leaf that stands for itself: the array, laid out as its view says."""
+  """A leaf that stands for itself: the array, laid out as its view says.
+
+  `bare` is None, or the array without what the leaf is multiplied with.
+  """
 
   array: Any
+  bare: Any = None
+
+  def _each(self, change: Callable[[Any], Any]) -> Dense:
+    return Dense(
+      change(self.array), None if self.bare is None else change(self.bare)
+    )
 
   def relayout(self, eqn: Any, view: View) -> Dense:
     del view
-    return Dense(compat.bind(eqn, [self.array])[0])
+    return self._each(lambda array: compat.bind(eqn, [array])[0])
+
+  def scaled(
+    self, view: View, make: Callable[[Any], Any], factor: Any
+  ) -> Dense:
+    del view, factor
+    bare = self.array if self.bare is None else self.bare
+    return Dense(make(self.array), bare)
 
   def index(self, cut: View, axis: int, at: Any) -> Dense:
     n = cut.sizes[axis + 1]
     if isinstance(at, int):
-      return Dense(
-        jax.lax.slice_in_dim(self.array, at * n, at * n + n, axis=axis)
+      return self._each(
+        lambda array: jax.lax.slice_in_dim(array, at * n, at * n + n, axis=axis)
       )
-    return Dense(jax.lax.dynamic_slice_in_dim(self.array, at, n, axis))
+    return self._each(
+      lambda array: jax.lax.dynamic_slice_in_dim(array, at, n, axis)
+    )
 
   def squeeze(self, axis: int) -> Dense:
-    return Dense(jax.lax.squeeze(self.array, (axis,)))
+    return self._each(lambda array: jax.lax.squeeze(array, (axis,)))
 
   def shard(self, cut: View, spec: Any, parts: dict[int, Any]):
     del cut, parts
-    return self.array, spec, Dense
+    return self, self._each(lambda _: spec), lambda dense: dense
 
   def unstack(self, view: View):
     del view
-    return self.array, Dense
+    return self, lambda dense: dense
 
   def materialise(self, view: View) -> Any:
     del view
