@@ -27,6 +27,7 @@ from utilized_rank.walk import control
 from utilized_rank.walk import parts
 from utilized_rank.walk import pieces
 from utilized_rank.walk import scale
+from utilized_rank.walk import sums
 from utilized_rank.walk.rescaling import BY_ITSELF
 from utilized_rank.walk.rescaling import NOTHING
 from utilized_rank.walk.rescaling import RESCALES
@@ -94,6 +95,8 @@ class Walk:
     self._origins: dict[int, tuple[Hashable, Any]] = {}
     self._serial = itertools.count()
     self._made: dict[Hashable, Any] = {}
+    # id of a value -> (the leaf that it is a multiple of, the value).
+    self.multiples: dict[int, tuple[Param, Any]] = {}
     # id of an array of one number -> (that number, the array).
     self.repeats: dict[int, tuple[Any, Any]] = {}
 
@@ -125,6 +128,7 @@ class Walk:
       visitor = visitor.among(running)
     inner = type(self)(visitor, self.rescaling)
     inner._origins, inner._serial = self._origins, self._serial
+    inner.multiples = self.multiples
     inner.repeats = self.repeats
     return inner
 
@@ -196,13 +200,10 @@ class Walk:
     moved = self._move_params(eqn, operands, params)
     if moved is not None:
       return moved
-    if name in ('add', 'add_any') and len(params) == 1:
-      other, bias = operands[1 - params[0]], operands[params[0]]
-      if isinstance(other, Output) and self.visitor.biased(other, bias):
-        array = bias.payload.materialise(bias.view)
-        return compat.bind(
-          eqn, [array if v is bias else other.value for v in operands]
-        )
+    if any(isinstance(v, Output) for v in operands):
+      summed = sums.followed(self, eqn, operands)
+      if summed is not None:
+        return summed
     operands = [v.value if isinstance(v, Output) else v for v in operands]
     rule = self.rules.get(name)
     if rule is not None:
@@ -212,9 +213,12 @@ class Walk:
     ):
       for i in params:
         self.visitor.opaque(operands[i].view, name)
-    return compat.bind(
+    results = compat.bind(
       eqn, [self.materialise(v, self._reason(eqn, v)) for v in operands]
     )
+    if name == 'mul' and len(params) == 1:
+      self.multiples[id(results[0])] = operands[params[0]], results[0]
+    return results
 
   def rescales(self, eqn: Any, view: View) -> bool:
     """Whether a product does no more than set the size of a parameter."""
@@ -231,10 +235,13 @@ class Walk:
   def _plain(self, eqn: Any, operands: list[Any]) -> list[Any]:
     if any(isinstance(v, Output) for v in operands):
       if len(operands) == 1:
-        view = moved(eqn, operands[0].view)
-        if view is not None:
+        views = [moved(eqn, term.view) for term in operands[0].terms]
+        if any(view is not None for view in views):
           (value,) = compat.bind(eqn, [operands[0].value])
-          return [Output(view, value, operands[0].use)]
+          return [operands[0].moved(value, views)]
+      summed = sums.followed(self, eqn, operands)
+      if summed is not None:
+        return summed
       operands = [v.value if isinstance(v, Output) else v for v in operands]
     results = compat.bind(eqn, operands)
     if eqn.primitive.name == 'broadcast_in_dim' and np.size(operands[0]) == 1:
@@ -247,6 +254,9 @@ class Walk:
         compat.params_key(eqn),
       )
       self._origins[id(results[0])] = (key, results[0])
+      if id(operands[0]) in self.multiples:
+        leaf, _ = self.multiples[id(operands[0])]
+        self.multiples[id(results[0])] = leaf, results[0]
     return results
 
   def _product(self, eqn: Any, operands: list[Any], params: list[int]) -> Any:
