@@ -522,7 +522,7 @@ def test_sites_explain_every_leaf():
   text = str(ur.find_sites(model.apply, variables, x))
   lines = text.splitlines()
   assert len(lines) == len(jax.tree.leaves(variables)) + 2
-  line = next(v for v in lines if 'query/kernel' in v)
+  line = next(v for v in lines if v.split()[0].endswith('query/kernel'))
   # Stacked over three layers, two heads of four features.
   assert line.split()[1:5] == ['3×8×2×4', '3', '8×8', '#1']
   assert 'bias bias' in line
@@ -532,7 +532,7 @@ def test_sites_explain_every_leaf():
         v.split()[4]
         for v in lines
         for n in ('query', 'key', 'value')
-        if f'{n}/kernel' in v
+        if v.split()[0].endswith(f'{n}/kernel')
       }
     )
     == 1

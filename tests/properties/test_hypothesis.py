@@ -55,6 +55,22 @@ def _sliced(w, x):
   return x @ w[0] + np.cos(x) @ w[1], np.stack([x, np.cos(x)])
 
 
+def _spectral(w, x):
+  """By a number that a power iteration makes of the kernel alone."""
+  unit = lambda v: v / jnp.linalg.norm(v)
+  u = lax.fori_loop(
+    0, 2, lambda _, u: unit(unit(u @ w.T) @ w), jnp.ones(D, w.dtype)
+  )
+  return x @ w / (1 + unit(u @ w.T) @ w @ u)
+
+
+def _spectral_plain(w, x):
+  unit, u = lambda v: v / np.linalg.norm(v), np.ones(D)
+  for _ in range(2):
+    u = unit(unit(u @ w.T) @ w)
+  return x @ w / (1 + unit(u @ w.T) @ w @ u), x
+
+
 STEPS = {
   'dot': Step((4, 4), lambda w, x: x @ w, lambda w, x: (x @ w, x)),
   'transposed': Step(
@@ -127,6 +143,7 @@ STEPS = {
       np.stack([x, x, np.cos(x)]),
     ),
   ),
+  'spectral': Step((4, 4), _spectral, _spectral_plain),
   'sliced': Step((2, 4, 4), lambda w, x: x @ w[0] + jnp.cos(x) @ w[1], _sliced),
   'split': Step(
     (4, 8),

@@ -18,6 +18,8 @@ from utilized_rank.tree.layout import View
 from utilized_rank.walk import compat
 from utilized_rank.walk.interpret import Walk
 from utilized_rank.walk.interpret import moved
+from utilized_rank.walk.rescaling import NOTHING
+from utilized_rank.walk.rescaling import Rescaling
 from utilized_rank.walk.values import Output
 from utilized_rank.walk.values import Param
 
@@ -50,6 +52,8 @@ class Recorder:
     product = describe.describe(eqn, view, which)
     if not isinstance(product, str) and (view.flipped or view.scale != 1):
       product = 'a product of it read backwards, or scaled'
+    if operands[2:]:
+      product = f'{eqn.primitive.name}, in which rows meet different kernels'
     if isinstance(product, str):
       self.dropped(view, product)
       return out
@@ -92,8 +96,8 @@ class Follower(Walk):
 
   visitor: Recorder
 
-  def __init__(self, visitor: Recorder):
-    super().__init__(visitor)
+  def __init__(self, visitor: Recorder, rescaling: Rescaling = NOTHING):
+    super().__init__(visitor, rescaling)
     # id of a value -> (axes along which it repeats itself, the value). The
     # value is kept so that its id stays its own.
     self._repeats: dict[int, tuple[set[int], Any]] = {}

@@ -195,3 +195,18 @@ def regrouped(
 def names(axis: Axis) -> set[str | None]:
   """What an axis runs along."""
   return {p.name for p in axis}
+
+
+def outermost(where: Where) -> tuple[int, int, int, int]:
+  """(axis, size, before, behind) of the examples' outermost piece."""
+  axis, at, piece = max(
+    (
+      (k, j, p)
+      for k, axis in enumerate(where.axes)
+      for j, p in enumerate(axis)
+      if p.name == EXAMPLE
+    ),
+    key=lambda found: found[2].step,
+  )
+  sizes = [p.size for p in where.axes[axis]]
+  return axis, piece.size, math.prod(sizes[:at]), math.prod(sizes[at + 1 :])

@@ -45,6 +45,7 @@ def compress(
   select: paths.Rules | None = None,
   multiple_of: int = 1,
   gauge: str | None = IDENTITY,
+  compensate_mean: bool = True,
   anchored: bool = True,
   heads: bool = True,
   trial_examples: int = 1024,
@@ -84,6 +85,9 @@ def compress(
     multiple_of: ranks are multiples of this.
     gauge: as for `factorize`; None for plain pairs (`write_out` makes them
       later, for serving and for meshes of explicit axes).
+    compensate_mean: as for `factorize`; False for a tree that `merge` takes
+      where kernels have no bias (most language models, no batch norm), at the
+      cost of outputs that are a little further off.
     anchored: fit the factors anew behind compressed kernels, if the examples
       kept give four rows for every input feature; kept where outputs then
       are closer by more than the standard error of the difference.
@@ -139,6 +143,7 @@ def compress(
     loss=loss,
     anchored=anchored,
     progress=progress,
+    compensate_mean=compensate_mean,
   )
   if mask is not None:
     problem = problem.without_padding(mask)

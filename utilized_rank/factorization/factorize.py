@@ -71,8 +71,9 @@ def factorize(
         moments that were collected with a loss.
     compensate_mean: give the mean of what is discarded, mu (W - W'), back as
       a constant: in the kernel's bias where the function adds one and uses it
-      for nothing else, else in `LowRank.c`. 'output' and 'loss' then minimise
-      the error about the mean, which never raises it.
+      for nothing else (behind a residual sum or a number as well, or taken
+      off, as a norm's running mean is), else in `LowRank.c`. 'output' and
+      'loss' then minimise the error about the mean, which never raises it.
     damping: for 'loss', share of the mean of the gradient moment's diagonal
       that is added to it; without any, few examples make things worse.
     gauge: 'identity' stores each pair without the r^2 numbers that it does

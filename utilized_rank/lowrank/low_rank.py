@@ -17,6 +17,7 @@ from utilized_rank.tree.layout import View
 from utilized_rank.walk import compat
 from utilized_rank.walk import tracing
 from utilized_rank.walk.interpret import Walk
+from utilized_rank.walk.rescaling import RESCALES
 from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
 from utilized_rank.walk.values import Param
@@ -80,7 +81,7 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
       if is_low_rank(leaf) and leaf.left is not None
     }
     lefts |= {p: p for p in lefts.values()}
-    walk = Walk(_Substitution(lefts))
+    walk = Walk(_Substitution(lefts), traced.rescaling)
     outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
     return jax.tree.unflatten(
       traced.out_tree, [walk.materialise(v, 'output') for v in outs]
@@ -112,6 +113,8 @@ class _Substitution:
     pass  # it gets the dense kernel, and `dropped` says so
 
   def dropped(self, view: View, reason: str) -> None:
+    if reason == RESCALES:
+      return  # of A B, without c: as many rows as there are vectors
     warnings.warn(
       f'{view.path!r} is low-rank but meets {reason!r}, which is no product '
       'with an activation: it is multiplied out there',
@@ -136,8 +139,9 @@ class _Substitution:
       if compat.has_explicit_axes(x):
         factors = factors.plain()  # no lookup among x's outputs
       left = self._lefts.get(param.view.path)
+      others = operands[2:]
       if left is None or factors.scaled:
-        return found.factored(x, factors, lambda make: make())
+        return found.factored(x, factors, lambda make: make(), *others)
       key = (
         left,
         tuple(_token(by) for a, by in sorted(param.view.taken)),
@@ -146,8 +150,11 @@ class _Substitution:
         param.view.dtype,
         which,
         compat.params_key(eqn),
+        *map(walk.origin, others),
       )
-      return found.factored(x, factors, lambda make: walk.once(key, make))
+      return found.factored(
+        x, factors, lambda make: walk.once(key, make), *others
+      )
     plain = list(operands)
     plain[which] = walk.materialise(param, reason)
     return compat.bind(eqn, plain)[0]

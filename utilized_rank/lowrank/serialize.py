@@ -38,7 +38,13 @@ def _layout_of(fields: dict[str, Any]) -> Layout:
 
 
 def _static_to_bytes(static: tuple[Any, ...]) -> bytes:
-  layout, *rest = static
+  layout, *rest, box = static
+  if box is not None:
+    raise ValueError(
+      'a low-rank leaf of an NNX module is written by jax.export as part of a '
+      'tree of arrays: give the exported function nnx.to_pure_dict of the '
+      "module's state"
+    )
   rest = [v.array.tolist() if isinstance(v, Order) else v for v in rest]
   return json.dumps([dataclasses.asdict(layout), *rest]).encode()
 
@@ -46,7 +52,7 @@ def _static_to_bytes(static: tuple[Any, ...]) -> bytes:
 def _static_of(data: Any) -> tuple[Any, ...]:
   layout, *rest = json.loads(bytes(data))
   rest = [Order(v) if isinstance(v, list) else v for v in rest]
-  return (_layout_of(layout), *rest)
+  return (_layout_of(layout), *rest, None)
 
 
 def _register_export() -> None:

@@ -17,6 +17,7 @@ from utilized_rank.products.product import Product
 from utilized_rank.tree.layout import Atoms
 from utilized_rank.tree.layout import Layout
 from utilized_rank.tree.layout import pieces_of
+from utilized_rank.walk.values import Bias
 from utilized_rank.walk.values import Emission
 
 
@@ -25,14 +26,14 @@ class Use:
   """One product's use of one emission.
 
   `groups` names the leading axes of the emitted sums, outermost first, each by
-  the kernel's atoms that it runs over.
+  the kernel's atoms that it runs over; `biases` are leaves that a constant of
+  its output can be moved to, each scaled by how many times that is.
   """
 
   product: Product
   groups: tuple[Atoms, ...]
   rows: int
-  bias: str | None = None
-  bias_scale: float = 1.0
+  biases: list[Bias] = dataclasses.field(default_factory=list)
 
   @property
   def path(self) -> str:

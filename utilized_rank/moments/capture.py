@@ -174,7 +174,7 @@ def _capture(fn, params, args, kwargs, rules, on_opaque, sides, counting=EVERY):
   is_lenient = on_opaque == 'report'
   chosen = sides.among(traced.params)
   collector = Collector(traced.params, selected, is_lenient, rows, chosen)
-  walk = Walk(collector)
+  walk = Walk(collector, traced.rescaling)
   values = [
     Param(View.of_leaf(path, leaf.shape, leaf.dtype), Dense(leaf))
     for path, leaf in traced.params.items()

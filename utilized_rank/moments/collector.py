@@ -29,10 +29,10 @@ from utilized_rank.tree.layout import common_atoms
 from utilized_rank.tree.layout import pieces_of
 from utilized_rank.walk import compat
 from utilized_rank.walk.parts import PART
+from utilized_rank.walk.values import Bias
 from utilized_rank.walk.values import Emission
 from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
-from utilized_rank.walk.values import Param
 from utilized_rank.walk.values import Running
 from utilized_rank.walk.values import UnsupportedError
 
@@ -106,6 +106,7 @@ class Collector:
       product.key,
       loops,
       tuple((a, id(token)) for a, (token, _) in traced),
+      *map(walk.origin, operands[2:]),
     )
     if side == 'output':  # of this kernel alone, and of one member of it
       fixed = tuple(t for t in product.view.taken if isinstance(t[1], int))
@@ -117,15 +118,16 @@ class Collector:
       groups = ((a,), *groups)
 
     def make():
-      count = self.rows.count(product, eqn, which)
+      of = product.bound(operands[2:])
+      count = self.rows.count(of, eqn, which)
       if side == 'output':
         y = out
         if operands[which].payload.bare is not None:
           plain[which] = operands[which].payload.bare
           (y,) = compat.bind(eqn, plain)
-        found = self.rows.outputs(product, eqn, which, x, y)
+        found = self.rows.outputs(of, eqn, which, x, y)
       else:
-        found = self.rows.inputs(product, eqn, which, x, columns)
+        found = self.rows.inputs(of, eqn, which, x, columns)
       sums = Sums(count, *found)
       for a, (_, at) in traced:
         size = product.layout.atoms[a]
@@ -142,14 +144,14 @@ class Collector:
     inner.rows = self.rows.among(running)
     return inner
 
-  def biased(self, output: Output, bias: Param) -> bool:
+  def biased(self, output: Output, bias: Bias) -> bool:
     if not is_bias(output.use.product, output.view, bias.view):
       return False
     of_output, of_bias = output.view.scale, bias.view.scale
     if of_output is None or not of_bias:
       return False  # by how much a constant of x W is scaled is not known
-    output.use.bias = bias.view.path
-    output.use.bias_scale = of_output / of_bias
+    scale = of_output * output.scale / (of_bias * bias.scale)
+    output.use.biases.append(dataclasses.replace(bias, scale=scale))
     return True
 
   def stacked(self, use: Use, loop, size: int, is_stacked: bool) -> Use:
@@ -166,7 +168,6 @@ class Collector:
       for use in emission.uses:
         uses.setdefault(use.path, []).append((emission, use))
     biases = self._biases(uses)
-    scales = {p: pairs[0][1].bias_scale for p, pairs in uses.items()}
     sites: dict[str, Site] = {}
     sums: list[Sums] = []
     known: dict[Any, int] = {}
@@ -189,13 +190,13 @@ class Collector:
         path,
         layout.coarsen(),
         known[signature],
-        biases.get(path),
+        biases[path].view.path if path in biases else None,
         pairs[0][1].product.kind,
         side,
         sum(u.rows for _, u in pairs) // distinct,
         len(pairs),
         tuple(self.drops[path]),
-        bias_scale=scales[path] if path in biases else 1.0,
+        bias_scale=biases[path].scale if path in biases else 1.0,
         columns=columns,
       )
     return self._report(sites, biases), tuple(sums)
@@ -219,25 +220,44 @@ class Collector:
     self.conflicts[path] = conflict
     return None
 
-  def _biases(self, uses) -> dict[str, str]:
-    """Kernel path -> path of the leaf that is its bias and nothing else."""
-    owners: dict[str, set[str]] = {}
-    found: dict[str, str] = {}
+  def _biases(self, uses) -> dict[str, Bias]:
+    """Kernel path -> the leaf that takes a constant of its output.
+
+    The leaf is used for nothing else, and wherever it is added one product of
+    the kernel is in the sum, once. Kernels of one sum may share it.
+    """
+    places: dict[str, set[Any]] = {}
+    for pairs in uses.values():
+      for _, use in pairs:
+        for bias in use.biases:
+          places.setdefault(bias.view.path, set()).add(bias.place)
+    found: dict[str, Bias] = {}
+    owned: set[str] = set()
     for path, pairs in uses.items():
-      names = {u.bias for _, u in pairs}
-      for name in names - {None}:
-        owners.setdefault(name, set()).add(path)
-      scales = {u.bias_scale for _, u in pairs}
-      if len(names) == len(scales) == 1 and None not in names:
-        found[path] = names.pop()
-    return {
-      path: bias
-      for path, bias in found.items()
-      if owners[bias] == {path} and not self.drops[bias] and bias not in uses
-    }
+      fit = []
+      for bias in pairs[0][1].biases:
+        name = bias.view.path
+        met = [b for _, u in pairs for b in u.biases if b.view.path == name]
+        once = len(met) == len(pairs) == len(places[name])
+        if (
+          once
+          and {b.place for b in met} == places[name]
+          and {b.scale for b in met} == {bias.scale}
+          and not self.drops[name]
+          and name not in uses
+        ):
+          fit.append(bias)
+      if fit:
+        # One that no other kernel has, if there is one.
+        best = min(fit, key=lambda bias: bias.view.path in owned)
+        found[path] = best
+        owned.add(best.view.path)
+    return found
 
   def _report(self, sites: dict[str, Site], biases) -> Sites:
-    owner = {bias: path for path, bias in biases.items()}
+    owners: dict[str, list[str]] = {}
+    for path, bias in biases.items():
+      owners.setdefault(bias.view.path, []).append(path)
     unseen = {}
     for path in self.params:
       if path in sites:
@@ -247,8 +267,8 @@ class Collector:
         unseen[path] = 'not selected'
       elif path in self.holes:
         unseen[path] = f'HOLE: enters {self.holes[path]}, which hides its use'
-      elif path in owner:
-        unseen[path] = f'bias of {owner[path].rsplit("/", 1)[-1]}'
+      elif path in owners:
+        unseen[path] = f'bias of {" and ".join(owners[path])}'
       elif path in self.conflicts:
         unseen[path] = self.conflicts[path]
       elif PART in reasons:

@@ -23,6 +23,7 @@ from utilized_rank.moments.rows import Rows
 from utilized_rank.products import describe
 from utilized_rank.products.factored import Factored
 from utilized_rank.products.factors import Factors
+from utilized_rank.products.product import one_block
 from utilized_rank.tree.layout import Layout
 from utilized_rank.tree.layout import View
 from utilized_rank.walk import compat
@@ -121,7 +122,7 @@ def _tapped(traced, layouts, taps, rows):
     view = View.of_leaf(path, leaf.shape, leaf.dtype, layout.atoms)
     grouped = Factored(Factors(taps[path], None, None, layout, layout.groups))
     values.append(Param(view, _Tapped(Dense(leaf), grouped)))
-  walk = Walk(_Tapper(rows))
+  walk = Walk(_Tapper(rows), traced.rescaling)
   outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
   outs = [walk.materialise(v, 'output') for v in outs]
   return jax.tree.unflatten(
@@ -208,9 +209,16 @@ class _Tapper:
     if isinstance(found, str):
       return out
     where, keep = self.rows.responses(found, eqn)
-    panels = lambda g, keep: self.rows.sums(
-      lambda y, _: found.responses(y), g, where, keep, len(found.present)
-    )[1]
+    tiles = None
+    if operands[2:]:
+      tiles = found.output_blocks(out.shape, *operands[2:])
+
+    def panels(g, kept):
+      keep, tiles = kept
+      blocks = one_block if tiles is None else lambda shape: tiles
+      present = len(found.present)
+      return self.rows.sums(found.responses, g, where, keep, present, blocks)[1]
+
     groups = found.layout.sizes(found.present)
     tap = param.payload.tap.factors
     dummy = jax.tree.map(
@@ -219,7 +227,7 @@ class _Tapper:
       ),
       tap.a,
     )
-    return _tap(panels, out, dummy, keep)
+    return _tap(panels, out, dummy, (keep, tiles))
 
   def biased(self, output: Output, bias: Param) -> bool:
     raise AssertionError('no outputs are followed when taps are set')
@@ -233,19 +241,19 @@ def _tap(
   panels: Callable[[Any, Any], gram.Panels],
   out: jax.Array,
   dummy: gram.Panels,
-  keep: Any,
+  kept: Any,
 ):
-  del panels, dummy, keep
+  del panels, dummy, kept
   return out
 
 
-def _tap_forward(panels, out, dummy, keep):
+def _tap_forward(panels, out, dummy, kept):
   del panels, dummy
-  return out, keep
+  return out, kept
 
 
-def _tap_backward(panels, keep, cotangent):
-  second = panels(cotangent, keep)
+def _tap_backward(panels, kept, cotangent):
+  second = panels(cotangent, kept)
   return cotangent, tuple(p.astype(jnp.float32) for p in second), None
 
 

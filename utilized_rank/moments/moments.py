@@ -62,8 +62,9 @@ class Entry:
     path: the leaf's path.
     layout: the leaf as one matrix per group.
     index: position of its sums in `Moments.sums`; q, k and v share one.
-    bias: path of the leaf that is added to this product and to nothing else,
-      or None; a constant output can be moved there.
+    bias: path of the leaf that is added to this product, or taken off it as a
+      norm's running mean is, and used for nothing else; a constant output can
+      be moved there. None where there is none.
     kind: 'dot' or 'conv'.
     side: 'input'; 'output' where the sums are of outputs y = x W: T is
       measured, S is not known; 'sketch' where they are a sketch of S.

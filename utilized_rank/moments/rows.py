@@ -25,6 +25,7 @@ from utilized_rank.axes.where import EXAMPLE
 from utilized_rank.axes.where import TOKEN
 from utilized_rank.axes.where import Where
 from utilized_rank.axes.where import batch_array
+from utilized_rank.axes.where import outermost
 from utilized_rank.axes.where import plain
 from utilized_rank.host.meshes import is_explicit
 from utilized_rank.linalg import gram
@@ -33,6 +34,7 @@ from utilized_rank.moments.counting import Counting
 from utilized_rank.products.product import ROW
 from utilized_rank.products.product import Product
 from utilized_rank.products.product import one_block
+from utilized_rank.products.tiles import Tiles
 from utilized_rank.walk import compat
 from utilized_rank.walk.values import Running
 
@@ -93,6 +95,11 @@ class Rows:
     """n, (*groups, [parts])."""
     lead = product.layout.sizes(product.present)
     where = self._of(eqn.invars[1 - which])
+    shape = eqn.invars[1 - which].aval.shape
+    if isinstance(tiles := product.blocks(shape), Tiles):
+      keep = self.keep(where)
+      rows = gram.row_counts(product.features, shape, keep, tiles)
+      return first_part(rows, 0, self.parts) if self.parts else rows
     rows = jnp.full(max(self.parts, 1), 0, jnp.int32)
     if self._mask is None or not where.has(EXAMPLE):
       even = self._is_split(where)
@@ -127,7 +134,8 @@ class Rows:
     of_x = self._over_inputs(product, eqn, which, x, gram.sharded_total)
     where, keep = self.responses(product, eqn)
     groups = len(product.present)
-    of_y = self.sums(lambda y, _: product.responses(y), y, where, keep, groups)
+    blocks = product.output_blocks
+    of_y = self.sums(product.responses, y, where, keep, groups, blocks)
     return of_x[0], of_y[1]
 
   def _over_inputs(self, product, eqn, which, x, of):
@@ -152,7 +160,7 @@ class Rows:
     where: Where,
     keep: Any,
     groups: int,
-    blocks: Callable[[Sequence[int]], int] = one_block,
+    blocks: Callable[[Sequence[int]], gram.Blocks] = one_block,
     of: Callable[..., tuple[Any, ...]] = gram.sharded_panels,
   ) -> tuple[Any, ...]:
     """Sums over the rows of `matrix(x, block)` that count, in parts.
@@ -167,8 +175,9 @@ class Rows:
 
     def sums(x, keep):
       x = _counted(x, keep)
-      if not self._is_split(where):
-        # Its examples are not known: one sum of all, at the first part.
+      is_chosen = isinstance(blocks(x.shape), Tiles)
+      if is_chosen or not self._is_split(where):
+        # Whose rows are whose is not known: one sum of all, at the first part.
         found = of(matrix, x, blocks(x.shape))
         return _by_features(lambda a, k: first_part(a, k, self.parts), found)
       x = _parts_first(x, where, self.parts)
@@ -202,12 +211,12 @@ class Rows:
       or not where.has(EXAMPLE)
     ):
       return False
-    return _top(where)[1] % self.parts == 0
+    return outermost(where)[1] % self.parts == 0
 
   def _check(self, product: Product, where: Where, eqn: Any, which: int):
     path = product.view.path
     mixed = where.mixed or self._of(eqn.outvars[0]).mixed
-    if product.kind == 'dot':
+    if product.kind != 'conv':
       apart = zip(where.axes, product.labels, strict=True)
       named = {p.name for a, label in apart if label is not ROW for p in a}
       if EXAMPLE in named:
@@ -220,12 +229,11 @@ class Rows:
       )
     if self._tokens is None or not where.has(EXAMPLE):
       return
-    if product.kind == 'dot' and TOKEN not in named:
+    if product.kind != 'conv' and TOKEN not in named:
       if where.is_along(TOKEN, self._tokens):
         return
-      if product.num_rows == self._examples and not isinstance(
-        where.token, str
-      ):
+      one_each = product.kind == 'dot' and product.num_rows == self._examples
+      if one_each and not isinstance(where.token, str):
         return
     raise ValueError(
       f'the mask is of {self._tokens} tokens, and the rows of {path!r} could '
@@ -336,24 +344,9 @@ def _by_features(
   )
 
 
-def _top(where: Where) -> tuple[int, int, int, int]:
-  """(axis, size, before, behind) of the examples' outermost piece."""
-  axis, at, piece = max(
-    (
-      (k, j, p)
-      for k, axis in enumerate(where.axes)
-      for j, p in enumerate(axis)
-      if p.name == EXAMPLE
-    ),
-    key=lambda found: found[2].step,
-  )
-  sizes = [p.size for p in where.axes[axis]]
-  return axis, piece.size, math.prod(sizes[:at]), math.prod(sizes[at + 1 :])
-
-
 def _parts_first(x: jax.Array, where: Where, parts: int) -> jax.Array:
   """(parts, ...): the examples' axis cut into shares."""
-  axis, size, before, behind = _top(where)
+  axis, size, before, behind = outermost(where)
   lead, rest = x.shape[:axis], x.shape[axis + 1 :]
   x = x.reshape(*lead, before, parts, size // parts * behind, *rest)
   x = jnp.moveaxis(x, axis + 1, 0)

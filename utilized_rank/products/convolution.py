@@ -55,8 +55,6 @@ def convolution(eqn: Any, view: View, which: int) -> Product | str:
   inputs = [a for i in (in_dim, *window_dims) for a in view.axes[i]]
   outputs = list(view.axes[out_dim])
   layout = roles(view, inputs, outputs)
-  if groups > 1 and layout.full_rank == 1:
-    return 'a depthwise convolution: matrices of rank one, nothing to factor'
   x_batch, x_feature, *x_space = numbers.lhs_spec
   window = [view.sizes[i] for i in window_dims]
 

@@ -45,6 +45,7 @@ class Order:
 
   Attributes:
     array: (*groups, m), int32; `[z, z B'][..., array]` are the outputs.
+    digest: eight characters that tell it from others.
   """
 
   def __init__(self, array: Any):
@@ -53,6 +54,7 @@ class Order:
     self.array = array
     head = str(array.shape).encode()
     self._digest = hashlib.sha256(head + array.tobytes()).digest()
+    self.digest = self._digest.hex()[:8]
     self._hash = hash(self._digest)
 
   def __hash__(self) -> int:
@@ -62,7 +64,7 @@ class Order:
     return isinstance(other, Order) and self._digest == other._digest
 
   def __repr__(self) -> str:
-    return f'Order(shape={self.array.shape}, {self._digest.hex()[:8]})'
+    return f'Order(shape={self.array.shape}, {self.digest})'
 
 
 def check_gauge(gauge: str | None) -> None:

@@ -104,6 +104,7 @@ def tune_ranks(
   multiple_of: int = 1,
   limits: Sequence[tuple[str, tuple[int, int]]] = (),
   gauge: str | None = None,
+  compensate_mean: bool = True,
   reference: Any = None,
   rounds: int = 4,
   at_once: int = 1,
@@ -125,6 +126,7 @@ def tune_ranks(
     multiple_of: as for `budget_ranks`.
     limits: as for `budget_ranks`.
     gauge: as for `factorize`.
+    compensate_mean: as for `factorize`.
     reference: parameters of the dense function to stay near to; default
       `params`, other kernels of which may be compressed already.
     rounds: corrections of the best allocation; each takes one backward pass
@@ -151,6 +153,7 @@ def tune_ranks(
     multiple_of=multiple_of,
     limits=limits,
     gauge=gauge,
+    compensate_mean=compensate_mean,
     progress=False,
   )
   trials = Trials(
@@ -178,9 +181,15 @@ def tune_ranks(
   step = iter(steps)
   for method, damping in recipes:
     next(step)
-    search.try_predictions(
-      decompose(params, moments, method=method, damping=damping, progress=False)
+    families = decompose(
+      params,
+      moments,
+      method=method,
+      compensate_mean=compensate_mean,
+      damping=damping,
+      progress=False,
     )
+    search.try_predictions(families)
   for _ in range(rounds):
     next(step)
     if not search.has_slopes() or not search.correct():

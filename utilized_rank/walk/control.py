@@ -88,7 +88,8 @@ def holds_product(
   arrays, rebuild = split(operands)
 
   def shapes(arrays):
-    outs = type(walk)(probe).run(jaxpr, consts, rebuild(arrays))
+    scope = type(walk)(probe, walk.rescaling)
+    outs = scope.run(jaxpr, consts, rebuild(arrays))
     return [v for v in outs if not isinstance(v, (Param, Pieces))]
 
   jax.eval_shape(shapes, arrays)

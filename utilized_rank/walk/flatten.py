@@ -40,7 +40,7 @@ def flatten(traced: Traced, kernels: Container[str]) -> Traced:
   """
 
   def run(params, args):
-    walk = _Flat(_Flattening(kernels))
+    walk = _Flat(_Flattening(kernels), traced.rescaling)
     values = [
       Param(View.of_leaf(path, leaf.shape, leaf.dtype), Dense(leaf))
       for path, leaf in params.items()

@@ -27,6 +27,11 @@ from utilized_rank.walk import control
 from utilized_rank.walk import parts
 from utilized_rank.walk import pieces
 from utilized_rank.walk import scale
+from utilized_rank.walk import sums
+from utilized_rank.walk.rescaling import BY_ITSELF
+from utilized_rank.walk.rescaling import NOTHING
+from utilized_rank.walk.rescaling import RESCALES
+from utilized_rank.walk.rescaling import Rescaling
 from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
 from utilized_rank.walk.values import Param
@@ -66,24 +71,32 @@ _RENAMES = frozenset(
     'sharding_constraint',
   }
 )
+_RAGGED = 'ragged_dot_general'
+_PRODUCTS = (*pieces.PRODUCTS, _RAGGED)
 # Their sub-computation combines two scalars; it holds no product.
 _REDUCERS = ('scatter', 'reduce', 'select_and_', 'arg', 'cum')
 
 
 class Walk:
-  """One walk over a traced function."""
+  """One walk over a traced function.
+
+  `rescaling` is what the function does to its parameters before their use.
+  """
 
   # What to do at calls, loops and branches that a `Param` enters.
   rules = control.RULES
 
-  def __init__(self, visitor: Visitor):
+  def __init__(self, visitor: Visitor, rescaling: Rescaling = NOTHING):
     self.visitor = visitor
+    self.rescaling = rescaling
     self.tape = Tape()
     # id of a value -> (what it is a plain renaming of, the value). The value
     # is kept so that its id stays its own.
     self._origins: dict[int, tuple[Hashable, Any]] = {}
     self._serial = itertools.count()
     self._made: dict[Hashable, Any] = {}
+    # id of a value -> (the leaf that it is a multiple of, the value).
+    self.multiples: dict[int, tuple[Param, Any]] = {}
     # id of an array of one number -> (that number, the array).
     self.repeats: dict[int, tuple[Any, Any]] = {}
 
@@ -113,8 +126,9 @@ class Walk:
     visitor = self.visitor
     if running is not None and hasattr(visitor, 'among'):
       visitor = visitor.among(running)
-    inner = type(self)(visitor)
+    inner = type(self)(visitor, self.rescaling)
     inner._origins, inner._serial = self._origins, self._serial
+    inner.multiples = self.multiples
     inner.repeats = self.repeats
     return inner
 
@@ -176,21 +190,20 @@ class Walk:
         self.materialise(v, parts.reason(eqn)) if isinstance(v, Pieces) else v
         for v in operands
       ]
+    if name == _RAGGED:
+      operands = self._read_ragged(eqn, operands)
     params = [i for i, v in enumerate(operands) if isinstance(v, Param)]
     if not params:
       return self._plain(eqn, operands)
-    if name in pieces.PRODUCTS:
+    if name in _PRODUCTS:
       return [self._product(eqn, operands, params)]
     moved = self._move_params(eqn, operands, params)
     if moved is not None:
       return moved
-    if name in ('add', 'add_any') and len(params) == 1:
-      other, bias = operands[1 - params[0]], operands[params[0]]
-      if isinstance(other, Output) and self.visitor.biased(other, bias):
-        array = bias.payload.materialise(bias.view)
-        return compat.bind(
-          eqn, [array if v is bias else other.value for v in operands]
-        )
+    if any(isinstance(v, Output) for v in operands):
+      summed = sums.followed(self, eqn, operands)
+      if summed is not None:
+        return summed
     operands = [v.value if isinstance(v, Output) else v for v in operands]
     rule = self.rules.get(name)
     if rule is not None:
@@ -200,16 +213,35 @@ class Walk:
     ):
       for i in params:
         self.visitor.opaque(operands[i].view, name)
+    results = compat.bind(
+      eqn, [self.materialise(v, self._reason(eqn, v)) for v in operands]
+    )
+    if name == 'mul' and len(params) == 1:
+      self.multiples[id(results[0])] = operands[params[0]], results[0]
+    return results
+
+  def rescales(self, eqn: Any, view: View) -> bool:
+    """Whether a product does no more than set the size of a parameter."""
+    return (eqn.outvars[0], view.path) in self.rescaling.products
+
+  def _reason(self, eqn: Any, value: Any) -> str:
+    """Why an equation's operand is no leaf any more, if it is one."""
     reason = parts.reason(eqn)
-    return compat.bind(eqn, [self.materialise(v, reason) for v in operands])
+    if isinstance(value, Param) and eqn.outvars:
+      use = eqn.outvars[0], value.view.path
+      reason += BY_ITSELF * (use in self.rescaling.by_itself)
+    return reason
 
   def _plain(self, eqn: Any, operands: list[Any]) -> list[Any]:
     if any(isinstance(v, Output) for v in operands):
       if len(operands) == 1:
-        view = moved(eqn, operands[0].view)
-        if view is not None:
+        views = [moved(eqn, term.view) for term in operands[0].terms]
+        if any(view is not None for view in views):
           (value,) = compat.bind(eqn, [operands[0].value])
-          return [Output(view, value, operands[0].use)]
+          return [operands[0].moved(value, views)]
+      summed = sums.followed(self, eqn, operands)
+      if summed is not None:
+        return summed
       operands = [v.value if isinstance(v, Output) else v for v in operands]
     results = compat.bind(eqn, operands)
     if eqn.primitive.name == 'broadcast_in_dim' and np.size(operands[0]) == 1:
@@ -222,6 +254,9 @@ class Walk:
         compat.params_key(eqn),
       )
       self._origins[id(results[0])] = (key, results[0])
+      if id(operands[0]) in self.multiples:
+        leaf, _ = self.multiples[id(operands[0])]
+        self.multiples[id(results[0])] = leaf, results[0]
     return results
 
   def _product(self, eqn: Any, operands: list[Any], params: list[int]) -> Any:
@@ -230,7 +265,8 @@ class Walk:
       for i in params
       if self.visitor.wants(operands[i].view) and operands[i].view.part is None
     ]
-    if len(kernels) != 1:
+    idle = [i for i in params if self.rescales(eqn, operands[i].view)]
+    if len(kernels) != 1 or kernels[0] in idle:
       # None that is looked at, or two: which of them is the kernel?
       kernels = []
     plain = []
@@ -242,11 +278,30 @@ class Walk:
         reason = value.view.part or eqn.primitive.name
         if len(params) == 2:
           reason += f' with {operands[1 - i].view.path}'
+        if i in idle:
+          reason = RESCALES
         value = self.materialise(value, reason)
       plain.append(value.value if isinstance(value, Output) else value)
     if kernels:
       return self.visitor.product(eqn, plain, kernels[0], self)
     return compat.bind(eqn, plain)[0]
+
+  def _read_ragged(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    """The operands, of which a `Param` is one that may be a kernel.
+
+    Raises:
+      UnsupportedError: a kernel of which each group has rows of its own, or of
+        a ragged batch.
+    """
+    *both, sizes = operands
+    sizes = self.materialise(sizes, eqn.primitive.name)
+    ways = eqn.params['ragged_dot_dimension_numbers']
+    if not (ways.rhs_group_dimensions and isinstance(both[1], Param)):
+      for i, value in enumerate(both):
+        if isinstance(value, Param):
+          self.visitor.opaque(value.view, eqn.primitive.name)
+          both[i] = self.materialise(value, eqn.primitive.name)
+    return [*both, sizes]
 
   # --- layout operations ---
 

@@ -90,6 +90,8 @@ def _products(
   pieces, x = operands[which], operands[1 - which]
   if isinstance(x, Param) or not walk.visitor.wants(pieces.params[0].view):
     return None
+  if walk.rescales(eqn, pieces.params[0].view):
+    return None
   x, name = walk.materialise(x, eqn.primitive.name), eqn.primitive.name
   found = _one_by_one(eqn, which, pieces, x)
   if found is None:

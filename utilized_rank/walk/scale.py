@@ -79,7 +79,7 @@ def _times(
     The leaf; None if its payload cannot be multiplied.
   """
   name, shape = eqn.primitive.name, shape_of(factor)
-  known = _number(factor) if name != 'neg' else -1.0
+  known = number(factor) if name != 'neg' else -1.0
   if name == 'div':
     factor, known = 1 / factor, 1 / known if known else None
   view = _scaled_view(param, shape, known)
@@ -108,7 +108,7 @@ def _scaled_view(param: Param, shape: tuple[int, ...], known: float | None):
   return param.view.multiply(shape, known)
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
   """A factor that is known when a function is traced."""
   if isinstance(value, (int, float, np.ndarray, np.generic)):
     return float(np.reshape(value, -1)[0]) if np.size(value) == 1 else None

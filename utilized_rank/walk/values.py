@@ -79,6 +79,19 @@ class Param:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bias(Param):
+  """A parameter leaf that is added to something, `scale` times.
+
+  Attributes:
+    place: identity of the addition; a leaf may be added at several.
+    scale: a number known when the function is traced.
+  """
+
+  place: Any = None
+  scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Pieces:
   """Several, not all, of the equal parts that an axis of a leaf is cut into.
 
@@ -91,15 +104,51 @@ class Pieces:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-  """What a product made, while it is still only that, laid out anew.
+  """What a product made, laid out anew, or a sum that it is in.
 
   The view is over the *kernel's* atoms, rows being axes without atoms, so a
   bias that is added can be recognised by its place alone.
+
+  Attributes:
+    view: how the product's output lies in the value.
+    value: the array.
+    use: the visitor's own, of the product.
+    scale: how many times the output is in the value.
+    others: further products that are in the same value.
+    biases: leaves that are in it already.
   """
 
   view: View
   value: Any
   use: Any
+  scale: float = 1.0
+  others: tuple[Output, ...] = ()
+  biases: tuple[Bias, ...] = ()
+
+  @property
+  def terms(self) -> tuple[Output, ...]:
+    """All products in the value."""
+    return (self, *self.others)
+
+  def moved(self, value: Any, views: Sequence[View | None]) -> Output | None:
+    """The value laid out anew: every product's view, None if it is lost."""
+    terms = [
+      dataclasses.replace(term, view=view, value=value, others=(), biases=())
+      for term, view in zip(self.terms, views, strict=True)
+      if view is not None
+    ]
+    if not terms:
+      return None
+    # A leaf that is in it already is laid out as it was where it was added.
+    still = all(
+      view is not None and view.cast(term.view.dtype) == term.view
+      for view, term in zip(views, self.terms, strict=True)
+    )
+    return dataclasses.replace(
+      terms[0],
+      others=tuple(terms[1:]),
+      biases=self.biases if still else (),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +212,9 @@ class Visitor(Protocol):
     """
     ...
 
-  def biased(self, output: Output, bias: Param) -> bool:
-    """A parameter is added to a product; whether that makes it its bias."""
+  def biased(self, output: Output, bias: Bias) -> bool:
+    """A parameter is added to what a product is in; whether it may take a
+    constant of the product's output."""
     ...
 
   def stacked(self, use: Any, loop: Any, size: int, is_stacked: bool) -> Any:
