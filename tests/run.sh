@@ -16,6 +16,8 @@ case " $* " in *' --quick '*) quick=1 ;; esac
 if [ -n "${LATEST:-}" ]; then
   venv=.venv-latest
   make_venv "$venv" "${PYTHON:-python3}" --upgrade -e '.[test]'
+  . tests/frameworks/install.sh
+  install_frameworks "$venv"
 else
   venv=.venv-test
   # A quick run takes the environment as it is, once there is one.

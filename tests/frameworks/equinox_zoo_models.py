@@ -39,7 +39,11 @@ def equimo_vit() -> Case:
   def fn(model, images):
     return jax.vmap(lambda image: model(image, inference=True))(images)
 
-  unseen = {'pos_embed/weight': 'used by'}
+  unseen = {
+    'global_pos_embed/weight': 'used by add',
+    'cls_token': 'used by concatenate',
+    'reg_tokens': 'used by concatenate',
+  }
   return Case(
     fn, model, images, kernels,
     lambda: equinox_inputs(model, lambda tapped: fn(tapped, images)), unseen,

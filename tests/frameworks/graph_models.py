@@ -15,7 +15,11 @@ from frameworks.haiku_models import recorder
 
 
 def jraph_network() -> Case:
-  """A graph network block on two graphs; graphs are the batch's, not rows."""
+  """A block of a graph network over graphs of equal size.
+
+  Graphs that are one graph (`jraph.batch`) have no leading axis in common, as
+  a batch must; one axis of graphs, and `vmap`, is a batch.
+  """
   import jraph
 
   def network(graph):
@@ -24,29 +28,33 @@ def jraph_network() -> Case:
     )
     return jraph.GraphNetwork(*map(update, ('edge', 'node', 'whole')))(graph)
 
-  each = [
-    jraph.GraphsTuple(
-      nodes=normal(n, 4), edges=normal(n + 3, 2), globals=normal(1, 3),
-      senders=np.arange(n + 3) % n, receivers=np.arange(1, n + 4) % n,
-      n_node=np.array([n]), n_edge=np.array([n + 3]),
-    )
-    for n in (9, 12)
-  ]  # fmt: skip
-  graph = jraph.batch(each)
+  several, n = 20, 5
+  graphs = jraph.GraphsTuple(
+    nodes=normal(several, n, 4), edges=normal(several, n + 3, 2),
+    globals=normal(several, 1, 3),
+    senders=np.tile(np.arange(n + 3) % n, (several, 1)),
+    receivers=np.tile(np.arange(1, n + 4) % n, (several, 1)),
+    n_node=np.full((several, 1), n), n_edge=np.full((several, 1), n + 3),
+  )  # fmt: skip
+  first = jax.tree.map(lambda x: x[0], graphs)
   model = hk.without_apply_rng(hk.transform(network))
-  params = filled(jax.eval_shape(model.init, jax.random.PRNGKey(0), graph))
+  params = filled(jax.eval_shape(model.init, jax.random.PRNGKey(0), first))
   kernels = {}
   for name, width in ('edge', 13), ('node', 19), ('whole', 15):
     kernels[f'{name}/~/linear_0/w'] = (width, 8)
     kernels[f'{name}/~/linear_1/w'] = (8, 6)
 
   def inputs():
-    seen = {}
-    with recorder(seen, lambda module, x: rows(x, x.shape[-1])):
-      model.apply(params, graph)
-    return seen
+    found = []
+    for i in range(several):
+      seen = {}
+      with recorder(seen, lambda module, x: rows(x, x.shape[-1])):
+        model.apply(params, jax.tree.map(lambda x: x[i], graphs))
+      found.append(seen)
+    return {k: np.concatenate([seen[k] for seen in found]) for k in kernels}
 
-  return Case(model.apply, params, graph, kernels, inputs)
+  fn = lambda params, graphs: jax.vmap(lambda g: model.apply(params, g))(graphs)
+  return Case(fn, params, graphs, kernels, inputs)
 
 
 def e3nn_network() -> Case:

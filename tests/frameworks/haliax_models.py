@@ -83,7 +83,7 @@ class Net(eqx.Module):
 
 def transformer() -> Case:
   model = filled(eqx.filter_eval_shape(Net.init, jax.random.key(0)))
-  named = lambda ids: hax.named(ids, (BATCH, POSITION))
+  named = lambda ids: hax.named(ids, (BATCH.resize(len(ids)), POSITION))
   kernels = {'head/weight/0': (8, 11)}
   for name in 'qkvo':
     kernels[f'blocks/stacked/{name}/weight/0'] = (2, 8, 8)

@@ -19,6 +19,9 @@ from frameworks import haiku_models
 from frameworks import linen_models
 from frameworks import nnx_models
 from frameworks import plain_models
+from frameworks import running
+from frameworks.running import assert_same
+from frameworks.running import jitted
 import utilized_rank as ur
 
 MODELS = {
@@ -37,34 +40,21 @@ MODELS = {
   'big_vision map': big_vision_models.attention_pooled,
   'dictionary': plain_models.transformer,
 }
+# One network of every framework, and what is unlike the others.
+COMPRESSED = [
+  'nnx module',
+  'haiku transformer',
+  'equinox mlp',
+  'equinox attention',
+  'equinox cnn',
+  'linen layers',
+]
 every_model = pytest.mark.parametrize('name', MODELS)
 
 
 @functools.cache
 def case(name):
   return MODELS[name]()
-
-
-def jitted(fn, params):
-  """`fn(params, batch)` compiled; leaves that are no arrays stay static."""
-  leaves, treedef = jax.tree.flatten(params)
-  moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
-
-  # These run once, so most of their time would be spent on optimizing them.
-  @functools.partial(
-    jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-  )
-  def run(arrays, batch):
-    whole = list(leaves)
-    for i, array in zip(moving, arrays, strict=True):
-      whole[i] = array
-    return fn(jax.tree.unflatten(treedef, whole), batch)
-
-  def call(params, batch):
-    leaves = jax.tree.leaves(params)
-    return run([leaves[i] for i in moving], batch)
-
-  return call
 
 
 @functools.cache
@@ -83,14 +73,8 @@ def stock(name):
 
 
 def factorized(name, share, compensate_mean=False):
-  model, (_, moments) = case(name), captured(name)
-  ranks = {
-    path: max(1, int(share * moments[path].layout.full_rank))
-    for path in moments
-  }
-  return ur.factorize(
-    model.params, moments, ranks, compensate_mean=compensate_mean
-  )
+  moments = captured(name)[1]
+  return running.factorized(case(name), moments, share, compensate_mean)
 
 
 @functools.cache
@@ -131,42 +115,14 @@ def float_leaves(leaves):
   ]  # fmt: skip
 
 
-def assert_same(got, want):
-  """To 1e-5 of the largest number of each array."""
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    scale = max(float(jnp.max(jnp.abs(b))), 1e-3)
-    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale)
-
-
 @every_model
 def test_finds_the_kernels_and_no_others(name):
-  model = case(name)
-  sites = ur.find_sites(model.fn, model.params, model.batch)
-  found = {
-    path: site.layout.group_shape + site.matrix_shape
-    for path, site in sites.items()
-  }
-  assert found == dict(model.kernels)
-  for path, reason in model.unseen.items():
-    assert reason in sites.unseen[path]
+  running.assert_kernels(case(name))
 
 
 @every_model
 def test_moments_equal_those_of_the_frameworks_activations(name):
-  inputs = case(name).inputs()
-  _, moments = captured(name)
-  for path in moments:
-    x = inputs[path]
-    assert np.all(moments[path].count == x.shape[-2])
-    second = np.swapaxes(x, -1, -2) @ x / x.shape[-2]
-    scale = np.abs(second).max()
-    np.testing.assert_allclose(
-      moments[path].second, second, rtol=0, atol=1e-5 * scale
-    )
-    np.testing.assert_allclose(
-      moments[path].mean, x.mean(-2), rtol=0, atol=1e-5 * np.sqrt(scale)
-    )
+  running.assert_moments(captured(name)[1], case(name).inputs())
 
 
 @every_model
@@ -251,6 +207,11 @@ def test_collect_streams_what_capture_sees(name):
     np.testing.assert_allclose(
       moments[path].second, once[path].second, rtol=0, atol=2e-6 * scale
     )
+
+
+@pytest.mark.parametrize('name', COMPRESSED)
+def test_compresses_to_half_of_the_parameters(name):
+  running.assert_compresses(case(name))
 
 
 def test_a_module_comes_out_as_a_module():

@@ -4,9 +4,11 @@ Each that is not installed is skipped.
 """
 
 import functools
-import importlib
+import importlib.util
 
+from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,9 +32,11 @@ MODELS = {
   'jraph': ('jraph', 'graph_models', 'jraph_network'),
   'e3nn-jax': ('e3nn_jax', 'graph_models', 'e3nn_network'),
 }
-WAITING = {
-  'penzai': 'a scale written as an einsum is taken for kernels of 1 x 1',
-}
+# One of every framework: a search takes longer than all other tests of a model.
+COMPRESSED = sorted(
+  set(MODELS)
+  - {'keras recurrent', 'keras transformer', 'keras-hub llama', 'eqx-zoo bert'}
+)
 every_model = pytest.mark.parametrize('name', MODELS)
 # Theirs: names that Python, JAX and Equinox will take away one day.
 pytestmark = [
@@ -43,7 +47,7 @@ pytestmark = [
 
 
 def installed(package):
-  """Skips the test without the package, or without what it needs."""
+  """Skips the test without the package."""
   if importlib.util.find_spec(package) is None:
     pytest.skip(f'{package} is not installed')
 
@@ -77,16 +81,7 @@ def half(name):
   return small, run, run(small, model.batch)
 
 
-@pytest.fixture
-def waits(name, request):
-  """Marks a model that the library does not get right yet."""
-  if name in WAITING:
-    reason = WAITING[name]
-    request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-
-
 @every_model
-@pytest.mark.usefixtures('waits')
 def test_every_matrix_is_a_kernel_or_explained(name):
   model = case(name)
   sites = running.assert_kernels(model)
@@ -96,7 +91,6 @@ def test_every_matrix_is_a_kernel_or_explained(name):
 
 
 @every_model
-@pytest.mark.usefixtures('waits')
 def test_moments_are_those_of_the_frameworks_own_inputs(name):
   inputs = case(name).inputs()
   _, moments = captured(name)
@@ -143,6 +137,57 @@ def test_is_saved_and_loaded(name, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-@every_model
+@pytest.mark.parametrize('name', COMPRESSED)
 def test_compresses_to_half_of_the_parameters(name):
   running.assert_compresses(case(name))
+
+
+def test_what_qwix_quantizes_is_named():
+  installed('qwix')
+  import qwix
+
+  from frameworks import nnx_zoo_models
+
+  model, x = nnx_zoo_models.MLP(nnx.Rngs(0)), jnp.ones((4, 8))
+  sites = lambda model: ur.find_sites(lambda m, x: m(x), model, x)
+  # Of one layer: its integers are no kernel, and the other layer's are one.
+  rule = qwix.QuantizationRule(module_path='up', weight_qtype=jnp.int8)
+  found = sites(qwix.quantize_model(model, qwix.PtqProvider([rule]), x))
+  assert list(found) == ['down/kernel/value']
+  assert 'up/kernel/array/qvalue/value' in found.unseen
+  assert 'as a scale of' in found.unseen['up/kernel/array/scale/value']
+  # Trained for it: what is multiplied is not the kernel but its rounding.
+  rule = qwix.QtRule(
+    module_path='.*', weight_qtype=jnp.int8, act_qtype=jnp.int8
+  )
+  found = sites(qwix.quantize_model(model, qwix.QtProvider([rule]), x))
+  assert not found
+  assert 'custom_vjp' in found.unseen['up/kernel/value']
+
+
+def test_masked_weights_of_flowjax_are_named():
+  installed('flowjax')
+  from flowjax import flows
+
+  from frameworks import equinox_zoo_models
+
+  fn, params, _ = equinox_zoo_models.flowjax_flow(
+    flows.masked_autoregressive_flow
+  )
+  sites = ur.find_sites(fn, params, jnp.ones((8, 4)))
+  wide = {path for path, shape in sites.shapes.items() if len(shape) > 2}
+  assert len(wide) == 2 and not sites
+  assert all('select_n' in sites.unseen[path] for path in wide)
+
+
+def test_every_matrix_of_a_published_vision_transformer_of_canvit():
+  installed('canvit_nnx')
+  from frameworks import nnx_zoo_models
+
+  fn, model, glimpse = nnx_zoo_models.canvit()
+  sites = ur.find_sites(fn, model, glimpse)
+  kernels = {p for p in sites.shapes if p.endswith('kernel/value')}
+  # What the last canvas is written with reaches no logits.
+  assert kernels - set(sites) == {
+    f'canvit/canvas_writes/2/{name}_map/kernel/value' for name in 'kv'
+  }
