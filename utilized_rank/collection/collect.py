@@ -24,6 +24,7 @@ from utilized_rank.collection.plan import passes_within
 from utilized_rank.collection.pmapped import Pmapped
 from utilized_rank.collection.running_sums import RunningSums
 from utilized_rank.host import processes
+from utilized_rank.host.progress import say
 from utilized_rank.moments.gradients import LossFn
 from utilized_rank.moments.masks import Mask
 from utilized_rank.moments.masks import Masked
@@ -117,7 +118,8 @@ def collect(
       runs there. Where all sums do not fit, the batches are run through several
       times, as `plan(..., memory_limit=)` says, some kernels at a time; the
       sums are the same.
-    progress: show a progress bar.
+    progress: show a progress bar, and which share of the parameters the
+      kernels hold.
 
   Returns:
     `Moments` as host arrays; float64 unless sums are plain float32.
@@ -185,6 +187,11 @@ def collect(
       'that hide what they compute',
       stacklevel=2,
     )
+  elif select is None and sites.coverage.is_low:
+    # Who selects a part asked for it.
+    warnings.warn(f'most is not measured: {sites.coverage}', stacklevel=2)
+  if progress:
+    say(str(sites.coverage))
 
   def sums_of(members):
     """The running sums of some kernels."""
@@ -217,7 +224,10 @@ def collect(
     if everywhere:
       _agree_on_passes(members)
   if len(members) == 1:
-    return feeding.run(sums_of(sites), sites, stream, checkpoint_dir, 'collect')
+    moments = feeding.run(
+      sums_of(sites), sites, stream, checkpoint_dir, 'collect'
+    )
+    return moments.covering(sites.coverage)
   passes.check_repeatable(batches, len(members))
 
   def collect_pass(number, folder):
@@ -227,7 +237,7 @@ def collect(
     return feeding.run(sums_of(some), some, again, folder, said)
 
   parts = passes.each(members, sites, collect_pass, checkpoint_dir, everywhere)
-  return passes.join(parts, kernels)
+  return passes.join(parts, kernels).covering(sites.coverage)
 
 
 def _check_together(pairs: Iterable[tuple[str, Any, str, Any]]) -> None:

@@ -126,6 +126,7 @@ def find_sites(
   b         3                         - bias of w
   w       4×3             4×3     #0  dot; bias b
   1 kernels of 2 leaves, 1 distinct inputs (one number, one value)
+  kernels hold 80.0% of the 15 parameters
   """
   found = []
 
@@ -187,4 +188,4 @@ def _capture(fn, params, args, kwargs, rules, on_opaque, sides, counting=EVERY):
     Entry(**{f.name: getattr(s, f.name) for f in dataclasses.fields(Entry)})
     for s in sites.values()
   )
-  return outputs, Moments(table, sums), sites
+  return outputs, Moments(table, sums, coverage=sites.coverage), sites

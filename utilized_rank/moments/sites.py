@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 import dataclasses
 
+from utilized_rank.moments.coverage import Coverage
 from utilized_rank.moments.moments import Entry
 from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Layout
@@ -66,6 +67,11 @@ class Sites(Mapping[str, Site]):
   def __len__(self) -> int:
     return len(self._sites)
 
+  @property
+  def coverage(self) -> Coverage:
+    """Which share of the parameters the kernels hold."""
+    return Coverage.of(self.shapes, self.unseen)
+
   def __str__(self) -> str:
     rows = [('leaf', 'shape', 'groups', 'matrix', 'input', 'notes')]
     for path, shape in self.shapes.items():
@@ -91,6 +97,7 @@ class Sites(Mapping[str, Site]):
       f'{len(self)} kernels of {len(self.shapes)} leaves, {shared} distinct '
       'inputs (one number, one value)'
     )
+    lines.append(str(self.coverage))
     return '\n'.join(lines)
 
 

@@ -26,6 +26,7 @@ from utilized_rank.linalg.sketch import Sketch
 from utilized_rank.lowrank.leaf import LowRank
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.narrow_heads import NarrowHeads
+from utilized_rank.moments import coverage
 from utilized_rank.moments.moments import Entry
 from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.moments import Sums
@@ -239,7 +240,8 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
     if tree.row_grads is not None:
       arrays['row_grads'] = _numbered(tree.row_grads)
     table = [dataclasses.asdict(entry) for entry in tree.table]
-    return arrays, {'kind': 'moments', 'table': table}
+    kept = tree.coverage and dataclasses.asdict(tree.coverage)
+    return arrays, {'kind': 'moments', 'table': table, 'coverage': kept}
   if isinstance(tree, dict):
     items = {str(key): value for key, value in tree.items()}
     numbers = [str(key) for key in tree if isinstance(key, int)]
@@ -306,11 +308,12 @@ def _decode(arrays: Any, structure: Any) -> Any:
     )
     count = len({entry.index for entry in table})
     sums = tuple(_sums(arrays[str(i)]) for i in range(count))
+    known = coverage.from_record(structure.get('coverage'))
     if 'grads' not in arrays:
-      return Moments(table, sums)
+      return Moments(table, sums, coverage=known)
     grads = tuple(map(_panels, _in_order(arrays['grads'])))
     rows = _in_order(arrays['row_grads']) if 'row_grads' in arrays else None
-    return Moments(table, sums, grads, arrays['examples'], rows)
+    return Moments(table, sums, grads, arrays['examples'], rows, known)
   items = {
     k: _decode((arrays or {}).get(k), s) for k, s in structure['items'].items()
   }
