@@ -5,5 +5,6 @@
 * `low_rank`: functions that run on trees with such leaves.
 * `narrow_heads`: kernels of attention whose heads are narrower.
 * `stack`: layers of a scan taken apart and put together.
+* `restored`: pairs that were restored as dictionaries.
 * `store`: from float64 pairs to leaves, constants where they fit.
 """

@@ -294,7 +294,7 @@ class Moments(Mapping[str, Moment]):
 
   @classmethod
   def tree_unflatten(cls, static, children) -> Moments:
-    return cls(static.table, *children, static.coverage)
+    return cls(static.table, *children, coverage=static.coverage)
 
   def __getitem__(self, path: str) -> Moment:
     if path not in self._places:

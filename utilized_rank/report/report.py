@@ -167,7 +167,8 @@ class Report(Mapping[str, LayerReport]):
 
   @property
   def _kept_coverage(self) -> dict[str, Any] | None:
-    return self.coverage and dataclasses.asdict(self.coverage)
+    known = self.coverage
+    return None if known is None else dataclasses.asdict(known)
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes the report, spectra included, as one JSON file.

@@ -31,6 +31,7 @@ from utilized_rank.moments.moments import Entry
 from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.moments import Sums
 from utilized_rank.products.gauge import Order
+from utilized_rank.storage import containers
 from utilized_rank.tree.layout import Layout
 
 _FORMAT = 1
@@ -48,8 +49,8 @@ def save(
 
   Args:
     path: directory to make.
-    tree: dictionaries (keys strings or integers), lists and tuples of arrays,
-      `LowRank`, `Moments`, strings, flags, numbers and None.
+    tree: dictionaries of any class (keys strings or integers), lists and
+      tuples of arrays, `LowRank`, `Moments`, strings, flags, numbers and None.
     metadata: JSON to keep with it; `load_metadata` returns it.
     overwrite: replace what is there; an error otherwise.
 
@@ -253,6 +254,8 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
         'integers can, if no two look alike'
       )
     kind: dict[str, Any] = {'kind': 'dict', 'numbers': numbers}
+    if type(tree) is not dict:
+      kind['class'] = containers.record(tree, where)
   elif isinstance(tree, (list, tuple)) and not hasattr(tree, '_fields'):
     items = {str(i): value for i, value in enumerate(tree)}
     kind = {'kind': type(tree).__name__}
@@ -262,6 +265,8 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
     return None, {'kind': 'value', 'value': tree}
   elif isinstance(tree, (jax.Array, np.ndarray)) and tree.size:
     return tree, 'array'
+  elif isinstance(tree, np.generic) and tree.dtype.kind not in 'OSUMm':
+    return tree, {'kind': 'scalar'}
   else:
     raise TypeError(
       f'cannot save a {type(tree).__name__} at {where!r}: trees of '
@@ -280,16 +285,18 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
 
 def _decode(arrays: Any, structure: Any) -> Any:
   if structure == 'array':
-    return jnp.asarray(arrays)
+    return _array(arrays)
   if 'kind' not in structure:
     return _decode(arrays['leaf'], structure['leaf'])
   kind = structure['kind']
   if kind == 'none':
     return None
+  if kind == 'scalar':
+    return np.asarray(arrays)[()]
   if kind == 'value':
     return structure['value']
   if kind == 'low_rank':
-    a, b, c = (jnp.asarray(arrays[k]) if k in arrays else None for k in 'abc')
+    a, b, c = (_array(arrays[k]) if k in arrays else None for k in 'abc')
     return LowRank(
       a,
       b,
@@ -300,7 +307,7 @@ def _decode(arrays: Any, structure: Any) -> Any:
     )
   if kind == 'narrow_heads':
     layout, head = _layout(structure), structure['head']
-    return NarrowHeads(jnp.asarray(arrays['a']), None, None, layout, head=head)
+    return NarrowHeads(_array(arrays['a']), None, None, layout, head=head)
   if kind == 'moments':
     table = tuple(
       Entry(**{**entry, 'layout': _layout(entry['layout'])})
@@ -319,8 +326,15 @@ def _decode(arrays: Any, structure: Any) -> Any:
   }
   if kind == 'dict':
     numbers = set(structure['numbers'])
-    return {int(k) if k in numbers else k: v for k, v in items.items()}
+    plain = {int(k) if k in numbers else k: v for k, v in items.items()}
+    return containers.of_record(structure.get('class'), plain)
   return (list if kind == 'list' else tuple)(items.values())
+
+
+def _array(array: Any) -> Any:
+  """On the device, unless JAX would cut its numbers (float64, int64)."""
+  is_kept = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+  return jnp.asarray(array) if is_kept else np.asarray(array)
 
 
 def _sums(arrays: dict[str, Any]) -> Sums:
