@@ -517,7 +517,7 @@ def test_sites_explain_every_leaf():
   model, variables, x = net()
   text = str(ur.find_sites(model.apply, variables, x))
   lines = text.splitlines()
-  assert len(lines) == len(jax.tree.leaves(variables)) + 2
+  assert len(lines) == len(jax.tree.leaves(variables)) + 3
   line = next(v for v in lines if 'query/kernel' in v)
   # Stacked over three layers, two heads of four features.
   assert line.split()[1:5] == ['3×8×2×4', '3', '8×8', '#1']

@@ -4,6 +4,8 @@ The other half of the matrix in `test_matrix.py`: for each cell `find_sites`
 says why the leaf is no kernel, and selecting it is an error that says so too.
 """
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ def reasons(wrap, name, reason):
   if (wrap, name) == ('fori_loop_indexed', 'bias'):
     # A slice at a traced index is no bias that a constant could move to.
     return (reason, 'used by add')
-  return (reason.replace('with v', f'with {PART}/v'),)
+  return (re.sub('(with|of) v', rf'\1 {PART}/v', reason),)
 
 
 def shapes(tree, lead):

@@ -18,6 +18,7 @@ from utilized_rank.moments.sides import INPUTS
 from utilized_rank.moments.sides import Columns
 from utilized_rank.moments.sides import Sides
 from utilized_rank.moments.sites import Sites
+from utilized_rank.moments.sites import no_arrays
 from utilized_rank.tree import paths
 from utilized_rank.tree.layout import View
 from utilized_rank.walk import tracing
@@ -184,6 +185,7 @@ def _capture(fn, params, args, kwargs, rules, on_opaque, sides, counting=EVERY):
   outs = [walk.materialise(v, 'output') for v in outs]
   outputs = jax.tree.unflatten(traced.out_tree, outs)
   sites, sums = collector.finish(list(walk.tape.emissions.values()))
+  sites.others = no_arrays(params)
   table = tuple(
     Entry(**{f.name: getattr(s, f.name) for f in dataclasses.fields(Entry)})
     for s in sites.values()

@@ -8,6 +8,8 @@ import math
 
 # Leaves that a line names, before it says how many there are more.
 _MOST_NAMES = 5
+# How reasons of leaves begin that belong to kernels.
+_BIASES = ('bias of', 'added to products of')
 NOT_SELECTED = 'not selected'
 
 
@@ -53,7 +55,7 @@ class Coverage:
     missed = [
       LeftOut(path, sizes[path], why)
       for path, why in unseen.items()
-      if len(shapes[path]) > 1 and not why.startswith('bias of')
+      if len(shapes[path]) > 1 and not why.startswith(_BIASES)
     ]
     kernels = sum(n for path, n in sizes.items() if path not in unseen)
     return cls(kernels, sum(sizes.values()), _largest_first(missed))

@@ -294,7 +294,8 @@ class Moments(Mapping[str, Moment]):
 
   @classmethod
   def tree_unflatten(cls, static, children) -> Moments:
-    return cls(static.table, *children, coverage=static.coverage)
+    sums, grads, examples, rows = children
+    return cls(static.table, sums, grads, examples, rows, static.coverage)
 
   def __getitem__(self, path: str) -> Moment:
     if path not in self._places:
