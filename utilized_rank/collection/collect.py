@@ -122,7 +122,9 @@ def collect(
       kernels hold.
 
   Returns:
-    `Moments` as host arrays; float64 unless sums are plain float32.
+    `Moments` as host arrays; float64 unless sums are plain float32. A warning
+    says so where kernels hold less than half of the parameters, unless `select`
+    asked for some.
 
   Raises:
     ValueError: no batches; a batch that is empty or whose arrays disagree in
@@ -133,8 +135,8 @@ def collect(
       two arguments that do not go together.
     ValueError: the batches are an iterator and have to be run through twice;
       the limit is too low for one kernel.
-    FloatingPointError: an activation is NaN or infinite; names the kernel and
-      the batch.
+    FloatingPointError: an activation is NaN or infinite, or its squares are
+      in float32; names the kernel and the batch.
     Preempted: with `checkpoint_dir`, when the scheduler takes the machines
       away (SIGTERM, if `jax.distributed` is initialized); all is saved.
 

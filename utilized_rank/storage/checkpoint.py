@@ -85,9 +85,12 @@ def save(
 def load(path: str | os.PathLike[str]) -> Any:
   """Reads a tree that `save` wrote; no target tree is needed.
 
+  Arrays of 64 bits are numpy's where JAX has them disabled.
+
   Raises:
     FileNotFoundError: there is no checkpoint at `path`.
-    ValueError: it is damaged, or was not written by `save`.
+    ValueError: it is damaged, or was not written by `save`; it holds
+      dictionaries of a class whose module was not imported.
   """
   where = os.path.abspath(os.fspath(path))
   record, shapes = _open(where)
