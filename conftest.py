@@ -25,6 +25,21 @@ import pytest
 
 pytest_plugins = ['quick']
 
+# `UTILIZED_RANK_SETTING=rank_promotion pytest ...`: the suite under a setting
+# that users may have made.
+_SETTINGS = {
+  'rank_promotion': ('jax_numpy_rank_promotion', 'raise'),
+  'dtype_promotion': ('jax_numpy_dtype_promotion', 'strict'),
+  'transfer_guard': ('jax_transfer_guard', 'disallow'),
+}
+
+
+def pytest_configure(config):
+  del config
+  setting = os.environ.get('UTILIZED_RANK_SETTING')
+  if setting:
+    jax.config.update(*_SETTINGS[setting])
+
 
 def pytest_unconfigure(config):
   del config

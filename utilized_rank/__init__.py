@@ -33,6 +33,7 @@ from utilized_rank.lowrank.leaf import merge
 from utilized_rank.lowrank.leaf import write_out
 from utilized_rank.lowrank.low_rank import low_rank
 from utilized_rank.lowrank.narrow_heads import NarrowHeads
+import utilized_rank.lowrank.serialize
 from utilized_rank.lowrank.stack import stack
 from utilized_rank.lowrank.stack import unstack
 from utilized_rank.moments.capture import capture
@@ -119,6 +120,8 @@ __all__ = [
   'unstack',
   'write_out',
 ]
+
+utilized_rank.lowrank.serialize.register()
 
 
 def __dir__() -> list[str]:

@@ -37,7 +37,7 @@ import utilized_rank as ur
 from utilized_rank.collection.devices import Devices
 from utilized_rank.collection.running_sums import RunningSums
 from utilized_rank.moments.capture import count
-from utilized_rank.moments.rows import EVERY
+from utilized_rank.moments.counting import EVERY
 
 BAR = 1e-6
 ROOT = pathlib.Path(__file__).parents[2]

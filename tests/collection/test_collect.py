@@ -14,7 +14,7 @@ from utilized_rank.collection import running_sums
 from utilized_rank.collection.devices import Devices
 from utilized_rank.collection.pmapped import Pmapped
 from utilized_rank.moments.capture import count
-from utilized_rank.moments.rows import EVERY
+from utilized_rank.moments.counting import EVERY
 
 
 def model(params, x):

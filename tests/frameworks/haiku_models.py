@@ -1,4 +1,4 @@
-"""A Haiku transformer, and a Haiku residual network in training mode."""
+"""A Haiku transformer, a GRU, and a Haiku residual network in training mode."""
 
 from __future__ import annotations
 
@@ -67,6 +67,45 @@ def transformer() -> Case:
     model.apply, params, tokens(), kernels, inputs,
     unseen={'net/embed/embeddings': 'gather'},
   )  # fmt: skip
+
+
+def recurrent() -> Case:
+  """A GRU: gates z and r read h, the third reads r h; w_h is their parts."""
+
+  def run(x):
+    gru = hk.GRU(WIDTH, name='gru')
+    y, _ = hk.dynamic_unroll(
+      gru, x, gru.initial_state(len(x)), time_major=False
+    )
+    return hk.Linear(CLASSES, name='head')(y)
+
+  model = hk.without_apply_rng(hk.transform(run))
+  x = normal(4, 6, WIDTH)
+  params = filled(jax.eval_shape(model.init, jax.random.PRNGKey(0), x))
+  kernels = {
+    'gru/w_i': (WIDTH, 3 * WIDTH),
+    'gru/w_h': (3, WIDTH, WIDTH),
+    'head/w': (WIDTH, CLASSES),
+  }
+
+  def inputs():
+    w_i, w_h, b = (params['gru'][k] for k in ('w_i', 'w_h', 'b'))
+    h, read = jnp.zeros((4, WIDTH)), []
+    for step in x.swapaxes(0, 1):
+      from_x = jnp.split(step @ w_i + b, 3, -1)
+      from_h = jnp.split(h @ w_h, 3, -1)
+      z, r = (jax.nn.sigmoid(from_x[i] + from_h[i]) for i in (0, 1))
+      read.append((jnp.stack([h, h, r * h]), h))
+      new = jnp.tanh(from_x[2] + (r * h) @ w_h[:, 2 * WIDTH :])
+      h = (1 - z) * h + z * new
+    states = [h for _, h in read[1:]] + [h]
+    return {
+      'gru/w_i': rows(x, WIDTH),
+      'gru/w_h': jnp.concatenate([each for each, _ in read], 1),
+      'head/w': jnp.concatenate(states),
+    }
+
+  return Case(model.apply, params, x, kernels, inputs)
 
 
 class ResNetBlock(hk.Module):

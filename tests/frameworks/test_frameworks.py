@@ -26,6 +26,7 @@ MODELS = {
   'nnx split': nnx_models.split,
   'haiku transformer': haiku_models.transformer,
   'haiku resnet': haiku_models.resnet,
+  'haiku gru': haiku_models.recurrent,
   'equinox mlp': equinox_models.mlp,
   'equinox attention': equinox_models.attention,
   'equinox cnn': equinox_models.cnn,

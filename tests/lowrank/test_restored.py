@@ -63,10 +63,12 @@ def test_a_stack_and_one_of_many():
     ur.low_rank(stacked)(as_dictionaries(tree), X)
 
 
-def test_what_orbax_restores(tmp_path):
+@pytest.mark.parametrize('gauge', [None, 'identity'])
+def test_what_orbax_restores(gauge, tmp_path):
   v1 = pytest.importorskip('orbax.checkpoint').v1
   moments = ur.capture(fn)(PARAMS, X)[1]
-  tree = ur.factorize(PARAMS, moments, {'one/w': 2}, progress=False)
+  ranks = {'one/w': 2}
+  tree = ur.factorize(PARAMS, moments, ranks, gauge=gauge, progress=False)
   v1.save(tmp_path / 'tree', tree)
   with pytest.raises(ValueError, match=r"\['one/w'\] are dictionaries"):
     ur.low_rank(fn)(v1.load(tmp_path / 'tree'), X)

@@ -2,7 +2,8 @@
 
 The mean of what a factorization discards is added to the bias. That is right
 only if the leaf is added to every product of the kernel, once, and used for
-nothing else. Every other use below must be told apart.
+nothing else. What else is in the sum, and numbers that it is multiplied with,
+do not matter. Every other use below must be told apart.
 """
 
 import jax
@@ -97,6 +98,74 @@ FOLDS = {
     dict(w=(4, 3), b=(3,)),
   ),
   'remat': (jax.checkpoint(dense), dict(w=(4, 3), b=(3,))),
+  'residual': (lambda p, x: x + x @ p['w'] + p['b'], dict(w=(4, 4), b=(4,))),
+  'residual_last': (
+    lambda p, x: jnp.sin(x) + (jnp.tanh(x) @ p['w'] + x) + p['b'],
+    dict(w=(4, 4), b=(4,)),
+  ),
+  'residual_of_heads': (
+    lambda p, x: (
+      jnp.einsum('nd,dhk->nhk', x, p['w']).reshape(5, 6) + x[:, :1] + p['b']
+    ),
+    dict(w=(4, 2, 3), b=(6,)),
+  ),
+  'residual_stream': (
+    lambda p, x: lax.scan(
+      lambda x, p: (x + jnp.tanh(x) @ p['w'] + p['b'], None), x, p
+    )[0],
+    dict(w=(3, 4, 4), b=(3, 4)),
+  ),
+  'off_a_residual': (
+    lambda p, x: x - x @ p['w'] + p['b'],
+    dict(w=(4, 4), b=(4,)),
+  ),
+  'less_the_product': (
+    lambda p, x: p['b'] - x @ p['w'],
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'taken_off': (lambda p, x: x @ p['w'] - p['b'], dict(w=(4, 3), b=(3,))),
+  'running_mean': (
+    lambda p, x: (x @ p['w'] - p['b']) * lax.rsqrt(p['v'] ** 2 + 1e-3) + p['t'],
+    dict(w=(4, 3), b=(3,), v=(3,), t=(3,)),
+  ),
+  'running_mean_of_channels': (
+    lambda p, x: (
+      (
+        lax.conv_general_dilated(x[None, None], p['w'], (1, 1), 'SAME')
+        - p['b'].reshape(1, 2, 1, 1)
+      )
+      * p['s'][:, None, None]
+    ),
+    dict(w=(2, 1, 3, 3), b=(2,), s=(2,)),
+  ),
+  'two_products_of_a_sum': (
+    lambda p, x: jnp.tanh(x @ p['w'] + (jnp.sin(x) @ p['v'] + p['b'])),
+    dict(w=(4, 3), v=(4, 3), b=(3,)),
+  ),
+  'recurrent': (
+    lambda p, x: lax.scan(
+      lambda h, x: (jnp.tanh(x @ p['v'] + h @ p['w'] + p['b']), None),
+      jnp.zeros((2, 3)),
+      jnp.stack([x[:2], x[2:4]]),
+    )[0],
+    dict(w=(3, 3), v=(4, 3), b=(3,)),
+  ),
+  'times_one': (
+    lambda p, x: 1.0 * p['b'] + 1.0 * (x @ p['w']),
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'scaled_between': (
+    lambda p, x: 2 * (x @ p['w']) + p['b'],
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'kernel_and_bias_scaled': (
+    lambda p, x: x - (x @ (p['w'] / 3)) * 2 + 0.5 * p['b'],
+    dict(w=(4, 4), b=(4,)),
+  ),
+  'scaled_sum': (
+    lambda p, x: -(x + (x @ p['w']) / 4) * 3 + p['b'],
+    dict(w=(4, 4), b=(4,)),
+  ),
 }
 
 # name -> (function, shapes); `b` must not be taken for the bias of `w`.
@@ -127,9 +196,41 @@ KEEPS = {
     lambda p, x: jnp.tanh(dense(p, x)) @ p['w'] + p['c'],
     dict(w=(4, 4), b=(4,), c=(4,)),
   ),
-  'scaled_between': (
-    lambda p, x: 2 * (x @ p['w']) + p['b'],
+  'masked': (
+    lambda p, x: x @ p['w'] + p['b'] * jnp.array([1.0, 0.0, 1.0]),
     dict(w=(4, 3), b=(3,)),
+  ),
+  'scaled_by_an_input': (
+    lambda p, x: x[0, 0] * (x @ p['w']) + p['b'],
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'scaled_by_nothing': (
+    lambda p, x: 0.0 * (x @ p['w']) + p['b'],
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'scaled_differently': (
+    lambda p, x: dense(p, 2 * jnp.tanh(x @ p['w']) + p['b']),
+    dict(w=(4, 4), b=(4,)),
+  ),
+  'statistics_in_training': (
+    lambda p, x: (x @ p['w'] - p['b'], 0.9 * p['b'] + 0.1 * x.mean()),
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'mean_of_two_norms': (
+    lambda p, x: (x @ p['w'] - p['b']) * jnp.sin(x @ p['v'] - p['b']),
+    dict(w=(4, 3), v=(4, 3), b=(3,)),
+  ),
+  'product_twice_in_a_sum': (
+    lambda p, x: x @ p['w'] + jnp.tanh(x) @ p['w'] + p['b'],
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'sum_used_twice': (
+    lambda p, x: (lambda y: (y + p['b']) * jnp.tanh(y))(x[:, :3] + x @ p['w']),
+    dict(w=(4, 3), b=(3,)),
+  ),
+  'repeated_sum': (
+    lambda p, x: x @ p['w'] + jnp.ones((5, 3)) + p['b'],
+    dict(w=(4, 1), b=(3,)),
   ),
   'rounded_between': (
     lambda p, x: (x @ p['w']).astype(jnp.int32).astype(jnp.float32) + p['b'],
@@ -207,7 +308,8 @@ def test_bias_is_found(name):
   params = draw(**shapes)
   sites = ur.find_sites(fn, params, X)
   assert sites['w'].bias == 'b'
-  assert 'bias of w' in str(sites)
+  owners = [path for path in sites if sites[path].bias == 'b']
+  assert sites.unseen['b'] == f'bias of {" and ".join(owners)}'
   # Proof: at rank 1, a constant in the bias does what one at the output does.
   check_compensation(fn, params, sites)
 
@@ -226,6 +328,19 @@ def test_a_leaf_that_is_an_unselected_kernel_is_no_bias():
   assert sites['w'].bias is None
 
 
+def test_why_a_multiple_of_a_leaf_is_no_bias_is_said():
+  fn, shapes = KEEPS['masked']
+  sites = ur.find_sites(fn, draw(**shapes), X)
+  assert sites.unseen['b'].startswith('used by ')
+  assert sites.unseen['b'].endswith(', as no bias of w')
+
+
+def test_two_products_have_two_biases_where_a_sum_has_them():
+  fn = lambda p, x: x @ p['w'] + p['b'] + jnp.sin(x) @ p['v'] + p['c']
+  sites = ur.find_sites(fn, draw(w=(4, 3), v=(4, 3), b=(3,), c=(3,)), X)
+  assert (sites['w'].bias, sites['v'].bias) == ('b', 'c')
+
+
 def check_compensation(fn, params, sites):
   """A constant c in `LowRank.c` and one in the bias are one function."""
   layout = sites['w'].layout
@@ -238,7 +353,7 @@ def check_compensation(fn, params, sites):
   in_bias = {
     **params,
     'w': ur.LowRank(a, b, None, layout),
-    'b': params['b'] + c.reshape(params['b'].shape),
+    'b': params['b'] + sites['w'].bias_scale * c.reshape(params['b'].shape),
   }
   run = jax.jit(ur.low_rank(fn))
   np.testing.assert_allclose(

@@ -385,7 +385,11 @@ def depthwise(p, x):
 
 
 REFUSED = {
-  'mul': (lambda p, x: x @ (p['w'] * 2), {'w': W}, 'used by mul'),
+  'mul': (
+    lambda p, x: x @ (p['w'] * jnp.arange(4.0)),
+    {'w': W},
+    'used by a multiplication with more than one number',
+  ),
   'concatenate': (
     lambda p, x: x @ jnp.concatenate([p['w'], p['w']], 1),
     {'w': W},

@@ -307,20 +307,23 @@ def test_factors_spread_over_a_mesh_of_automatic_axes(run_as):
   )
 
 
-def test_explicit_shardings_are_refused_by_name():
+@pytest.mark.parametrize('spec', [(), (None, 'd')])
+def test_factors_on_a_mesh_of_explicit_axes(spec):
+  """JAX does not say how a lookup is spread: there B is written out."""
   mesh = jax.make_mesh((2,), ('d',), axis_types=(AxisType.Explicit,))
+  w, x = identity_pair(LAYOUT, R), draw(4, D)
+  want = x @ np.asarray(w.dense())
   with jax.set_mesh(mesh):
-    x = jax.device_put(draw(4, D), NamedSharding(mesh, P('d')))
+    x = jax.device_put(x, NamedSharding(mesh, P(() if spec else 'd')))
+    b = jax.device_put(w.b, NamedSharding(mesh, P(*spec)))
+    spread = {'w': dataclasses.replace(w, b=b)}
     small_fn = ur.low_rank(lambda p, x: x @ p['w'])
-    small = {'w': identity_pair(LAYOUT, R)}
-    with pytest.raises(ValueError, match="'w' has an identity block"):
-      small_fn(small, x)
-    # What the error advises; two sums of 12 products in another order.
+    for tree in (spread, ur.write_out(spread)):
+      found = jax.jit(small_fn)(tree, x)
+      # Two sums of 12 products in another order.
+      np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
-      small_fn(ur.write_out(small), x),
-      np.asarray(x) @ small['w'].dense(),
-      rtol=1e-5,
-      atol=1e-5,
+      spread['w'].dense(), w.dense(), rtol=1e-5, atol=1e-5
     )
 
 

@@ -47,8 +47,28 @@ def _experts(w, x):
   return np.concatenate([parts[0] @ w[0], parts[1] @ w[1]], -1), parts
 
 
+def _gates(array, zr, new):
+  return array.tanh(zr[:, :4]) * zr[:, 4:] + new
+
+
 def _sliced(w, x):
   return x @ w[0] + np.cos(x) @ w[1], np.stack([x, np.cos(x)])
+
+
+def _spectral(w, x):
+  """By a number that a power iteration makes of the kernel alone."""
+  unit = lambda v: v / jnp.linalg.norm(v)
+  u = lax.fori_loop(
+    0, 2, lambda _, u: unit(unit(u @ w.T) @ w), jnp.ones(D, w.dtype)
+  )
+  return x @ w / (1 + unit(u @ w.T) @ w @ u)
+
+
+def _spectral_plain(w, x):
+  unit, u = lambda v: v / np.linalg.norm(v), np.ones(D)
+  for _ in range(2):
+    u = unit(unit(u @ w.T) @ w)
+  return x @ w / (1 + unit(u @ w.T) @ w @ u), x
 
 
 STEPS = {
@@ -85,6 +105,45 @@ STEPS = {
     ),
     _experts,
   ),
+  'flipped': Step(
+    (4, 4),
+    lambda w, x: x @ w[::-1, ::-1],
+    lambda w, x: (x @ w[::-1, ::-1], x[:, ::-1]),
+  ),
+  'flipped_heads': Step(
+    (2, 2, 4),
+    lambda w, x: x @ jnp.flip(w, (1, 2)).reshape(4, 4),
+    lambda w, x: (
+      x @ w[:, ::-1, ::-1].reshape(4, 4),
+      x.reshape(-1, 2, 2)[:, :, ::-1].reshape(-1, 4),
+    ),
+  ),
+  'flipped_experts': Step(
+    (2, 2, 2),
+    lambda w, x: jnp.einsum(
+      'neb,ebm->nem', x.reshape(-1, 2, 2), w[::-1]
+    ).reshape(-1, 4),
+    lambda w, x: (_experts(w[::-1], x)[0], _experts(w, x)[1][::-1]),
+  ),
+  'scaled': Step(
+    (4, 4),
+    lambda w, x: x @ (-w / np.sqrt(4)),
+    lambda w, x: (x @ (-w / 2), x),
+  ),
+  'scale_of_itself': Step(
+    (4, 4),
+    lambda w, x: x @ (w * jnp.cos(w[0, 0])),
+    lambda w, x: (x @ (w * np.cos(w[0, 0])), x),
+  ),
+  'parts': Step(
+    (4, 12),
+    lambda w, x: _gates(jnp, x @ w[:, :8], jnp.cos(x) @ w[:, 8:]),
+    lambda w, x: (
+      _gates(np, x @ w[:, :8], np.cos(x) @ w[:, 8:]),
+      np.stack([x, x, np.cos(x)]),
+    ),
+  ),
+  'spectral': Step((4, 4), _spectral, _spectral_plain),
   'sliced': Step((2, 4, 4), lambda w, x: x @ w[0] + jnp.cos(x) @ w[1], _sliced),
   'split': Step(
     (4, 8),

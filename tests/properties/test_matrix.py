@@ -23,6 +23,10 @@ from wrappers import together
 
 import utilized_rank as ur
 
+# One output feature for each member of an ensemble: matrices of rank one, which
+# are named and not measured, as those of a depthwise convolution.
+NO_RANK = {('vmap_ensemble', 'vector')}
+
 
 @functools.cache
 def results(wrapper_name: str) -> dict[str, Any]:
@@ -66,6 +70,8 @@ def results(wrapper_name: str) -> dict[str, Any]:
 def test_cell(wrap, name):
   expected, want, outputs, moments, got = results(wrap)[name]
   close(outputs, want, 'captured outputs')
+  if (wrap, name) in NO_RANK:
+    expected = {}
   assert set(moments) == set(expected)
   for path, (count, mean, second) in expected.items():
     moment = moments[path]

@@ -16,8 +16,8 @@ from utilized_rank.collection import running_sums
 from utilized_rank.collection.devices import Devices
 from utilized_rank.linalg import gram
 from utilized_rank.moments.capture import count
+from utilized_rank.moments.counting import EVERY
 from utilized_rank.moments.moments import Sums
-from utilized_rank.moments.rows import EVERY
 from utilized_rank.storage import checkpoint
 
 RNG = np.random.default_rng(0)

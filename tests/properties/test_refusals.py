@@ -22,13 +22,15 @@ PART = 'matmul'
 
 def reasons(wrap, name, reason):
   """The reason, or what stands for it where a wrapper comes before."""
+  # Other leaves are named by their whole paths.
+  whole = re.sub(r'\b(with|of) v$', rf'\1 {PART}/v', reason)
   if wrap.startswith('custom_'):
     # Entered only where a product is inside; else its own rule survives.
-    return reason, f'used by {wrap}_call'
+    return whole, f'used by {wrap}_call'
   if (wrap, name) == ('fori_loop_indexed', 'bias'):
     # A slice at a traced index is no bias that a constant could move to.
-    return (reason, 'used by add')
-  return (re.sub('(with|of) v', rf'\1 {PART}/v', reason),)
+    return (whole, 'used by add')
+  return (whole,)
 
 
 def shapes(tree, lead):

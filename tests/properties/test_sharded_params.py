@@ -14,7 +14,7 @@ import utilized_rank as ur
 from utilized_rank.collection import running_sums
 from utilized_rank.collection.devices import Sharded
 from utilized_rank.moments.capture import count
-from utilized_rank.moments.rows import Counting
+from utilized_rank.moments.counting import Counting
 
 collect = functools.partial(ur.collect, progress=False)
 # Mesh, and how each parameter is spread over it.
@@ -113,9 +113,9 @@ def test_the_mesh_that_parameters_are_spread_over_is_theirs(
   used = []
   real = Sharded.__init__
 
-  def init(self, values, mesh, names):
+  def init(self, values, mesh, *rest):
     used.append(mesh)
-    real(self, values, mesh, names)
+    real(self, values, mesh, *rest)
 
   monkeypatch.setattr(Sharded, '__init__', init)
   x = batches([8, 8, 4])

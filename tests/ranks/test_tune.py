@@ -118,7 +118,8 @@ def test_slopes_are_derivatives_by_the_masks(problem):
 
   def value(masks):
     stacked = jax.tree.map(lambda m: m[None], masks)
-    parts = [trials._each(stacked, device, *pair) for pair in trials._data]
+    run = trials._several(stacked, device)
+    parts = [run(stacked, device, *pair) for pair in trials._data]
     return float(np.concatenate(parts, axis=1).mean())
 
   for path, (group, direction) in zip(slopes, [(0, 0), (0, 5), (-1, 3)]):

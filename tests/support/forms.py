@@ -299,6 +299,156 @@ add(
 )  # one product, one X
 
 
+# --- read backwards, times a number, in parts that are not equal ---
+
+add(
+  'flipped_inputs',
+  lambda p, x: x @ p['w'][::-1] + p['b'],
+  dict(w=(4, 3), b=(3,)),
+  (5, 4),
+  lambda p, x: {'w': f64(x)[:, ::-1]},
+)
+add(
+  'flipped_outputs',
+  lambda p, x: x @ p['w'][:, ::-1] + p['b'],
+  dict(w=(4, 3), b=(3,)),
+  (5, 4),
+  just(4),
+)
+add(
+  'flipped_then_cut',
+  lambda p, x: jnp.einsum(
+    'bde,edm->bm', x, p['w'][::-1, ::-1].reshape(3, 2, 4)
+  ),
+  dict(w=(6, 4)),
+  (5, 2, 3),
+  lambda p, x: {'w': flat(np.swapaxes(f64(x), 1, 2), 6)[:, ::-1]},
+)
+add(
+  'flipped_in_part',
+  lambda p, x: x @ p['w'].reshape(2, 3, 4)[:, ::-1].reshape(6, 4),
+  dict(w=(6, 4)),
+  (5, 6),
+  lambda p, x: {'w': f64(x).reshape(5, 2, 3)[:, :, ::-1].reshape(5, 6)},
+)
+add(
+  'flipped_groups',
+  lambda p, x: jnp.einsum('ecd,edm->ecm', x, p['w'][::-1, :, ::-1]),
+  dict(w=(2, 4, 3)),
+  (2, 5, 4),
+  lambda p, x: {'w': f64(x)[::-1]},
+)
+add(
+  'flipped_and_scanned',
+  lambda p, x: jax.lax.scan(
+    lambda x, w: (jnp.tanh(x @ w), None), x, p['w'][::-1]
+  )[0],
+  dict(w=(2, 4, 4)),
+  (5, 4),
+  lambda p, x: {'w': np.stack([np.tanh(f64(x) @ f64(p['w'][1])), f64(x)])},
+)
+add(
+  'flipped_and_indexed',
+  lambda p, x: x @ p['w'][::-1][0] + jnp.cos(x) @ p['w'][::-1][1],
+  dict(w=(2, 4, 3)),
+  (5, 4),
+  lambda p, x: {'w': np.stack([np.cos(f64(x)), f64(x)])},
+)
+add(
+  'negative',
+  lambda p, x: x @ -p['w'] + p['b'],
+  dict(w=(4, 3), b=(3,)),
+  (5, 4),
+  just(4),
+)
+add(
+  'equalised',
+  lambda p, x: x @ (p['w'] / np.sqrt(6)).T + 0.5 * p['b'],
+  dict(w=(3, 4), b=(3,)),
+  (5, 4),
+  just(4),
+)
+add(
+  'times_one',
+  lambda p, x: jnp.einsum('bd,dhk->bhk', x, p['w'] * 1.0) + p['b'] * 1.0,
+  dict(w=(4, 2, 3), b=(2, 3)),
+  (5, 4),
+  just(4),
+)
+add(
+  'learnt_scale',
+  lambda p, x: x @ (jnp.exp(p['s']) * p['w']) + p['b'],
+  dict(w=(4, 3), s=(), b=(3,)),
+  (5, 4),
+  just(4),
+)
+add(
+  'leaf_as_scale',
+  lambda p, x: (-x @ (p['w'][..., ::-1] * p['s'])) / 3,
+  dict(w=(4, 3), s=()),
+  (5, 4),
+  lambda p, x: {'w': -f64(x)},
+)
+
+
+def cell(p, x):
+  """Gates z and r read h, the third reads r h: a recurrent kernel's parts."""
+  gates = jnp.moveaxis(x @ p['i'], 1, 0)
+
+  def step(h, g):
+    z, r = jnp.split(jax.nn.sigmoid(g[:, :6] + h @ p['h'][:, :6]), 2, -1)
+    new = jnp.tanh(g[:, 6:] + (r * h) @ p['h'][:, 6:])
+    return (1 - z) * h + z * new, None
+
+  start = 0.5 + 0 * gates[0, :, :3]
+  return jax.lax.scan(step, start, gates)[0]
+
+
+def cell_rows(p, x):
+  h, read = np.full((len(x), 3), 0.5), []
+  sigmoid = lambda v: 1 / (1 + np.exp(-v))
+  for t in range(x.shape[1]):
+    g = f64(x[:, t]) @ f64(p['i'])
+    w = f64(p['h'])
+    z = sigmoid(g[:, :3] + h @ w[:, :3])
+    r = sigmoid(g[:, 3:6] + h @ w[:, 3:6])
+    read.append(np.stack([h, h, r * h]))
+    h = (1 - z) * h + z * np.tanh(g[:, 6:] + (r * h) @ w[:, 6:])
+  return {'i': flat(x, 2), 'h': np.concatenate(read, 1)}
+
+
+form(cell, dict(i=(2, 9), h=(3, 9)), (4, 3, 2), cell_rows)
+
+
+def packed(p, x):
+  """Queries of x, keys and values of another: one kernel, as in PyTorch."""
+  context = jnp.sin(x)
+  q, kv = jnp.split(p['w'].astype(x.dtype), [4])
+  q, (k, v) = x @ q.T, jnp.split(context @ (2 * kv).T, 2, -1)
+  return jax.nn.softmax(q @ jnp.swapaxes(k, -1, -2)) @ v
+
+
+form(
+  packed,
+  dict(w=(12, 4)),
+  (2, 5, 4),
+  lambda p, x: {
+    'w': np.stack(
+      [flat(x, 4), flat(np.sin(f64(x)), 4), flat(np.sin(f64(x)), 4)]
+    )
+  },
+)
+add(
+  'parts_of_the_inputs',
+  lambda p, x: x[:, :4] @ p['w'][:4][::-1] + jnp.cos(x[:, 4:]) @ p['w'][4:],
+  dict(w=(6, 3)),
+  (5, 6),
+  lambda p, x: {
+    'w': np.stack([f64(x)[:, 3:1:-1], f64(x)[:, 1::-1], np.cos(f64(x)[:, 4:])])
+  },
+)
+
+
 # --- embeddings ---
 
 
@@ -433,6 +583,42 @@ add(
   dict(w=(2, 3, 2, 4)),
   (2, 3, 2, 2),
   lambda p, x: {'w': patches(x, (2, 3), padding=((1, 1), (2, 2)), grow=(2, 2))},
+)
+
+
+add(
+  'conv_transposed_kernel',
+  lambda p, x: jax.lax.conv_transpose(
+    x,
+    p['w'],
+    (2, 2),
+    'VALID',
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    transpose_kernel=True,
+  ),
+  dict(w=(2, 3, 4, 2)),
+  (2, 3, 2, 2),
+  lambda p, x: {
+    'w': patches(x, (2, 3), padding=((1, 1), (2, 2)), grow=(2, 2))
+    .reshape(-1, 2, 3, 2)[:, ::-1, ::-1]
+    .reshape(-1, 12)
+  },
+)
+add(
+  'conv_flipped_groups',
+  lambda p, x: jax.lax.conv_general_dilated(
+    x,
+    jnp.flip(p['w'], (0, 1, 2)) * -0.5,
+    (1,),
+    'VALID',
+    dimension_numbers=('NWC', 'WIO', 'NWC'),
+    feature_group_count=2,
+  ),
+  dict(w=(2, 2, 6)),
+  (3, 5, 4),
+  lambda p, x: {
+    'w': np.stack([patches(x[..., i : i + 2], (2,))[:, ::-1] for i in (2, 0)])
+  },
 )
 
 

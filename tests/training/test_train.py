@@ -214,12 +214,15 @@ def test_weight_decay_takes_kernels_and_factors_only():
     'bias': vector,
     # Biases of attention and of stacked layers have two axes.
     'query': {'bias': leaf, 'kernel': {'a': leaf, 'b': leaf, 'c': leaf}},
+    # B' of a pair with an identity block has its order's digest in its key.
+    'value': {'kernel': {'a': leaf, 'b_3fa9c21e': leaf, 'b_a': vector}},
     'cls': leaf,
   }
   assert train._decayed(CONFIG.decay_rule, tree) == {
     'kernel': True,
     'bias': False,
     'query': {'bias': False, 'kernel': {'a': True, 'b': True, 'c': False}},
+    'value': {'kernel': {'a': True, 'b_3fa9c21e': True, 'b_a': False}},
     'cls': False,
   }
 

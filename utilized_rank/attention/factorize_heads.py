@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank.attention import heads
@@ -18,10 +17,13 @@ from utilized_rank.factorization.kernels import kernels
 from utilized_rank.linalg import best_pairs
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.narrow_heads import NarrowHeads
+from utilized_rank.lowrank.place import place
+from utilized_rank.lowrank.place import place_like
 from utilized_rank.moments.moments import Moments
 from utilized_rank.ranks import knapsack
 from utilized_rank.ranks import offers
 from utilized_rank.tree import paths
+from utilized_rank.walk import compat
 
 
 def uniform_head_ranks(
@@ -159,6 +161,7 @@ def head_offers(
   return found
 
 
+@compat.moves_data
 def factorize_heads(
   params: Any,
   moments: Moments,
@@ -240,18 +243,19 @@ def factorize_heads(
     for side, array in ((pair.left, left), (pair.right, right)):
       leaf = named[side.path]
       a, bias = joint.leaves(side, array)
-      out[side.path] = NarrowHeads(
-        jnp.asarray(a, leaf.dtype), None, None, side.layout, head=side.head
+      narrow = NarrowHeads(
+        a.astype(leaf.dtype), None, None, side.layout, head=side.head
       )
+      out[side.path] = place(narrow, leaf)
       path = joint.head_bias(side)
       if path is not None:
         old = named[path]
-        out[path] = jnp.asarray(bias.reshape(old.shape), old.dtype)
+        out[path] = place_like(bias.reshape(old.shape), old)
     path = pair.right.bias
     if compensate_mean and pair.kind == heads.VALUES and path is not None:
       old = named[path]
       new = np.asarray(old, np.float64) + lost.reshape(old.shape)
-      out[path] = jnp.asarray(new, old.dtype)
+      out[path] = place_like(new, old)
   return paths.unflatten(treedef, out)
 
 

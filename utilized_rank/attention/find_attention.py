@@ -57,7 +57,7 @@ def find_attention(
   def shapes(params, args, kwargs):
     traced = tracing.trace(fn, params, args, kwargs)
     recorder = Recorder(list(traced.params))
-    walk = Follower(recorder)
+    walk = Follower(recorder, traced.rescaling)
     values = [
       Param(View.of_leaf(path, leaf.shape, leaf.dtype), Dense(leaf))
       for path, leaf in traced.params.items()

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from utilized_rank.attention import pairing
+from utilized_rank.attention import repeats
 from utilized_rank.moments.collector import is_bias
 from utilized_rank.products import describe
 from utilized_rank.tree.layout import View
 from utilized_rank.walk import compat
 from utilized_rank.walk.interpret import Walk
 from utilized_rank.walk.interpret import moved
+from utilized_rank.walk.rescaling import NOTHING
+from utilized_rank.walk.rescaling import Rescaling
 from utilized_rank.walk.values import Output
 from utilized_rank.walk.values import Param
 
@@ -47,6 +50,10 @@ class Recorder:
     plain[which] = operands[which].payload.materialise(view)
     (out,) = compat.bind(eqn, plain)
     product = describe.describe(eqn, view, which)
+    if not isinstance(product, str) and (view.flipped or view.scale != 1):
+      product = 'a product of it read backwards, or scaled'
+    if operands[2:]:
+      product = f'{eqn.primitive.name}, in which rows meet different kernels'
     if isinstance(product, str):
       self.dropped(view, product)
       return out
@@ -58,7 +65,10 @@ class Recorder:
     use = output.use
     if isinstance(use, pairing.Mixed) or use.bias is not None or use.scaled:
       return False
-    if not is_bias(use.product, output.view, bias.view):
+    view = repeats.as_rows(output.view, use.leaf)
+    if view is None or not is_bias(use.product, view, bias.view):
+      return False
+    if bias.view.scale != 1:
       return False
     use.bias = bias.view.path
     return True
@@ -75,13 +85,19 @@ def _stop(output: Output, reason: str) -> None:
     use.end = f'its output{where} {reason}'
 
 
+def _moved(eqn: Any, output: Output) -> View | None:
+  if isinstance(output.use, pairing.Mixed):
+    return moved(eqn, output.view)
+  return repeats.moved(eqn, output.view, output.use.leaf)
+
+
 class Follower(Walk):
   """A walk that follows outputs; for shapes alone, it inlines every call."""
 
   visitor: Recorder
 
-  def __init__(self, visitor: Recorder):
-    super().__init__(visitor)
+  def __init__(self, visitor: Recorder, rescaling: Rescaling = NOTHING):
+    super().__init__(visitor, rescaling)
     # id of a value -> (axes along which it repeats itself, the value). The
     # value is kept so that its id stays its own.
     self._repeats: dict[int, tuple[set[int], Any]] = {}
@@ -99,7 +115,9 @@ class Follower(Walk):
     results = super()._plain(eqn, operands)
     if eqn.primitive.name == 'broadcast_in_dim':
       kept = zip(
-        eqn.params['broadcast_dimensions'], operands[0].shape, strict=True
+        eqn.params['broadcast_dimensions'],
+        eqn.invars[0].aval.shape,  # a literal's value has none
+        strict=True,
       )
       sizes = eqn.params['shape']
       varies = {axis for axis, size in kept if size == sizes[axis]}
@@ -123,7 +141,8 @@ class Follower(Walk):
     (first, *others) = outputs
     view = None
     if len(operands) == 1:
-      view = moved(eqn, first.view)
+      view = _moved(eqn, first)
+      view = None if view is None or view.flipped else view
     elif not others and self._keeps(eqn, operands, first, params):
       view = first.view
       plain = [

@@ -39,6 +39,7 @@ def narrow(
   params_fraction: float,
   multiple_of: int,
   gauge: str | None,
+  compensate_mean: bool,
 ) -> Narrowed | None:
   """Narrows heads as far as a joint budget asks for.
 
@@ -54,6 +55,7 @@ def narrow(
     params_fraction: share of all kernels' parameters to keep.
     multiple_of: ranks are multiples of this.
     gauge: of the pairs of factors.
+    compensate_mean: as for `factorize`.
 
   Returns:
     None where no head would be narrower.
@@ -73,12 +75,19 @@ def narrow(
     return None
   paired = {s.path for p in found.values() for s in (p.left, p.right)}
   rest = moments.only([path for path in moments if path not in paired])
-  damages = head_damages(params, moments, found)
+  damages = head_damages(
+    params, moments, found, compensate_mean=compensate_mean
+  )
   families = decompose(
-    params, rest, method='loss', keep_factors=False, progress=False
+    params,
+    rest,
+    method='loss',
+    compensate_mean=compensate_mean,
+    keep_factors=False,
+    progress=False,
   )
   terms = offers.Terms(
-    rest, 'loss', gauge, False, None, True, multiple_of, limits={}
+    rest, 'loss', gauge, False, None, compensate_mean, multiple_of, limits={}
   )
   of_heads = head_offers(found, damages, multiple_of)
   of_rest = [offers.offer(terms, path, families) for path in rest]
@@ -92,7 +101,14 @@ def narrow(
     return None
   left = sum(cost for _, cost in spent[len(of_heads) :])
   return Narrowed(
-    factorize_heads(params, moments, found, ranks, method='loss'),
+    factorize_heads(
+      params,
+      moments,
+      found,
+      ranks,
+      method='loss',
+      compensate_mean=compensate_mean,
+    ),
     {
       side.path: rank
       for name, rank in ranks.items()

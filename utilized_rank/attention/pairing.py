@@ -12,12 +12,15 @@ import dataclasses
 from typing import Any
 
 from utilized_rank.attention import heads
+from utilized_rank.attention import repeats
 from utilized_rank.products import describe
 from utilized_rank.products.product import Product
 from utilized_rank.tree.layout import Atoms
 from utilized_rank.tree.layout import Layout
 from utilized_rank.tree.layout import View
+from utilized_rank.tree.layout import common_atoms
 from utilized_rank.tree.layout import pieces_of
+from utilized_rank.tree.recut import is_long
 from utilized_rank.walk import compat
 from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
@@ -40,6 +43,11 @@ class Projection:
   @property
   def path(self) -> str:
     return self.product.view.path
+
+  @property
+  def leaf(self) -> tuple[int, ...]:
+    """Shape of the kernel's leaf."""
+    return self.product.view.shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +94,14 @@ def _dims(eqn: Any, which: int):
 
 
 def _named(view: View, axis: int) -> list[int]:
-  """The kernel's atoms along an axis; none along rows."""
-  return [a for a in view.axes[axis] if view.atoms[a] > 1]
+  """The atoms along an axis, repeats too; none along rows."""
+  return [a for a in view.axes[axis] if is_long(view.atoms[a])]
+
+
+def _own(output: Output, axes: Sequence[int]) -> list[int]:
+  """The kernel's atoms along some axes, without repeats."""
+  count = repeats.own_atoms(output.view, output.use.leaf)
+  return [a for i in axes for a in _named(output.view, i) if a < count]
 
 
 def _free(view: View, *used: Sequence[int]) -> list[int]:
@@ -103,7 +117,7 @@ def feature_axes(output: Output) -> set[int]:
   """
   view, use = output.view, output.use
   if not isinstance(use, Mixed):
-    return {i for i in range(len(view.axes)) if _named(view, i)}
+    return {i for i in range(len(view.axes)) if _own(output, [i])}
   pieces = pieces_of(use.atoms, view.atoms)
   named = zip(use.labels, pieces, strict=True)
   features = {p for name, parts in named if name == use.head for p in parts}
@@ -111,7 +125,8 @@ def feature_axes(output: Output) -> set[int]:
 
 
 def _layout(projection: Projection, view: View) -> Layout:
-  return projection.product.layout.refine(view.atoms)
+  count = repeats.own_atoms(view, projection.leaf)
+  return projection.product.layout.refine(view.atoms[:count])
 
 
 def _loops(layout: Layout, view: View, shared: Sequence[int]) -> list[Loop]:
@@ -128,6 +143,35 @@ def _loops(layout: Layout, view: View, shared: Sequence[int]) -> list[Loop]:
   return tokens
 
 
+def _alike(
+  one: Output, two: Output, places: Sequence[tuple[int, int]]
+) -> tuple[Output, Output]:
+  """The outputs, axes of heads of which one is repeated being cut alike."""
+  for i, j in places:
+    axes = _named(one.view, i), _named(two.view, j)
+    sizes = [
+      [v.view.atoms[a] for a in n]
+      for v, n in zip((one, two), axes, strict=True)
+    ]
+    if not all(axes) or sizes[0] == sizes[1]:
+      continue
+    size = one.view.sizes[i]
+    cut = common_atoms((size,), sizes)
+    if cut is None or (_own(one, [i]), _own(two, [j])) == axes:
+      raise NoPair(f'has heads in {sizes[0]}, its partner in {sizes[1]}')
+    one, two = _recut(one, i, cut), _recut(two, j, cut)
+  return one, two
+
+
+def _recut(output: Output, axis: int, cut: Sequence[int]) -> Output:
+  sizes = output.view.sizes
+  finer = output.view.reshape((*sizes[:axis], *cut, *sizes[axis + 1 :]))
+  assert finer is not None  # the cut is one of its own atoms
+  view = finer.reshape(sizes)
+  assert view is not None
+  return dataclasses.replace(output, view=view)
+
+
 def logits(eqn: Any, one: Output, two: Output) -> Candidate:
   """Two outputs, contracted over one atom of each."""
   (c1, b1), (c2, b2) = _dims(eqn, 0)
@@ -136,32 +180,37 @@ def logits(eqn: Any, one: Output, two: Output) -> Candidate:
     [_named(two.view, i) for i in c2],
   )
   if any(isinstance(v.use, Mixed) for v in (one, two)) or not all(
-    len(names) == 1 and len(names[0]) == 1 for names in met
+    len(names) == 1 and len(names[0]) == 1 and _own(output, axes) == names[0]
+    for output, axes, names in zip((one, two), (c1, c2), met, strict=True)
   ):
     raise NoPair(
       "meets another kernel's output otherwise than over one axis of heads"
     )
+  one, two = _alike(one, two, list(zip(b1, b2, strict=True)))
+  met = [_named(one.view, i) for i in c1], [_named(two.view, i) for i in c2]
   shared: list[tuple[int, int]] = []
   many: tuple[list[int], list[int]] = [], []
-  for i, j in zip(b1, b2, strict=True):
-    names = _named(one.view, i), _named(two.view, j)
-    if names[0] and names[1]:
-      sizes = [
-        [v.view.atoms[a] for a in n]
-        for v, n in zip((one, two), names, strict=True)
-      ]
-      if sizes[0] != sizes[1]:
-        raise NoPair(f'has heads in {sizes[0]}, its partner in {sizes[1]}')
-      shared += zip(*names, strict=True)
-    else:
-      for m, n in zip(many, names, strict=True):
+  for places in zip(b1, b2, strict=True):
+    own = _own(one, places[:1]), _own(two, places[1:])
+    names = _named(one.view, places[0]), _named(two.view, places[1])
+    if not (names[0] and names[1]):
+      for m, n in zip(many, own, strict=True):
         m += n
+      continue
+    for pair in zip(*names, strict=True):
+      counts = [a in mine for a, mine in zip(pair, own, strict=True)]
+      if all(counts):
+        shared.append(pair)
+      for k in (0, 1):
+        # A repeated key is one key that several queries meet.
+        if counts[k] and not counts[1 - k]:
+          many[k].append(pair[k])
   sides, loops = [], []
   for k, (output, used) in enumerate(((one, (c1, b1)), (two, (c2, b2)))):
     view, use = output.view, output.use
     layout = _layout(use, view)
     for i in _free(view, *used):
-      many[k].extend(_named(view, i))
+      many[k].extend(_own(output, [i]))
     if set(many[k]) & set(layout.groups):
       raise NoPair('is of several kernels that meet one of the other leaf')
     mine = tuple(pair[k] for pair in shared)
@@ -179,28 +228,29 @@ def summed(eqn, plain: list[Any], output: Output, which: int) -> list[Any]:
   view, use = output.view, output.use
   if isinstance(use, Mixed):
     raise NoPair('meets a second sum over rows')
-  if not contract or any(_named(view, i) for i in contract):
+  if not contract or _own(output, contract):
     raise NoPair(
       "is contracted over its features with what is no kernel's output, nor "
       'one behind layout, bias and scale alone'
     )
   free = _free(view, contract, batch)
-  features = [a for i in free for a in _named(view, i)]
+  features = _own(output, free)
   if len(features) != 1:
     raise NoPair(f'has {len(features)} axes of features in a sum over rows')
-  shared = tuple(a for i in batch for a in _named(view, i))
+  shared = tuple(_own(output, batch))
   _loops(_layout(use, view), view, shared)  # or it is refused
   (result,) = compat.bind(eqn, plain)
   used = {*other_contract, *other_batch}
-  rows = len(plain[1 - which].shape) - len(used)
+  rows = len(eqn.invars[1 - which].aval.shape) - len(used)
   axes = [_named(view, i) for i in batch]
   mine = [_named(view, i) for i in free]
   others: list[list[int]] = [[]] * rows
   axes += mine + others if which == 0 else others + mine
   labels: list[int | None] = []
   atoms: list[int] = []
+  kept = {*features, *shared}
   for names, size in zip(axes, result.shape, strict=True):
-    labels += names or [None]
+    labels += [a if a in kept else None for a in names] or [None]
     atoms += [view.atoms[a] for a in names] or [size]
   whole = View.of_leaf(use.path, result.shape, result.dtype, atoms)
   state = Mixed(use, view, features[0], shared, tuple(labels), tuple(atoms))
@@ -220,7 +270,7 @@ def contracted(
   for name, pieces in zip(
     mixed.labels, pieces_of(mixed.atoms, view.atoms), strict=True
   ):
-    real = [p for p in pieces if view.atoms[p] > 1]
+    real = [p for p in pieces if is_long(view.atoms[p])]
     if name is not None and len(real) != 1:
       raise NoPair('has its heads cut otherwise when it meets the next kernel')
     label.update(dict.fromkeys(real, name))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import math
 from typing import Any
 
 from utilized_rank.axes.rules import RULES
@@ -18,6 +19,7 @@ from utilized_rank.axes.where import EXAMPLE
 from utilized_rank.axes.where import TOKEN
 from utilized_rank.axes.where import Where
 from utilized_rank.axes.where import join
+from utilized_rank.axes.where import lead
 from utilized_rank.axes.where import mixed_up
 from utilized_rank.axes.where import names
 from utilized_rank.axes.where import plain
@@ -168,6 +170,32 @@ class Flow:
     if any(w.mixed or w.has(EXAMPLE) for w in ins):
       outs = [mixed_up(eqn.primitive.name, w) for w in outs]
     return outs
+
+
+def in_loop(
+  body: Any, num_consts: int, examples: Sequence[int]
+) -> dict[Any, Where]:
+  """What is known of a vmapped loop's body whose examples are not all alike.
+
+  What every example has of its own leads with them, as `vmap` has it.
+
+  Args:
+    body: open jaxpr.
+    num_consts: its first inputs, that are not carried.
+    examples: shape of the carried values' leading axes, at least 2 in all.
+  """
+  shapes = [v.aval.shape for v in body.invars]
+  flow = Flow(math.prod(examples))
+  flow.run(
+    body,
+    [
+      lead(shape, examples)
+      if i >= num_consts or shape[: len(examples)] == tuple(examples)
+      else plain(shape)
+      for i, shape in enumerate(shapes)
+    ],
+  )
+  return flow.found
 
 
 def _without_axis(where: Where, reason: str) -> Where:

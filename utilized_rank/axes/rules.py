@@ -216,6 +216,33 @@ def _dot(eqn: Any, ins: list[Where]):
   return [Where(tuple([w.axes[0] for w in shared] + free))]
 
 
+def _ragged_dot(eqn: Any, ins: list[Where]):
+  """Rows keep their place; how many each kernel has may differ along axes
+  outside of the ragged one, and along the same examples."""
+  numbers = eqn.params['ragged_dot_dimension_numbers']
+  if not numbers.rhs_group_dimensions:
+    return None
+  (contract, _), (batch, _) = numbers.dot_dimension_numbers
+  x, kernel, sizes = ins
+  (at,) = numbers.lhs_ragged_dimensions
+  if kernel.has(EXAMPLE) or EXAMPLE in names(sizes.axes[-1]):
+    return None
+  if any(EXAMPLE in names(x.axes[i]) for i in contract):
+    return None
+  kept = [i for i in range(len(x.axes)) if i not in (*contract, *batch)]
+  rows = [*batch, *kept]
+  axes = [x.axes[i] for i in rows]
+  outer = [*batch, *kept[: kept.index(at)]]
+  if len(sizes.axes) > 1:
+    prefix = tuple(axes[: len(outer)])
+    both = join([Where(prefix), Where(sizes.axes[:-1])], eqn.primitive.name)
+    if both.mixed:
+      return None
+    axes[: len(outer)] = both.axes
+  rest = eqn.outvars[0].aval.shape[len(rows) :]
+  return [Where((*axes, *map(whole, rest)))]
+
+
 def _conv(eqn: Any, ins: list[Where]):
   numbers = eqn.params['dimension_numbers']
   x, kernel = ins
@@ -351,6 +378,7 @@ RULES: dict[str, Rule] = {
   'reshape': _reshape,
   'dot_general': _dot,
   'conv_general_dilated': _conv,
+  'ragged_dot_general': _ragged_dot,
   'gather': _gather,
   **_each_of('scatter scatter-add scatter_add scatter_mul', _scatter),
 }

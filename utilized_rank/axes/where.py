@@ -79,6 +79,16 @@ def batch_array(shape: Sequence[int], tokens: int | None) -> Where:
   return Where(tuple(axes))
 
 
+def lead(shape: Sequence[int], examples: Sequence[int]) -> Where:
+  """An array whose leading axes together run along the examples."""
+  axes, step = [whole(n) for n in shape], 1
+  for i in reversed(range(len(examples))):
+    if shape[i] != 1:
+      axes[i] = (Piece(shape[i], EXAMPLE, step),)
+    step *= shape[i]
+  return Where(tuple(axes))
+
+
 def whole(size: int, name: str | None = None) -> Axis:
   """An axis of one piece, or of none if it has one index."""
   return (Piece(size, name, 1 if name else 0),) if size != 1 else ()
@@ -185,3 +195,18 @@ def regrouped(
 def names(axis: Axis) -> set[str | None]:
   """What an axis runs along."""
   return {p.name for p in axis}
+
+
+def outermost(where: Where) -> tuple[int, int, int, int]:
+  """(axis, size, before, behind) of the examples' outermost piece."""
+  axis, at, piece = max(
+    (
+      (k, j, p)
+      for k, axis in enumerate(where.axes)
+      for j, p in enumerate(axis)
+      if p.name == EXAMPLE
+    ),
+    key=lambda found: found[2].step,
+  )
+  sizes = [p.size for p in where.axes[axis]]
+  return axis, piece.size, math.prod(sizes[:at]), math.prod(sizes[at + 1 :])

@@ -8,20 +8,15 @@ from typing import Any
 import warnings
 import zlib
 
-import jax
 from jax.sharding import Mesh
 
 from utilized_rank.collection import accumulation
 from utilized_rank.collection import passes
-from utilized_rank.collection.devices import Devices
-from utilized_rank.collection.devices import Sharded
-from utilized_rank.collection.devices import crosses
-from utilized_rank.collection.devices import mesh_of
 from utilized_rank.collection.one_pass import Feeding
 from utilized_rank.collection.one_pass import started
+from utilized_rank.collection.placement import placement
 from utilized_rank.collection.plan import members_of
 from utilized_rank.collection.plan import passes_within
-from utilized_rank.collection.pmapped import Pmapped
 from utilized_rank.collection.running_sums import RunningSums
 from utilized_rank.host import processes
 from utilized_rank.host.progress import say
@@ -30,7 +25,6 @@ from utilized_rank.moments.masks import Mask
 from utilized_rank.moments.masks import Masked
 from utilized_rank.moments.measurement import Measurement
 from utilized_rank.moments.moments import Moments
-from utilized_rank.moments.rows import is_explicit
 from utilized_rank.moments.sides import Columns
 from utilized_rank.moments.sides import Sides
 from utilized_rank.tree import paths
@@ -96,11 +90,18 @@ def collect(
       the product of S with so many random vectors is summed, in place of S
       (d, d), for inputs that are very wide; as in `capture`.
     mesh: devices to use, all axes flattened; default the mesh that parameters
-      are spread over, else every device. Parameters that are spread over this
-      mesh stay as they are (fully sharded, tensor parallel), and `fn` runs on
-      whole arrays, as under `jax.jit`.
-    batch_axes: for such parameters, the mesh axes over which batches are
-      spread; default the mesh's first.
+      are spread over, else that of `jax.set_mesh`, else one that `fn` itself
+      names, else every device. Parameters that are spread over this mesh stay
+      as they are (fully sharded, tensor parallel). With them, under
+      `jax.set_mesh`, and where `fn` names a mesh, `fn` runs on whole arrays
+      and sees what it would under `jax.jit`; else it runs on a share of the
+      batch and sees no mesh.
+    batch_axes: where `fn` runs on whole arrays, the mesh axes over which
+      batches are spread; default the mesh's first if parameters are spread,
+      else all. On axes of `AxisType.Explicit` a batch that is on the mesh
+      keeps its type, and without spread parameters others get none unless
+      this is given: `fn` then sees them as `jax.jit` shows them, and devices
+      repeat each other's work.
     pmap_axis: for code that is built on `jax.pmap`: the name of its axis.
       Parameters and batches then lead with an axis of this process's devices.
     checkpoint_dir: where to keep the running sums, and the state of the
@@ -159,13 +160,11 @@ def collect(
   what = Measurement(fn, loss, fisher_rows, select, on_opaque, sides)
   accumulation.check(accumulate)
   values, tree_of = tracing.split(params)
-  if mesh is None and pmap_axis is None:
-    mesh = mesh_of(values)
-  everywhere = jax.process_count() > 1 and (mesh is None or crosses(mesh))
+  place = placement(values, mesh, batch_axes, pmap_axis)
+  everywhere = place.everywhere
   stream = started(batches, everywhere)
-
-  is_spread = _is_spread(values, mesh, batch_axes, pmap_axis)
-  joint = everywhere and is_spread
+  place = place.named_by(fn, params, stream.first)
+  joint = everywhere and place.whole
   _check_together(
     [
       ('batch_axes', batch_axes, 'pmap_axis', pmap_axis),
@@ -175,14 +174,15 @@ def collect(
         'fisher_rows',
         fisher_rows,
         'parameters on a mesh of AxisType.Explicit (AxisType.Auto can)',
-        is_spread and is_explicit(mesh),
+        place.is_typed,
       ),
     ]
   )
-  spread = _spread(values, mesh, batch_axes, pmap_axis)
-  sites = spread.sites(
-    lambda params, batch: what.sites(tree_of(params), batch), stream.first
-  )
+  spread = place.devices(values)
+  with spread.within():
+    sites = spread.sites(
+      lambda params, batch: what.sites(tree_of(params), batch), stream.first
+    )
   if sites.holes:
     warnings.warn(
       f'the moments leave out {sorted(sites.holes)}, which enter primitives '
@@ -247,39 +247,6 @@ def _check_together(pairs: Iterable[tuple[str, Any, str, Any]]) -> None:
   for one, has_one, other, has_other in pairs:
     if has_one and has_other:
       raise ValueError(f'{one} cannot be used with {other}')
-
-
-def _devices(mesh: Mesh | None) -> tuple[list[Any], list[Any]]:
-  """Devices of a collection, and those of this process."""
-  everyone = jax.devices() if mesh is None else list(mesh.devices.flat)
-  return everyone, [
-    d for d in everyone if d.process_index == jax.process_index()
-  ]
-
-
-def _is_spread(params, mesh, batch_axes, pmap_axis) -> bool:
-  """Whether steps see whole arrays that are spread over the mesh."""
-  if mesh is None and batch_axes is not None:
-    raise ValueError('batch_axes are axes of a mesh; pass mesh= as well')
-  if mesh is None or pmap_axis is not None:
-    return False
-  everyone = set(_devices(mesh)[0])
-  return batch_axes is not None or any(
-    isinstance(v, jax.Array)
-    and v.sharding.device_set == everyone
-    and not v.is_fully_replicated
-    for v in params
-  )
-
-
-def _spread(params, mesh, batch_axes, pmap_axis) -> Devices:
-  """Where a collection's steps run."""
-  mine = _devices(mesh)[1]
-  if pmap_axis is not None:
-    return Pmapped(params, mine, pmap_axis)
-  if _is_spread(params, mesh, batch_axes, pmap_axis):
-    return Sharded(params, mesh, batch_axes or mesh.axis_names[:1])
-  return Devices(params, mine)
 
 
 def _agree_on_passes(members: Sequence[Sequence[str]]) -> None:

@@ -9,6 +9,7 @@ added over that axis before the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 import math
 from typing import Any
 import zlib
@@ -20,10 +21,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from utilized_rank.host import meshes
 from utilized_rank.host import processes
 from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.moments import Sums
-from utilized_rank.moments.rows import is_explicit
 from utilized_rank.moments.sites import Sites
 
 EXAMPLES = 'examples'
@@ -36,7 +37,8 @@ Measure = Callable[[Any, Any], Any]
 class Devices:
   """Every device holds all parameters and takes its share of a batch.
 
-  The devices are this process's own: processes work at their own pace.
+  The devices are this process's own: processes work at their own pace. The
+  function sees no mesh: it runs on one device, as it is.
   """
 
   def __init__(self, params: Sequence[Any], devices: Sequence[Any]):
@@ -56,6 +58,10 @@ class Devices:
   def over(self) -> tuple[Mesh, tuple[str, ...]] | None:
     """Mesh axes over which a step itself sees whole arrays, or None."""
     return None
+
+  def within(self) -> AbstractContextManager[Any]:
+    """What must be in force while anything here runs."""
+    return meshes.within(None)
 
   def split(self, batch: Any) -> list[tuple[Any, bool]]:
     """Parts of a batch on the devices, and whether each sees all of a part.
@@ -78,7 +84,8 @@ class Devices:
     """The step on all devices; what all of them see, the first one counts."""
 
     def local(state, params, batch):
-      new = measure(params, batch)
+      with meshes.unseen():  # these axes are no names of the function's
+        new = measure(params, batch)
       if whole:
         first = jax.lax.axis_index(EXAMPLES) == 0
         new = jax.tree.map(
@@ -164,14 +171,30 @@ class Devices:
 
 
 class Sharded(Devices):
-  """Parameters as they are spread over the caller's mesh.
+  """Parameters as they are on the caller's mesh.
 
   The function sees whole arrays, and JAX decides what its devices exchange.
   The batch is spread over some of the mesh's axes; each share of it has sums
   of its own, which stay where it is.
   """
 
-  def __init__(self, params: Sequence[Any], mesh: Mesh, names: Sequence[str]):
+  def __init__(
+    self,
+    params: Sequence[Any],
+    mesh: Mesh,
+    names: Sequence[str],
+    in_force: Mesh | None = None,
+    spreads: bool = True,
+  ):
+    """As the class says.
+
+    Args:
+      params: parameters; those that are not on the mesh are put there.
+      mesh: the mesh.
+      names: its axes that batches are spread over.
+      in_force: the mesh that the function finds set; None finds none.
+      spreads: whether batches that are on one device are spread.
+    """
     unknown = [n for n in names if n not in mesh.axis_names]
     if unknown or not names:
       raise ValueError(
@@ -179,6 +202,8 @@ class Sharded(Devices):
         f'{mesh.axis_names}'
       )
     self.mesh = mesh
+    self.in_force = in_force
+    self.spreads = spreads
     self.names = tuple(names)
     self.parts = math.prod(mesh.shape[n] for n in names)
     self.placement = NamedSharding(mesh, PartitionSpec(self.names))
@@ -195,6 +220,9 @@ class Sharded(Devices):
   def over(self) -> tuple[Mesh, tuple[str, ...]]:
     return self.mesh, self.names
 
+  def within(self) -> AbstractContextManager[Any]:
+    return meshes.within(self.in_force)
+
   def split(self, batch: Any) -> list[tuple[Any, bool]]:
     size = jax.tree.leaves(batch)[0].shape[0]
     return [(jax.tree.map(lambda a: self._put(a, size), batch), False)]
@@ -202,13 +230,21 @@ class Sharded(Devices):
   def _put(self, array: Any, size: int) -> jax.Array:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
       return array
-    if crosses(self.mesh):
+    if meshes.crosses(self.mesh):
       return jax.make_array_from_process_local_data(
         self.placement, np.asarray(array)
       )
-    even = size % self.parts == 0
+    if meshes.is_explicit(self.mesh) and self._has(array):
+      return array  # how it is spread is part of its type
+    even = self.spreads and size % self.parts == 0
     spec = PartitionSpec(self.names) if even else PartitionSpec()
     return jax.device_put(array, NamedSharding(self.mesh, spec))
+
+  def _has(self, array: Any) -> bool:
+    """Whether an array is spread over this mesh."""
+    if not isinstance(array, jax.Array) or array.is_fully_replicated:
+      return False
+    return getattr(array.sharding, 'mesh', None) == self.mesh
 
   def run(self, measure: Measure, accumulate: Any, whole: bool) -> Any:
     assert not whole
@@ -221,19 +257,18 @@ class Sharded(Devices):
 
     def step(state, params, batch):
       join = add
-      if is_explicit(self.mesh):
+      if meshes.is_explicit(self.mesh):
         kept = jax.tree.map(lambda _: PartitionSpec(self.names), state)
         outs = kept, PartitionSpec(), PartitionSpec()
         join = jax.sharding.auto_axes(add, out_sharding=outs)
       return join(state, measure(params, batch))
 
     everywhere = NamedSharding(self.mesh, PartitionSpec())
-    jitted = jax.jit(
+    return jax.jit(
       step,
       donate_argnums=0,
       out_shardings=(self.placement, everywhere, everywhere),
     )
-    return _InMesh(jitted, self.mesh)
 
   def _parts_first(self, moments: Moments) -> Moments:
     """The parts' axis, which is in front of the features, in front of all."""
@@ -249,8 +284,7 @@ class Sharded(Devices):
 
   def shapes(self, fn: Callable[..., Any], batch: Any) -> Any:
     batch = self.split(batch)[0][0]
-    with jax.set_mesh(self.mesh):
-      shapes = jax.eval_shape(fn, self.params, batch)
+    shapes = jax.eval_shape(fn, self.params, batch)
     if not isinstance(shapes, Moments):
       return shapes
     shapes = jax.eval_shape(self._parts_first, _bare(shapes))
@@ -273,52 +307,6 @@ class Sharded(Devices):
   def reducer(self, state: Any) -> Any:
     specs = jax.tree.map(lambda _: PartitionSpec(self.names), state)
     return processes.reducer(self.mesh, specs, self.names)
-
-
-def crosses(mesh: Mesh) -> bool:
-  """Whether a mesh has devices of several processes."""
-  return len({d.process_index for d in mesh.devices.flat}) > 1
-
-
-def mesh_of(params: Sequence[Any]) -> Mesh | None:
-  """The mesh that parameters are spread over; None where none is, or where it
-  is this process's own and there are others, whose examples count too.
-
-  Raises:
-    ValueError: there are several.
-  """
-  found: dict[Mesh, Any] = {}
-  for v in params:
-    if not isinstance(v, jax.Array) or v.is_fully_replicated:
-      continue
-    mesh = getattr(v.sharding, 'mesh', None)
-    if isinstance(mesh, Mesh):
-      found.setdefault(mesh, v.sharding)
-  if len(found) > 1:
-    raise ValueError(
-      'parameters are spread over several meshes, '
-      f'{[str(s) for s in found.values()]}; put them on one, or pass the one '
-      'to use as mesh='
-    )
-  mesh = next(iter(found), None)
-  if mesh is None or jax.process_count() == 1 or crosses(mesh):
-    return mesh
-  return None
-
-
-class _InMesh:
-  """A jitted function whose bare partition specs are of one mesh."""
-
-  def __init__(self, jitted: Any, mesh: Mesh):
-    self._jitted, self._mesh = jitted, mesh
-
-  def __call__(self, *args: Any) -> Any:
-    with jax.set_mesh(self._mesh):
-      return self._jitted(*args)
-
-  def lower(self, *args: Any) -> Any:
-    with jax.set_mesh(self._mesh):
-      return self._jitted.lower(*args)
 
 
 def _bare(shapes: Any) -> Any:

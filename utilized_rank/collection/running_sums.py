@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import functools
 import math
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from utilized_rank.linalg.overflow import not_finite
 from utilized_rank.linalg.sketch import Sketch
 from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.sites import Site
+from utilized_rank.walk import compat
 from utilized_rank.walk import cost
 
 # Rows that the devices may count before the host takes the sums over: int32
@@ -26,6 +28,18 @@ from utilized_rank.walk import cost
 _MOST_ROWS = 2**30
 # Sums, and what they have rounded off (None for plain sums).
 State = tuple[Moments, Moments | None]
+M = TypeVar('M', bound=Callable[..., Any])
+
+
+def _in_place(method: M) -> M:
+  """A method of `RunningSums` that runs where its sums are."""
+
+  @functools.wraps(method)
+  def run(self, *args, **kwargs):
+    with self.spread.within():
+      return method(self, *args, **kwargs)
+
+  return cast(M, run)
 
 
 class RunningSums:
@@ -54,6 +68,7 @@ class RunningSums:
       self._steps[whole] = self.spread.run(self._measure, _add, whole)
     return self._steps[whole]
 
+  @_in_place
   def zeros(self, batch: Any) -> State:
     return self.spread.zeros(self._shapes(batch))
 
@@ -62,6 +77,7 @@ class RunningSums:
     is_kept = self._accumulate == 'compensated'
     return shapes, shapes if is_kept else None
 
+  @_in_place
   def step_bytes(self, batch: Any) -> int:
     """What one device holds while the step adds a batch like this."""
     part, whole = self.spread.split(batch)[0]
@@ -72,6 +88,7 @@ class RunningSums:
     used = cost.arguments_bytes(compiled)
     return cost.peak_bytes(compiled) + max(held - used, 0)
 
+  @_in_place
   def add(self, batch: Any, number: int) -> None:
     for part, whole in self.spread.split(batch):
       if self.state is None:
@@ -85,6 +102,7 @@ class RunningSums:
         self.look()
         self._flush()
 
+  @compat.moves_data
   def look(self) -> None:
     """Sees to what the last batch left.
 
@@ -104,6 +122,7 @@ class RunningSums:
     if np.asarray(most).max() > _MOST_ROWS:
       self._flush()
 
+  @compat.moves_data
   def _flush(self) -> None:
     """Moves the sums to the host, in float64 and int64."""
     assert self.state is not None
@@ -115,6 +134,8 @@ class RunningSums:
         )
     self.state = jax.tree.map(jnp.zeros_like, self.state)
 
+  @_in_place
+  @compat.moves_data
   def result(self) -> Moments:
     """The sums of all devices as host arrays."""
     self.look()
@@ -125,6 +146,7 @@ class RunningSums:
 
   # --- interruption ---
 
+  @_in_place
   def save(self, snapshots: Snapshots, done: int, place: Any) -> None:
     self.look()
     assert self.state is not None
@@ -133,6 +155,7 @@ class RunningSums:
       {name: s for name, s in sums.items() if s is not None}, done, place
     )
 
+  @_in_place
   def restore(
     self,
     snapshots: Snapshots,

@@ -28,8 +28,10 @@ from utilized_rank.products.gauge import IDENTITY
 from utilized_rank.report.measure import measure
 from utilized_rank.report.report import Report
 from utilized_rank.tree import paths
+from utilized_rank.walk import compat
 
 
+@compat.moves_data
 def compress(
   fn: Callable[[Any, Any], Any],
   params: Any,
@@ -44,6 +46,7 @@ def compress(
   select: paths.Rules | None = None,
   multiple_of: int = 1,
   gauge: str | None = IDENTITY,
+  compensate_mean: bool = True,
   anchored: bool = True,
   heads: bool = True,
   trial_examples: int = 1024,
@@ -83,6 +86,9 @@ def compress(
     multiple_of: ranks are multiples of this.
     gauge: as for `factorize`; None for plain pairs (`write_out` makes them
       later, for serving and for meshes of explicit axes).
+    compensate_mean: as for `factorize`; False for a tree that `merge` takes
+      where kernels have no bias (most language models, no batch norm), at the
+      cost of outputs that are a little further off.
     anchored: fit the factors anew behind compressed kernels, if the examples
       kept give four rows for every input feature; kept where outputs then
       are closer by more than the standard error of the difference.
@@ -138,6 +144,7 @@ def compress(
     loss=loss,
     anchored=anchored,
     progress=progress,
+    compensate_mean=compensate_mean,
   )
   if mask is not None:
     problem = problem.without_padding(mask)

@@ -38,6 +38,7 @@ def _tuned(problem: Problem) -> Tried:
     problem.moments,
     problem.batches,
     divergence=problem.divergence,
+    compensate_mean=problem.compensate_mean,
     reference=problem.params,
     progress=problem.progress,
     **problem.budget.options(),
@@ -49,6 +50,7 @@ def _tuned(problem: Problem) -> Tried:
     ranks,
     method=families.method,
     damping=families.damping,
+    compensate_mean=problem.compensate_mean,
     families=families,
     gauge=problem.budget.gauge,
     progress=problem.progress,
@@ -58,6 +60,7 @@ def _tuned(problem: Problem) -> Tried:
     ranks=dict(ranks),
     method=families.method,
     damping=families.damping,
+    compensate_mean=problem.compensate_mean,
     divergences=ranks.divergences,
   )
 
@@ -87,6 +90,7 @@ def _anchored(problem: Problem, tuned: Tried) -> Tried | None:
     moments=problem.moments,
     start=problem.start,
     method=tuned.method,
+    compensate_mean=problem.compensate_mean,
     damping=tuned.damping,
     gauge=problem.budget.gauge,
     progress=problem.progress,

@@ -34,6 +34,7 @@ def narrower_heads(problem: Problem) -> Tried | None:
     params_fraction=share,
     multiple_of=problem.budget.multiple_of,
     gauge=problem.budget.gauge,
+    compensate_mean=problem.compensate_mean,
   )
   if less is None:
     return None
@@ -48,6 +49,7 @@ def narrower_heads(problem: Problem) -> Tried | None:
     tree=less.tree,
     ranks=less.ranks,
     method='loss',
+    compensate_mean=problem.compensate_mean,
     divergences=problem.divergences(less.tree, problem.batches),
   )
 

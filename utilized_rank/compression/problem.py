@@ -63,6 +63,7 @@ class Problem:
     loss: what the gradients are of, if it is known.
     anchored: whether factors may be fitted anew behind compressed kernels.
     progress: whether to show progress bars.
+    compensate_mean: as for `factorize`.
     mask: which examples or tokens of a batch are real; None if all are. It is
       set by `without_padding`, which hides the others as well.
   """
@@ -77,6 +78,7 @@ class Problem:
   loss: LossFn | None
   anchored: bool
   progress: bool
+  compensate_mean: bool = True
   mask: Mask | None = None
 
   @property

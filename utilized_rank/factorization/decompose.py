@@ -15,6 +15,7 @@ from utilized_rank.factorization.by_process import each_unit
 from utilized_rank.factorization.methods import Family
 from utilized_rank.factorization.shared_left import Key
 from utilized_rank.moments.moments import Moments
+from utilized_rank.walk import compat
 
 
 class Families(Mapping[Key, list[Family]]):
@@ -100,6 +101,7 @@ class Families(Mapping[Key, list[Family]]):
     return Families(found, self.method, self.compensate_mean, self.damping)
 
 
+@compat.moves_data
 def decompose(
   params: Any,
   moments: Moments,

@@ -6,8 +6,6 @@ import dataclasses
 import itertools
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank.factorization import certify
@@ -25,6 +23,7 @@ from utilized_rank.factorization.shared_left import per_member
 from utilized_rank.linalg import best_pairs
 from utilized_rank.linalg.best_pairs import Pair
 from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.lowrank.place import place
 from utilized_rank.lowrank.store import Stored
 from utilized_rank.lowrank.store import assemble
 from utilized_rank.lowrank.store import give_back
@@ -32,8 +31,10 @@ from utilized_rank.lowrank.store import store
 from utilized_rank.moments.moments import Moments
 from utilized_rank.products.gauge import check_gauge
 from utilized_rank.tree import paths
+from utilized_rank.walk import compat
 
 
+@compat.moves_data
 def factorize(
   params: Any,
   moments: Moments,
@@ -70,8 +71,9 @@ def factorize(
         moments that were collected with a loss.
     compensate_mean: give the mean of what is discarded, mu (W - W'), back as
       a constant: in the kernel's bias where the function adds one and uses it
-      for nothing else, else in `LowRank.c`. 'output' and 'loss' then minimise
-      the error about the mean, which never raises it.
+      for nothing else (behind a residual sum or a number as well, or taken
+      off, as a norm's running mean is), else in `LowRank.c`. 'output' and
+      'loss' then minimise the error about the mean, which never raises it.
     damping: for 'loss', share of the mean of the gradient moment's diagonal
       that is added to it; without any, few examples make things worse.
     gauge: 'identity' stores each pair without the r^2 numbers that it does
@@ -154,17 +156,13 @@ def factorize(
     ]
     pairs = [part.pair() for part in parts]
     kernel = shared_left.joint(group)
-    energy = solution.energy
-    if centered:  # the sums were rounded before the mean was taken off
-      gradient = kernel.gradient if solution.weighted else None
-      energy += certify.mean_energy(kernel.mean, kernel.w, gradient)
     certify.check(
       kernel,
       Pair(pairs[0].a, np.concatenate([f.b for f in pairs], axis=1)),
       solution.error,
       named[names[0]].dtype,
       solution.weighted,
-      energy,
+      solution.energy,
     )
     discarded = [
       member.mean @ member.w - (member.mean @ f.a) @ f.b
@@ -189,11 +187,14 @@ def factorize(
       leaf = assemble([m.parts[i] for m in found], moments[path].layout)
       if i:  # the first of a set holds the left factor
         leaf = dataclasses.replace(leaf, a=None, left=names[0])
-      named[path] = leaf = jax.tree.map(jnp.asarray, leaf)
       if compensate_mean:
-        bias = moments[path].entry.bias
+        entry = moments[path].entry
         discarded = np.stack([m.discarded[i] for m in found])
-        named |= give_back(named, path, bias, leaf, discarded)
+        named |= give_back(
+          named, path, entry.bias, leaf, discarded, entry.bias_scale
+        )
+      else:
+        named[path] = place(leaf, named[path])
   return paths.unflatten(treedef, named)
 
 

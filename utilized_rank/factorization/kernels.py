@@ -25,6 +25,7 @@ from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.moments import unknown_inputs
 from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Layout
+from utilized_rank.walk import compat
 
 # Rows per input feature below which moments are mostly noise.
 ENOUGH_ROWS = 4
@@ -102,11 +103,13 @@ class Kernel:
 
   @functools.cached_property
   def out_basis(self) -> subspace.Basis:
-    """Eigenbasis of T = W^T S W."""
-    return self.leading_outputs(None)
+    """Eigenbasis of T = W^T S W; what rounding put below zero is zero."""
+    values, vectors = self.leading_outputs(None)
+    return subspace.Basis(np.maximum(values, 0), vectors)
 
   def leading_outputs(self, most: int | None) -> subspace.Basis:
-    """`out_basis`, with no more than the first `most` vectors."""
+    """`out_basis`, with no more than the first `most` vectors and the values
+    as they are: they add up to T's trace."""
     w = self.w
     if self.from_outputs:
       return subspace.measured_output_basis(w, self.out_second, most)
@@ -314,6 +317,7 @@ def member_name(path: str, index: tuple[int, ...]) -> str:
   return f'{path}[{",".join(map(str, index))}]' if index else path
 
 
+@compat.moves_data  # in a thread too
 def to_leaf(matrices: list[np.ndarray], layout: Layout, leaf: Any) -> Any:
   """One matrix per group as an array like `leaf`."""
   stacked = np.stack(matrices).reshape(layout.group_shape + layout.matrix_shape)

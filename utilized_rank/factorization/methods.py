@@ -83,7 +83,7 @@ def _output(kernel: Kernel, damping: float) -> Solution:
   d, m = kernel.w.shape
   if d < m and not kernel.from_outputs:
     return _input_side(kernel, None, 0.0)
-  values, vectors = kernel.out_basis
+  values, vectors = kernel.leading_outputs(None)
   return best_pairs.output_factors(kernel.w, vectors), values
 
 
@@ -178,12 +178,8 @@ def output(kernel: Kernel, rank: int) -> tuple[Pair, float, float]:
   if d < m and not kernel.from_outputs:
     return best_pairs.input_side_pair(kernel.w, kernel.second, rank)
   values, vectors = kernel.leading_outputs(rank)
-  left, energy = values[rank:].sum(), values.sum()
-  return (
-    best_pairs.output_factors(kernel.w, vectors),
-    float(left),
-    float(energy),
-  )
+  left, energy = (max(float(v.sum()), 0.0) for v in (values[rank:], values))
+  return best_pairs.output_factors(kernel.w, vectors), left, energy
 
 
 def truncate(family: Family, rank: int) -> Pair:
@@ -221,8 +217,12 @@ def utilized(kernel: Kernel, rank: int) -> tuple[Pair, float, float]:
     for basis, at_rank in zip(bases, energies, strict=True)
   )
   v, u = of_s.vectors[:, :k_s], of_t.vectors[:, :k_t]
+  # With what the basis takes for zero: certificates measure in S itself.
+  values = np.sum(of_s.vectors * (kernel.second @ of_s.vectors), axis=0)
+  own = subspace.Basis(values, of_s.vectors)
+  error = subspace.projected_error(kernel.w, own, k_s, u)
   return (
     best_pairs.utilized_factors(kernel.w, v, u),
-    subspace.projected_error(kernel.w, of_s, k_s, u),
+    max(error, 0.0),
     float(of_s.values[0] * np.sum(kernel.w**2)),
   )

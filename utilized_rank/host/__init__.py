@@ -4,6 +4,7 @@
 * `options`: typed options out of a config section.
 * `progress`: a bar on a terminal, a rare line elsewhere.
 * `threads`: independent decompositions side by side.
+* `meshes`: the mesh that the caller's code runs under.
 * `processes`, `agreement`: what the processes of a job tell each other, and
   whether they ask for the same.
 """

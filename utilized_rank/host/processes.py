@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from utilized_rank.host import meshes
+
 # A count travels as digits of this many bits, which float32 adds up exactly
 # over 2**(24 - 11) devices: counts and sums are then reduced as one.
 _BITS = 11
@@ -244,7 +246,8 @@ def add_over_processes(state: Any, devices: Sequence[Any]) -> Any:
   specs = jax.tree.map(lambda _: PartitionSpec('examples'), state)
   # Sums that went through the host are in float64 and int64.
   is_wide = any(isinstance(a, np.ndarray) for a in jax.tree.leaves(state))
-  with jax.enable_x64(True) if is_wide else contextlib.nullcontext():
+  wide = jax.enable_x64(True) if is_wide else contextlib.nullcontext()
+  with wide, meshes.within(None):
     lifted = jax.tree.map(lift, state)
     reduced = reducer(mesh, specs, ('examples',))(lifted)
     return decoded(reduced, state)
@@ -252,7 +255,8 @@ def add_over_processes(state: Any, devices: Sequence[Any]) -> Any:
 
 def _tell(mine: np.ndarray) -> np.ndarray:
   """(processes, ...): an array of one shape and dtype from every process."""
-  return np.asarray(_multihost().process_allgather(mine))
+  with meshes.within(None):
+    return np.asarray(_multihost().process_allgather(mine))
 
 
 def _multihost():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -120,33 +121,39 @@ def input_side_pair(
   Returns:
     The pair; its error E|x (W - W')|^2; and E|x W|^2.
   """
-  root, floor = _root(s)
+  root, added = _root(s)
   values, q = eigh.symmetric_eigh(root.T @ (w @ w.T) @ root)
   values, q = np.maximum(values[::-1], 0), q[:, ::-1][:, :rank]
   a, b = np.linalg.solve(root.T, q), (root @ q).T @ w
-  # W' = W P with an orthogonal P: |W - W'|^2 = |W|^2 - |W'|^2, and b b^T holds
-  # the eigenvalues. What the floor added to S is no error on the data.
-  size = np.sum(w * w)
-  added = floor * (size - values[:rank] @ np.sum(a * a, axis=0))
-  error = float(values[rank:].sum() - added)
-  energy = float(values.sum() - floor * size)
-  if error < np.finfo(np.float64).eps * len(values) * values.sum():
-    error = 0.0
+  # What F F^T has and S has not is no error on the data.
+  error = values[rank:].sum() - added(w - a @ b)
+  energy = values.sum() - added(w)
+  least = np.finfo(np.float64).eps * len(values) * values.sum()
+  error, energy = (float(v) if v > least else 0.0 for v in (error, energy))
   return Pair(a, b), error, energy
 
 
-def _root(s: np.ndarray) -> tuple[np.ndarray, float]:
-  """F with F F^T = S + floor I, and the floor.
+def _root(
+  s: np.ndarray,
+) -> tuple[np.ndarray, Callable[[np.ndarray], float]]:
+  """F with F F^T = S + E for a small E, and tr(D^T E D) for any D.
 
-  By Cholesky, in a seventh of an eigendecomposition's time, unless rounding of
-  float32 sums has left S with eigenvalues below minus the floor.
+  By Cholesky with E = floor I, in a seventh of an eigendecomposition's time,
+  unless rounding of float32 sums has left S with eigenvalues below minus the
+  floor. They, and all that such sums do not resolve, are then taken for zero.
   """
-  floor = floor_of(np.trace(s))
+  # The trace, unless S is rounding alone.
+  floor = floor_of(max(np.trace(s), np.abs(s).max()))
   try:
-    return np.linalg.cholesky(s + floor * np.eye(len(s))), floor
+    root = np.linalg.cholesky(s + floor * np.eye(len(s)))
   except np.linalg.LinAlgError:
     values, vectors = eigh.eigh(s)
-    return vectors * np.sqrt(values + floor), floor
+    own = np.sum(vectors * (s @ vectors), axis=0)
+    more = values + floor - own
+    return vectors * np.sqrt(values + floor), lambda difference: float(
+      more @ np.sum((vectors.T @ difference) ** 2, axis=1)
+    )
+  return root, lambda difference: floor * float(np.sum(difference**2))
 
 
 def _damping(g: np.ndarray, damping: float) -> float:

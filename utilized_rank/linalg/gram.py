@@ -24,6 +24,7 @@ XLA's own `symmetric_product` costs the full product and more on the CPU (0.9 to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import math
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from utilized_rank.products.tiles import Tiles
 from utilized_rank.walk import compat
 
 _PANELS = 4
@@ -41,6 +43,8 @@ _LEAST_WIDTH = 512
 # block of columns (a, b); (*groups, b - a, d - a) each.
 Panels = tuple[Any, ...]
 Edges = Sequence[tuple[int, int]]
+# How the rows are read: so many blocks of all kernels' rows, or each kernel's.
+Blocks = int | Tiles
 
 
 def gram(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -167,7 +171,7 @@ def panel_flops(n: int, d: int) -> int:
 
 
 def sharded_panels(
-  features: Callable[[jax.Array, Any], jax.Array], x: jax.Array, blocks: int
+  features: Callable[[jax.Array, Any], jax.Array], x: jax.Array, blocks: Blocks
 ) -> tuple[jax.Array, Panels]:
   """`panels` of all rows, the sums replicated where types carry shardings.
 
@@ -178,13 +182,14 @@ def sharded_panels(
     features: `features(x, i)` reads the rows (*groups, n, d) of the i-th
       block of `x`.
     x: what a product reads.
-    blocks: number of blocks; only one block's rows exist at a time.
+    blocks: number of blocks; only one block's rows exist at a time. With
+      `Tiles` a block is (start, stop), and its sums are one kernel's.
   """
   return over_blocks(lambda i, x: panels(features(x, i)), x, blocks)
 
 
 def sharded_total(
-  features: Callable[[jax.Array, Any], jax.Array], x: jax.Array, blocks: int
+  features: Callable[[jax.Array, Any], jax.Array], x: jax.Array, blocks: Blocks
 ) -> tuple[jax.Array]:
   """s = sum x alone, as `sharded_panels` has it."""
 
@@ -195,17 +200,62 @@ def sharded_total(
   return over_blocks(total, x, blocks)
 
 
-def over_blocks(read: Callable[[Any, jax.Array], Any], x: Any, blocks: int):
-  """The sum of `read(i, x)` over blocks i, replicated, without derivative."""
+def row_counts(
+  features: Callable[[jax.Array, Any], jax.Array],
+  shape: Sequence[int],
+  keep: Any,
+  tiles: Tiles,
+) -> jax.Array:
+  """How many rows each kernel has, (*groups,).
+
+  Args:
+    features: as in `sharded_panels`.
+    shape: of what a product reads.
+    keep: which of it counts, broadcastable to it; None: all.
+    tiles: whose rows are whose.
+  """
+  if keep is None:
+    return tiles.rows_of()
+  ones = jnp.broadcast_to(keep, shape).astype(jnp.int32)
+  real = lambda tile, x: features(x, tile)[:, 0].sum(dtype=jnp.int32)
+  return over_blocks(real, ones, tiles)
+
+
+def over_blocks(read: Callable[[Any, jax.Array], Any], x: Any, blocks: Blocks):
+  """The sum of `read(i, x)` over blocks i, replicated, without derivative.
+
+  Over `Tiles`, (*groups, ...): the sums of each kernel's tiles.
+  """
   x = jax.lax.stop_gradient(x)
 
   def sums(x):
+    if isinstance(blocks, Tiles):
+      return _over_tiles(lambda tile: read(tile, x), blocks)
     add = lambda i, so_far: jax.tree.map(jnp.add, so_far, read(i, x))
     return jax.lax.fori_loop(1, blocks, add, read(0, x))
 
   if not compat.has_explicit_axes(x):
     return sums(x)
   return jax.sharding.auto_axes(sums, out_sharding=PartitionSpec())(x)
+
+
+def _over_tiles(read: Callable[[Any], Any], tiles: Tiles):
+  at = lambda i: (tiles.start[i], tiles.stop[i])
+
+  def empty(found):
+    return jnp.zeros((math.prod(tiles.groups), *found.shape), found.dtype)
+
+  def add(i, so_far):
+    put = lambda total, found: total.at[tiles.member[i]].add(found)
+    return jax.tree.map(put, so_far, read(at(i)))
+
+  first = read(at(0))
+  # Added to what was read, so as to differ along the same mesh axes.
+  start = jax.tree.map(
+    lambda found: empty(found).at[tiles.member[0]].add(found), first
+  )
+  found = jax.lax.fori_loop(1, len(tiles), add, start)
+  return jax.tree.map(lambda v: v.reshape(*tiles.groups, *v.shape[1:]), found)
 
 
 def accumulator_dtype(dtype: Any) -> Any:

@@ -92,7 +92,7 @@ def sketch(x: jax.Array, columns: int) -> tuple[jax.Array, Sketch]:
 def sharded_sketch(
   features: Callable[[jax.Array, Any], jax.Array],
   x: jax.Array,
-  blocks: int,
+  blocks: gram.Blocks,
   columns: int,
 ) -> tuple[jax.Array, Sketch]:
   """`sketch` of all rows, as `gram.sharded_panels` has them."""

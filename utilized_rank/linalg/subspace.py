@@ -82,7 +82,9 @@ def output_basis(
 
   Returns:
     values (min(d, m),) and vectors (m, min(d, m)), orthonormal columns; no
-    more than the first `most` of the vectors.
+    more than the first `most` of the vectors. Of a T that is rounding in some
+    directions the values there are T's own, below zero too: they add up to
+    its trace.
   """
   d, m = w.shape
   floor = floor_of(np.trace(s))
@@ -96,7 +98,7 @@ def output_basis(
   vectors = right.T
   # The floor chose the directions; the values are the data's own.
   values = basis.values @ (turned @ vectors) ** 2
-  return Basis(np.maximum(values, 0), vectors[:, :most])
+  return Basis(values, vectors[:, :most])
 
 
 def measured_output_basis(
@@ -104,7 +106,7 @@ def measured_output_basis(
 ) -> Basis:
   """As `output_basis`, from a T (m, m) that was measured itself."""
   # Where no data does, W decides.
-  floor = _FLOOR * (np.trace(t) or 1.0) / (np.sum(w * w) or 1.0)
+  floor = floor_of(np.trace(t)) / (np.sum(w * w) or 1.0)
   d, m = w.shape
   if m <= d:
     return _basis_of_outputs(t, w, floor, most)
@@ -122,12 +124,12 @@ def _basis_of_outputs(
   directions with more data than that are left as they are.
   """
   values, vectors = eigh.symmetric_eigh(t)
-  values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
+  values, vectors = values[::-1], vectors[:, ::-1]
   first = int(np.sum(values > floor * np.sum(w * w)))
   if first < (len(values) if most is None else most):
     turned = w @ vectors[:, first:]
     _, turn = eigh.symmetric_eigh(
-      np.diag(values[first:]) + floor * (turned.T @ turned)
+      np.diag(np.maximum(values[first:], 0)) + floor * (turned.T @ turned)
     )
     turn = turn[:, ::-1]
     # The floor chose the directions; the values are the data's own.

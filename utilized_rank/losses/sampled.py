@@ -54,7 +54,7 @@ def _marks(batch: Any, examples: int) -> jax.Array:
     # Odd factors, different at every place: order counts, and no bit is lost.
     place = jnp.arange(bits.shape[1], dtype=jnp.uint32)
     factors = (place * jnp.uint32(0x9E3779B9)) | jnp.uint32(1)
-    total = jnp.sum(bits * factors, axis=1, dtype=jnp.uint32)
+    total = jnp.sum(bits * factors[None], axis=1, dtype=jnp.uint32)
     marks = marks * jnp.uint32(31) + total
   return marks
 

@@ -4,7 +4,9 @@
 * `no_array`: the error of a leaf that is used as an array.
 * `low_rank`: functions that run on trees with such leaves.
 * `narrow_heads`: kernels of attention whose heads are narrower.
+* `serialize`: leaves known to `jax.export` and, where it is, to Flax.
 * `stack`: layers of a scan taken apart and put together.
 * `restored`: pairs that were restored as dictionaries.
-* `store`: from float64 pairs to leaves, constants where they fit.
+* `store`: from float64 pairs to leaves, constants where they fit; `place`:
+  on the devices of the kernels.
 """

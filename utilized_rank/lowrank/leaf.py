@@ -29,6 +29,13 @@ class LowRank(NoArray):
   apply. With an `order`, r of the outputs are x A itself, and
   W = [A, A B'][:, order] with B' (r, m - r): `factorize(gauge='identity')`.
 
+  The order decides the function and is no array: `jax.grad` refuses integer
+  leaves, weight decay and casts change floating ones. In its place the key of
+  B' holds the order's digest, as in `b_3fa9c21e`: reading arrays by their keys
+  into a tree of another order (plain orbax, an npz of key paths) fails where it
+  would compute something else, and a call costs no more. Rules over paths match
+  it as `b(_.*)?`. What reads arrays by place alone must compare structures.
+
   Attributes:
     a: (*groups, *inputs, r).
     b: (*groups, r, *outputs), or with an order B', (*groups, r, m - r).
@@ -115,9 +122,7 @@ class LowRank(NoArray):
     """The same pair without an order: all of B is stored."""
     if self.order is None:
       return self
-    layout = self.layout
-    b = gauge.written_out(self.b, self.order.array)
-    b = b.reshape(*layout.group_shape, self.rank, *layout.output_shape)
+    b = gauge.written_out(self.b, self.order.array, self.layout.output_shape)
     return dataclasses.replace(self, b=b, order=None)
 
   def payload(self) -> Any:
@@ -130,8 +135,9 @@ class LowRank(NoArray):
 
   def tree_flatten_with_keys(self):
     key = jax.tree_util.GetAttrKey
+    b = 'b' if self.order is None else f'b_{self.order.digest}'
     return (
-      ((key('a'), self.a), (key('b'), self.b), (key('c'), self.c)),
+      ((key('a'), self.a), (key(b), self.b), (key('c'), self.c)),
       (self.layout, self.order, self.left, self.box),
     )
 
@@ -193,7 +199,8 @@ def merge(tree: Any) -> Any:
     The tree of dense kernels, shapes and dtypes as before factorization.
 
   Raises:
-    ValueError: a leaf has a constant `c`, which no kernel can hold.
+    ValueError: a leaf has a constant `c`, which no kernel can hold:
+      `compensate_mean=False` of `compress` and `factorize` makes none.
 
   >>> layout = Layout.of((4, 3), inputs=(0,), outputs=(1,))
   >>> w = LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), None, layout)
@@ -207,8 +214,8 @@ def merge(tree: Any) -> Any:
       if leaf.c is not None:
         raise ValueError(
           f'{path!r} has a constant of shape {tuple(leaf.c.shape)} at its '
-          'output and no bias to hold it; factorize with '
-          'compensate_mean=False to get a tree that can be merged'
+          'output and no bias to hold it: compress or factorize with '
+          'compensate_mean=False for a tree that can be merged'
         )
       named[path] = leaf.dense()
   return paths.unflatten(treedef, named)

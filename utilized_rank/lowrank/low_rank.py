@@ -18,6 +18,7 @@ from utilized_rank.tree.layout import View
 from utilized_rank.walk import compat
 from utilized_rank.walk import tracing
 from utilized_rank.walk.interpret import Walk
+from utilized_rank.walk.rescaling import RESCALES
 from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
 from utilized_rank.walk.values import Param
@@ -71,7 +72,7 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
       if is_low_rank(leaf) and leaf.left is not None
     }
     lefts |= {p: p for p in lefts.values()}
-    walk = Walk(_Substitution(lefts))
+    walk = Walk(_Substitution(lefts), traced.rescaling)
     outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
     return jax.tree.unflatten(
       traced.out_tree, [walk.materialise(v, 'output') for v in outs]
@@ -97,6 +98,8 @@ class _Substitution:
   `lefts` maps the paths of kernels that share an A to the one that holds it.
   """
 
+  is_differentiated = True  # rules of `custom_vjp` are kept
+
   def __init__(self, lefts: dict[str, str]):
     self._lefts = lefts
 
@@ -107,6 +110,8 @@ class _Substitution:
     pass  # it gets the dense kernel, and `dropped` says so
 
   def dropped(self, view: View, reason: str) -> None:
+    if reason == RESCALES:
+      return  # of A B, without c: as many rows as there are vectors
     warnings.warn(
       f'{view.path!r} is low-rank but meets {reason!r}, which is no product '
       'with an activation: it is multiplied out there',
@@ -127,16 +132,13 @@ class _Substitution:
     elif not describe.fits(payload.factors, found):
       reason = f'{eqn.primitive.name} over other axes than it was factored for'
     else:
-      x = operands[1 - which]
-      if payload.factors.order is not None and compat.has_explicit_axes(x):
-        raise ValueError(
-          f'{param.view.path!r} has an identity block, whose outputs are put '
-          'in order by a lookup; on AxisType.Explicit meshes JAX does not say '
-          'how that is sharded: use AxisType.Auto, or write_out(tree)'
-        )
+      x, factors = operands[1 - which], payload.factors
+      if compat.has_explicit_axes(x):
+        factors = factors.plain()  # no lookup among x's outputs
       left = self._lefts.get(param.view.path)
-      if left is None:
-        return found.factored(x, payload.factors, lambda make: make())
+      others = operands[2:]
+      if left is None or factors.scaled:
+        return found.factored(x, factors, lambda make: make(), *others)
       key = (
         left,
         tuple(_token(by) for a, by in sorted(param.view.taken)),
@@ -145,9 +147,10 @@ class _Substitution:
         param.view.dtype,
         which,
         compat.params_key(eqn),
+        *map(walk.origin, others),
       )
       return found.factored(
-        x, payload.factors, lambda make: walk.once(key, make)
+        x, factors, lambda make: walk.once(key, make), *others
       )
     plain = list(operands)
     plain[which] = walk.materialise(param, reason)

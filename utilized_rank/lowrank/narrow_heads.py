@@ -124,6 +124,12 @@ class Narrowed:
   def relayout(self, eqn: Any, view: View) -> Narrowed:
     return Narrowed(self.grouped.relayout(eqn, view), self.head)
 
+  def scaled(
+    self, view: View, make: Callable[[Any], Any], factor: Any
+  ) -> Narrowed | None:
+    grouped = self.grouped.scaled(view, make, factor)
+    return None if grouped is None else Narrowed(grouped, self.head)
+
   def squeeze(self, axis: int) -> Narrowed:
     return Narrowed(self.grouped.squeeze(axis), self.head)
 
@@ -175,6 +181,8 @@ class Narrowed:
     if roles != (layout.inputs, layout.outputs, product.present) or axis < 0:
       return f'{name} over other axes than its heads were narrowed for'
     atom, rank = view.axes[axis][at], f.a.shape[self._axis]
+    if atom in view.flipped:
+      return f'{name} with the features of its heads read backwards'
     cut = _Cut.of(view, axis, at)
     narrow = dataclasses.replace(
       view,

@@ -60,12 +60,13 @@ def _dictionaries(params: Any) -> list[str]:
 def _is_pair(node: Any) -> bool:
   if not isinstance(node, Mapping):
     return False
-  if not {'a', 'b'} <= set(node) <= {'a', 'b', 'c', 'order'}:
+  # The place of B says in which order an identity block's outputs are.
+  kinds = {str(key).partition('_')[0]: key for key in node}
+  if len(kinds) < len(node) or not {'a', 'b'} <= set(kinds) <= {'a', 'b', 'c'}:
     return False
-  a, b = node['a'], node['b']
+  a, b = node[kinds['a']], node[kinds['b']]
   if not tracing.is_array(b) or b.ndim < 2:
     return False
   # Of kernels that share a left factor, one alone has it.
-  return a is None or (
-    tracing.is_array(a) and a.ndim > 1 and a.shape[-1] in b.shape
-  )
+  is_whole = tracing.is_array(a) and a.ndim > 1 and a.shape[-1] in b.shape
+  return a is None or is_whole

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank.linalg.best_pairs import Pair
 from utilized_rank.lowrank.leaf import LowRank
+from utilized_rank.lowrank.place import place
+from utilized_rank.lowrank.place import place_like
 from utilized_rank.products.gauge import Order
 from utilized_rank.products.gauge import has_identity
 from utilized_rank.products.gauge import to_identity
@@ -99,31 +100,34 @@ def give_back(
   bias: str | None,
   leaf: LowRank,
   constant: np.ndarray,
+  scale: float = 1.0,
 ) -> dict[str, Any]:
   """A leaf whose product adds a constant: in its bias, or in `LowRank.c`.
 
   Args:
-    named: the parameters that hold the bias.
+    named: the parameters, the dense kernel and its bias among them.
     path: of the kernel.
     bias: path of the kernel's own bias; None where there is none.
-    leaf: the kernel's factors.
+    leaf: the kernel's factors, on the host.
     constant: one number for each output of each member.
+    scale: what it is multiplied with on its way to the bias.
 
   Returns:
-    The leaves to put in place, by path.
+    The leaves to put in place, by path, on the devices of those that were
+    there.
 
   Raises:
     ValueError: the parameters lack the bias, or it has another size.
   """
   if bias is None:
     shape = leaf.layout.group_shape + leaf.layout.output_shape
-    c = jnp.asarray(constant.reshape(shape), leaf.dtype)
-    return {path: dataclasses.replace(leaf, c=c)}
+    c = constant.reshape(shape).astype(leaf.dtype)
+    return {path: place(dataclasses.replace(leaf, c=c), named[path])}
   if bias not in named or named[bias].size != constant.size:
     raise ValueError(
       f'{path!r} had the bias {bias!r} of {constant.size} numbers when its '
       'moments were collected; these parameters do not'
     )
   old = named[bias]
-  new = np.asarray(old, np.float64) + constant.reshape(old.shape)
-  return {path: leaf, bias: jnp.asarray(new, old.dtype)}
+  new = np.asarray(old, np.float64) + scale * constant.reshape(old.shape)
+  return {path: place(leaf, named[path]), bias: place_like(new, old)}

@@ -5,7 +5,7 @@
 * `coverage`: which share of the parameters kernels hold.
 * `capture`: a function with what its kernels read beside its outputs.
 * `collector`, `assembly`: what a walk emits, and how it becomes sums.
-* `rows`, `masks`: which rows count, and what is padding.
+* `rows`, `counting`, `masks`: which rows count, and what is padding.
 * `sides`, `measurement`: from which side each kernel is measured.
 * `gradients`, `fisher`: second moments of the loss's gradient at outputs.
 """

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank.moments.moments import Sums
+from utilized_rank.products.factors import read_backwards
 from utilized_rank.products.product import Product
 from utilized_rank.tree.layout import Atoms
 from utilized_rank.tree.layout import Layout
 from utilized_rank.tree.layout import pieces_of
+from utilized_rank.walk.values import Bias
 from utilized_rank.walk.values import Emission
 
 
@@ -24,13 +26,14 @@ class Use:
   """One product's use of one emission.
 
   `groups` names the leading axes of the emitted sums, outermost first, each by
-  the kernel's atoms that it runs over.
+  the kernel's atoms that it runs over; `biases` are leaves that a constant of
+  its output can be moved to, each scaled by how many times that is.
   """
 
   product: Product
   groups: tuple[Atoms, ...]
   rows: int
-  bias: str | None = None
+  biases: list[Bias] = dataclasses.field(default_factory=list)
 
   @property
   def path(self) -> str:
@@ -49,6 +52,7 @@ class Part:
   emission: Emission
   lead: tuple[int, ...]  # group atoms of the sums' leading axes, in order
   fixed: dict[int, int]  # group atom -> the one index that this part is of
+  flipped: frozenset[int]  # group atoms along which the sums run backwards
 
   @classmethod
   def of(cls, emission: Emission, use: Use, layout: Layout) -> Part:
@@ -58,7 +62,9 @@ class Part:
     for a, index in use.fixed.items():
       sizes = [layout.atoms[p] for p in pieces[a]]
       fixed.update(zip(pieces[a], map(int, np.unravel_index(index, sizes))))
-    return cls(emission, lead, fixed)
+    view = use.product.view
+    flipped = {p for a in view.flipped for p in pieces[a]}
+    return cls(emission, lead, fixed, frozenset(flipped.intersection(lead)))
 
   def signature(self, layout: Layout) -> Hashable:
     """Two leaves of equal signatures have the same sums.
@@ -69,12 +75,15 @@ class Part:
     place = {a: i for i, a in enumerate(layout.groups)}
     lead = tuple(place[a] for a in self.lead)
     fixed = tuple(sorted((place[a], i) for a, i in self.fixed.items()))
-    return self.emission.key, lead, fixed
+    flipped = tuple(sorted(place[a] for a in self.flipped))
+    return self.emission.key, lead, fixed, flipped
 
   def arrange(self, array: Any, tail: int, layout: Layout) -> Any:
     """Splits all but `tail` axes into group atoms, in the leaf's order."""
     sizes = [layout.atoms[a] for a in self.lead]
     array = array.reshape(*sizes, *array.shape[array.ndim - tail :])
+    backwards = [i for i, a in enumerate(self.lead) if a in self.flipped]
+    array = read_backwards(array, backwards)
     order = sorted(range(len(self.lead)), key=lambda i: self.lead[i])
     return array.transpose(*order, *range(len(self.lead), array.ndim))
 

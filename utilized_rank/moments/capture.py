@@ -9,10 +9,10 @@ from typing import Any
 import jax
 
 from utilized_rank.moments.collector import Collector
+from utilized_rank.moments.counting import EVERY
+from utilized_rank.moments.counting import Counting
 from utilized_rank.moments.moments import Entry
 from utilized_rank.moments.moments import Moments
-from utilized_rank.moments.rows import EVERY
-from utilized_rank.moments.rows import Counting
 from utilized_rank.moments.rows import Rows
 from utilized_rank.moments.sides import INPUTS
 from utilized_rank.moments.sides import Columns
@@ -176,7 +176,7 @@ def _capture(fn, params, args, kwargs, rules, on_opaque, sides, counting=EVERY):
   is_lenient = on_opaque == 'report'
   chosen = sides.among(traced.params)
   collector = Collector(traced.params, selected, is_lenient, rows, chosen)
-  walk = Walk(collector)
+  walk = Walk(collector, traced.rescaling)
   values = [
     Param(View.of_leaf(path, leaf.shape, leaf.dtype), Dense(leaf))
     for path, leaf in traced.params.items()

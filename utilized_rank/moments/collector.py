@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+import copy
 import dataclasses
 import functools
 import math
@@ -27,11 +28,12 @@ from utilized_rank.tree.layout import View
 from utilized_rank.tree.layout import common_atoms
 from utilized_rank.tree.layout import pieces_of
 from utilized_rank.walk import compat
-from utilized_rank.walk.interpret import PART
+from utilized_rank.walk.parts import PART
+from utilized_rank.walk.values import Bias
 from utilized_rank.walk.values import Emission
 from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
-from utilized_rank.walk.values import Param
+from utilized_rank.walk.values import Running
 from utilized_rank.walk.values import UnsupportedError
 
 
@@ -88,6 +90,9 @@ class Collector:
       self.dropped(view, product)
       return out
     dtypes = self.params[view.path].dtype, x.dtype
+    if view.scale != 1 and not compat.is_floating(dtypes[0]):
+      self.dropped(view, f'a scale of {dtypes[0]} numbers')
+      return out
     if not compat.is_floating(dtypes[0]) or compat.is_complex(dtypes[1]):
       error = TypeError(
         f'kernel {view.path!r} is {dtypes[0]} and multiplies {dtypes[1]}; '
@@ -109,9 +114,11 @@ class Collector:
       product.key,
       loops,
       tuple((a, id(token)) for a, (token, _) in traced),
+      *map(walk.origin, operands[2:]),
     )
-    if side == 'output':  # of this kernel alone
-      key = (key, view.path)
+    if side == 'output':  # of this kernel alone, and of one member of it
+      fixed = tuple(t for t in product.view.taken if isinstance(t[1], int))
+      key = (key, view.path, product.view.atoms, fixed)
     elif side == 'sketch':
       key = (key, columns)
     groups = tuple((a,) for a in product.present)
@@ -119,11 +126,16 @@ class Collector:
       groups = ((a,), *groups)
 
     def make():
-      count = self.rows.count(product, eqn, which)
+      of = product.bound(operands[2:])
+      count = self.rows.count(of, eqn, which)
       if side == 'output':
-        found = self.rows.outputs(product, eqn, which, x, out)
+        y = out
+        if operands[which].payload.bare is not None:
+          plain[which] = operands[which].payload.bare
+          (y,) = compat.bind(eqn, plain)
+        found = self.rows.outputs(of, eqn, which, x, y)
       else:
-        found = self.rows.inputs(product, eqn, which, x, columns)
+        found = self.rows.inputs(of, eqn, which, x, columns)
       sums = Sums(count, *found)
       for a, (_, at) in traced:
         size = product.layout.atoms[a]
@@ -134,12 +146,21 @@ class Collector:
     walk.tape.emit(key, make, use, loops)
     return Output(product.output, out, use)
 
-  def biased(self, output: Output, bias: Param) -> bool:
+  def among(self, running: Running) -> Collector:
+    """The same, for the rows of a loop's examples that are not done."""
+    inner = copy.copy(self)
+    inner.rows = self.rows.among(running)
+    return inner
+
+  def biased(self, output: Output, bias: Bias) -> bool:
     if not is_bias(output.use.product, output.view, bias.view):
       return False
-    kernels = self.added.setdefault(bias.view.path, {})
-    kernels[output.use.path] = None
-    output.use.bias = bias.view.path
+    self.added.setdefault(bias.view.path, {})[output.use.path] = None
+    of_output, of_bias = output.view.scale, bias.view.scale
+    if of_output is None or not of_bias:
+      return False  # by how much a constant of x W is scaled is not known
+    scale = of_output * output.scale / (of_bias * bias.scale)
+    output.use.biases.append(dataclasses.replace(bias, scale=scale))
     return True
 
   def stacked(self, use: Use, loop, size: int, is_stacked: bool) -> Use:
@@ -180,19 +201,20 @@ class Collector:
         path,
         layout.coarsen(),
         known[signature],
-        biases.get(path),
+        biases[path].view.path if path in biases else None,
         pairs[0][1].product.kind,
         side,
         sum(u.rows for _, u in pairs) // distinct,
         len(pairs),
         tuple(self.drops[path]),
+        bias_scale=biases[path].scale if path in biases else 1.0,
         columns=columns,
       )
     return self._report(sites, biases), tuple(sums)
 
   def _unify(self, path, pairs) -> Layout | None:
     layouts = [u.product.layout for _, u in pairs]
-    if PART in self.drops[path]:
+    if any(reason.startswith(PART) for reason in self.drops[path]):
       # Its parts that no product was seen to read may be read all the same.
       return None
     atoms = common_atoms(layouts[0].shape, [y.atoms for y in layouts])
@@ -209,24 +231,44 @@ class Collector:
     self.conflicts[path] = conflict
     return None
 
-  def _biases(self, uses) -> dict[str, str]:
-    """Kernel path -> path of the leaf that is its bias and nothing else."""
-    owners: dict[str, set[str]] = {}
-    found: dict[str, str] = {}
+  def _biases(self, uses) -> dict[str, Bias]:
+    """Kernel path -> the leaf that takes a constant of its output.
+
+    The leaf is used for nothing else, and wherever it is added one product of
+    the kernel is in the sum, once. Kernels of one sum may share it.
+    """
+    places: dict[str, set[Any]] = {}
+    for pairs in uses.values():
+      for _, use in pairs:
+        for bias in use.biases:
+          places.setdefault(bias.view.path, set()).add(bias.place)
+    found: dict[str, Bias] = {}
+    owned: set[str] = set()
     for path, pairs in uses.items():
-      names = {u.bias for _, u in pairs}
-      for name in names - {None}:
-        owners.setdefault(name, set()).add(path)
-      if len(names) == 1 and None not in names:
-        found[path] = names.pop()
-    return {
-      path: bias
-      for path, bias in found.items()
-      if owners[bias] == {path} and not self.drops[bias] and bias not in uses
-    }
+      fit = []
+      for bias in pairs[0][1].biases:
+        name = bias.view.path
+        met = [b for _, u in pairs for b in u.biases if b.view.path == name]
+        once = len(met) == len(pairs) == len(places[name])
+        if (
+          once
+          and {b.place for b in met} == places[name]
+          and {b.scale for b in met} == {bias.scale}
+          and not self.drops[name]
+          and name not in uses
+        ):
+          fit.append(bias)
+      if fit:
+        # One that no other kernel has, if there is one.
+        best = min(fit, key=lambda bias: bias.view.path in owned)
+        found[path] = best
+        owned.add(best.view.path)
+    return found
 
   def _report(self, sites: dict[str, Site], biases) -> Sites:
-    owner = {bias: path for path, bias in biases.items()}
+    owners: dict[str, list[str]] = {}
+    for path, bias in biases.items():
+      owners.setdefault(bias.view.path, []).append(path)
     unseen = {}
     for path in self.params:
       if path in sites:
@@ -236,10 +278,12 @@ class Collector:
         unseen[path] = 'not selected'
       elif path in self.holes:
         unseen[path] = f'HOLE: enters {self.holes[path]}, which hides its use'
-      elif path in owner:
-        unseen[path] = f'bias of {owner[path]}'
+      elif path in owners:
+        unseen[path] = f'bias of {" and ".join(owners[path])}'
       elif path in self.conflicts:
         unseen[path] = self.conflicts[path]
+      elif PART in reasons:
+        unseen[path] = f'HOLE: {reasons}: its parts have no moments'
       elif reasons:
         unseen[path] = f'used by {reasons}'
       elif path in self.added:
@@ -271,8 +315,8 @@ def is_bias(product: Product, view: View, bias: View) -> bool:
     bias: the leaf.
   """
   layout = product.layout.refine(view.atoms)
-  if len(bias.axes) != len(view.axes):
-    return False  # a scalar
+  if len(bias.axes) != len(view.axes) or bias.part is not None:
+    return False  # a scalar, or a part
   # One axis for each of the kernel's atoms, or for a row or broadcast axis.
   names: list[int | None] = []
   sizes: list[int] = []
@@ -291,11 +335,16 @@ def is_bias(product: Product, view: View, bias: View) -> bool:
     if len(its) != (name is not None):
       return False
     if name is not None:
+      if (name in view.flipped) != (its[0] in cut.flipped):
+        return False
       pairs[name] = its[0]
   taken = {by: a for a, by in cut.taken if isinstance(by, Loop)}
   for a, by in product.view.taken:
     if isinstance(by, Loop) and by in taken:
-      pairs[pieces_of(product.layout.atoms, view.atoms)[a][0]] = taken.pop(by)
+      its_atom = taken.pop(by)
+      if (a in product.view.flipped) != (its_atom in cut.flipped):
+        return False
+      pairs[pieces_of(product.layout.atoms, view.atoms)[a][0]] = its_atom
     elif product.layout.atoms[a] > 1:
       return False
   order = [

@@ -15,11 +15,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 
+from utilized_rank.host.meshes import is_explicit
+from utilized_rank.moments.counting import EVERY
+from utilized_rank.moments.counting import Counting
 from utilized_rank.moments.gradients import LossFn
-from utilized_rank.moments.rows import EVERY
-from utilized_rank.moments.rows import Counting
-from utilized_rank.moments.rows import in_parts
+from utilized_rank.moments.rows import first_part
 from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Layout
 
@@ -79,6 +82,44 @@ def row_fisher_sums(
       for path, y in layouts.items()
     }
     every = lambda examples: jax.lax.scan(add, zeros, examples)[0]
-    return in_parts(every, (batch, mask), counting.over)
+    return _in_parts(every, (batch, mask), counting.over)
 
   return sums
+
+
+def _in_parts(
+  sums: Callable[[Any], jax.Array],
+  arrays: Any,
+  over: tuple[Any, tuple[str, ...]] | None,
+) -> Any:
+  """`sums` of arrays that lead with the examples, over each share of them.
+
+  Args:
+    sums: sums over examples, each (*groups, d).
+    arrays: pytree of arrays of the same examples.
+    over: as in `Counting`.
+
+  Returns:
+    What `sums` returns, with the parts in front of the features. Examples that
+    do not divide evenly are all in the first part, and so are those whose
+    types say how they are spread: a function may not cut them.
+  """
+  parts = Counting(None, over).parts
+  if not parts:
+    return sums(arrays)
+  assert over is not None
+  size = len(jax.tree.leaves(arrays)[0])
+  explicit = is_explicit(over[0])
+  if explicit:
+    whole = NamedSharding(over[0], PartitionSpec())
+    arrays = jax.tree.map(lambda a: jax.sharding.reshard(a, whole), arrays)
+  if size % parts or explicit:
+    return jax.tree.map(lambda a: first_part(a, 1, parts), sums(arrays))
+  spread = NamedSharding(over[0], PartitionSpec(over[1]))
+
+  def cut(array):
+    array = jnp.asarray(array).reshape(parts, size // parts, *array.shape[1:])
+    return jax.lax.with_sharding_constraint(array, spread)
+
+  found = jax.vmap(sums)(jax.tree.map(cut, arrays))
+  return jax.tree.map(lambda a: jnp.moveaxis(a, 0, -2), found)

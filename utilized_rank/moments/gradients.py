@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from utilized_rank.linalg import gram
-from utilized_rank.moments.rows import EVERY
-from utilized_rank.moments.rows import Counting
+from utilized_rank.moments.counting import EVERY
+from utilized_rank.moments.counting import Counting
 from utilized_rank.moments.rows import Rows
 from utilized_rank.products import describe
 from utilized_rank.products.factored import Factored
 from utilized_rank.products.factors import Factors
+from utilized_rank.products.product import one_block
 from utilized_rank.tree.layout import Layout
 from utilized_rank.tree.layout import View
 from utilized_rank.walk import compat
@@ -56,7 +57,8 @@ def gradient_sums(
     gradient of the example's loss with respect to the row of outputs; and B.
 
   Raises (when called):
-    ValueError: the loss is not one number per example.
+    ValueError: the loss is not one number per example, or there is no
+      reverse derivative.
   """
 
   def sums(params, batch):
@@ -80,9 +82,30 @@ def gradient_sums(
         )
       return jnp.sum(rows.losses(losses))
 
-    return jax.grad(total)(taps), rows.examples(examples)
+    return _gradient(total, taps), rows.examples(examples)
 
   return sums
+
+
+def _gradient(total: Callable[[Any], jax.Array], taps: Any) -> Any:
+  try:
+    return jax.grad(total)(taps)
+  except Exception as error:
+    jax.eval_shape(total, taps)  # fails as well unless it is the derivative
+    raise ValueError(
+      'loss= needs the reverse derivative of the function, which has none: '
+      f'{first_line(error)}. Collect without a loss (compress: give '
+      'divergence= in its place), or give the function a jax.custom_vjp rule'
+    ) from error
+
+
+def first_line(error: Exception) -> str:
+  """What an error says first, or its type where it says nothing.
+
+  >>> first_line(ValueError('one\\ntwo')), first_line(AssertionError())
+  ('one', 'AssertionError')
+  """
+  return (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
 
 
 def _examples(batch: Any) -> int:
@@ -99,7 +122,7 @@ def _tapped(traced, layouts, taps, rows):
     view = View.of_leaf(path, leaf.shape, leaf.dtype, layout.atoms)
     grouped = Factored(Factors(taps[path], None, None, layout, layout.groups))
     values.append(Param(view, _Tapped(Dense(leaf), grouped)))
-  walk = Walk(_Tapper(rows))
+  walk = Walk(_Tapper(rows), traced.rescaling)
   outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
   outs = [walk.materialise(v, 'output') for v in outs]
   return jax.tree.unflatten(
@@ -117,6 +140,14 @@ class _Tapped:
 
   def relayout(self, eqn: Any, view: View) -> _Tapped:
     return _Tapped(self.dense.relayout(eqn, view), self.tap.relayout(eqn, view))
+
+  def scaled(
+    self, view: View, make: Callable[[Any], Any], factor: Any
+  ) -> _Tapped | None:
+    # What is multiplied is c x W; gradients with respect to x W are c g.
+    tap = self.tap.scaled(view, make, jax.lax.stop_gradient(factor) ** 2)
+    dense = self.dense.scaled(view, make, factor)
+    return None if tap is None else _Tapped(dense, tap)
 
   def squeeze(self, axis: int) -> _Tapped:
     return _Tapped(self.dense.squeeze(axis), self.tap)
@@ -153,6 +184,8 @@ class _Tapped:
 class _Tapper:
   """Visitor that puts a tap at the output of every product."""
 
+  is_differentiated = True  # rules of `custom_vjp` are kept
+
   def __init__(self, rows: Rows):
     self.rows = rows
 
@@ -176,10 +209,25 @@ class _Tapper:
     if isinstance(found, str):
       return out
     where, keep = self.rows.responses(found, eqn)
-    panels = lambda g, keep: self.rows.sums(
-      lambda y, _: found.responses(y), g, where, keep, len(found.present)
-    )[1]
-    return _tap(panels, out, param.payload.tap.factors.a, keep)
+    tiles = None
+    if operands[2:]:
+      tiles = found.output_blocks(out.shape, *operands[2:])
+
+    def panels(g, kept):
+      keep, tiles = kept
+      blocks = one_block if tiles is None else lambda shape: tiles
+      present = len(found.present)
+      return self.rows.sums(found.responses, g, where, keep, present, blocks)[1]
+
+    groups = found.layout.sizes(found.present)
+    tap = param.payload.tap.factors
+    dummy = jax.tree.map(
+      lambda a: found.in_leaf_order(
+        a.reshape(*groups, *a.shape[len(tap.present) :])
+      ),
+      tap.a,
+    )
+    return _tap(panels, out, dummy, (keep, tiles))
 
   def biased(self, output: Output, bias: Param) -> bool:
     raise AssertionError('no outputs are followed when taps are set')
@@ -193,19 +241,19 @@ def _tap(
   panels: Callable[[Any, Any], gram.Panels],
   out: jax.Array,
   dummy: gram.Panels,
-  keep: Any,
+  kept: Any,
 ):
-  del panels, dummy, keep
+  del panels, dummy, kept
   return out
 
 
-def _tap_forward(panels, out, dummy, keep):
+def _tap_forward(panels, out, dummy, kept):
   del panels, dummy
-  return out, keep
+  return out, kept
 
 
-def _tap_backward(panels, keep, cotangent):
-  second = panels(cotangent, keep)
+def _tap_backward(panels, kept, cotangent):
+  second = panels(cotangent, kept)
   return cotangent, tuple(p.astype(jnp.float32) for p in second), None
 
 

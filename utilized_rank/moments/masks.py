@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from utilized_rank.moments.rows import Counting
+from utilized_rank.moments.counting import Counting
 from utilized_rank.moments.rows import Rows
 from utilized_rank.walk import tracing
 

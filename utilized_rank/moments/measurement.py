@@ -8,11 +8,11 @@ from typing import Any
 
 from utilized_rank.moments.capture import count
 from utilized_rank.moments.capture import find_sites
+from utilized_rank.moments.counting import Counting
 from utilized_rank.moments.fisher import row_fisher_sums
 from utilized_rank.moments.gradients import LossFn
 from utilized_rank.moments.gradients import gradient_sums
 from utilized_rank.moments.moments import Moments
-from utilized_rank.moments.rows import Counting
 from utilized_rank.moments.sides import INPUTS
 from utilized_rank.moments.sides import Sides
 from utilized_rank.moments.sites import Sites

@@ -64,14 +64,17 @@ class Entry:
     path: the leaf's path.
     layout: the leaf as one matrix per group.
     index: position of its sums in `Moments.sums`; q, k and v share one.
-    bias: path of the leaf that is added to this product and to nothing else,
-      or None; a constant output can be moved there.
+    bias: path of the leaf that is added to this product, or taken off it as a
+      norm's running mean is, and used for nothing else; a constant output can
+      be moved there. None where there is none.
     kind: 'dot' or 'conv'.
     side: 'input'; 'output' where the sums are of outputs y = x W: T is
       measured, S is not known; 'sketch' where they are a sketch of S.
     number: in which pass over the batches it was collected, from 0; not looked
       at where moments are compared or merged.
     columns: of the sketch; 0 without.
+    bias_scale: what a constant of x W is multiplied with to be one of the
+      bias; the function may multiply either with a number.
   """
 
   path: str
@@ -82,6 +85,7 @@ class Entry:
   side: str = 'input'
   number: int = dataclasses.field(default=0, compare=False, kw_only=True)
   columns: int = dataclasses.field(default=0, kw_only=True)
+  bias_scale: float = dataclasses.field(default=1.0, kw_only=True)
 
   @property
   def measured(self) -> tuple[Layout, str, int]:

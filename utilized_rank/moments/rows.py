@@ -9,7 +9,7 @@ so that devices that hold different examples have nothing to tell each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import dataclasses
+import copy
 import functools
 import math
 from typing import Any
@@ -20,41 +20,23 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from utilized_rank.axes.flow import Flow
+from utilized_rank.axes.flow import in_loop
 from utilized_rank.axes.where import EXAMPLE
 from utilized_rank.axes.where import TOKEN
 from utilized_rank.axes.where import Where
 from utilized_rank.axes.where import batch_array
+from utilized_rank.axes.where import outermost
 from utilized_rank.axes.where import plain
+from utilized_rank.host.meshes import is_explicit
 from utilized_rank.linalg import gram
 from utilized_rank.linalg import sketch
+from utilized_rank.moments.counting import Counting
 from utilized_rank.products.product import ROW
 from utilized_rank.products.product import Product
 from utilized_rank.products.product import one_block
+from utilized_rank.products.tiles import Tiles
 from utilized_rank.walk import compat
-
-
-@dataclasses.dataclass(frozen=True)
-class Counting:
-  """What is counted.
-
-  Attributes:
-    mask: whether each example, (B,), or each of its tokens, (B, T), counts.
-    over: a mesh and the names of its axes over which the examples are spread;
-      each share of them has sums of its own, along an axis behind the groups.
-  """
-
-  mask: Any = None
-  over: tuple[Any, tuple[str, ...]] | None = None
-
-  @property
-  def parts(self) -> int:
-    if self.over is None:
-      return 0
-    mesh, names = self.over
-    return math.prod(mesh.shape[n] for n in names)
-
-
-EVERY = Counting()  # all rows, in one sum
+from utilized_rank.walk.values import Running
 
 
 class Rows:
@@ -66,6 +48,7 @@ class Rows:
     self.parts = counting.parts
     self._found: dict[Any, Where] = {}
     self._tokens: int | None = None
+    self._why, self._is_cut = 'a mask', True  # see `among`
     if counting.mask is None and not counting.parts:
       return
     self._examples = traced.args[0].shape[0]
@@ -78,6 +61,31 @@ class Rows:
       flow.run(traced.jaxpr, values)
     self._found = flow.found
 
+  def among(self, running: Running) -> Rows:
+    """The rows in a loop's body of the examples that are not done.
+
+    Raises:
+      ValueError: it is not known which of the mask's examples are whose.
+    """
+    here = running.examples
+    if here.size == 1:
+      return self
+    where = self._of(running.test)
+    if self._mask is not None:
+      if self._tokens is not None or where.mixed or not where.has(EXAMPLE):
+        raise ValueError(
+          'the examples of a vmapped loop end apart, and a mask of '
+          f'{self._mask.shape} was not followed into it ({where.mixed})'
+        )
+      here = here & self.keep(where)
+    inner = copy.copy(self)
+    inner._why = 'a vmapped loop whose examples end apart'
+    inner._mask, inner._tokens = here.reshape(-1), None
+    inner._examples = here.size
+    inner._is_cut = any(p.name == EXAMPLE for p in where.axes[0])
+    inner._found = in_loop(running.body, running.num_consts, here.shape)
+    return inner
+
   @property
   def tail(self) -> int:
     """Axes of the sums between the groups and the features."""
@@ -87,6 +95,11 @@ class Rows:
     """n, (*groups, [parts])."""
     lead = product.layout.sizes(product.present)
     where = self._of(eqn.invars[1 - which])
+    shape = eqn.invars[1 - which].aval.shape
+    if isinstance(tiles := product.blocks(shape), Tiles):
+      keep = self.keep(where)
+      rows = gram.row_counts(product.features, shape, keep, tiles)
+      return first_part(rows, 0, self.parts) if self.parts else rows
     rows = jnp.full(max(self.parts, 1), 0, jnp.int32)
     if self._mask is None or not where.has(EXAMPLE):
       even = self._is_split(where)
@@ -121,7 +134,8 @@ class Rows:
     of_x = self._over_inputs(product, eqn, which, x, gram.sharded_total)
     where, keep = self.responses(product, eqn)
     groups = len(product.present)
-    of_y = self.sums(lambda y, _: product.responses(y), y, where, keep, groups)
+    blocks = product.output_blocks
+    of_y = self.sums(product.responses, y, where, keep, groups, blocks)
     return of_x[0], of_y[1]
 
   def _over_inputs(self, product, eqn, which, x, of):
@@ -146,7 +160,7 @@ class Rows:
     where: Where,
     keep: Any,
     groups: int,
-    blocks: Callable[[Sequence[int]], int] = one_block,
+    blocks: Callable[[Sequence[int]], gram.Blocks] = one_block,
     of: Callable[..., tuple[Any, ...]] = gram.sharded_panels,
   ) -> tuple[Any, ...]:
     """Sums over the rows of `matrix(x, block)` that count, in parts.
@@ -161,10 +175,11 @@ class Rows:
 
     def sums(x, keep):
       x = _counted(x, keep)
-      if not self._is_split(where):
-        # Its examples are not known: one sum of all, at the first part.
+      is_chosen = isinstance(blocks(x.shape), Tiles)
+      if is_chosen or not self._is_split(where):
+        # Whose rows are whose is not known: one sum of all, at the first part.
         found = of(matrix, x, blocks(x.shape))
-        return _by_features(lambda a, k: _first(a, k, self.parts), found)
+        return _by_features(lambda a, k: first_part(a, k, self.parts), found)
       x = _parts_first(x, where, self.parts)
       free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
       spread = NamedSharding(_auto(mesh), PartitionSpec(names, *free))
@@ -181,6 +196,7 @@ class Rows:
   # --- where the examples and tokens are ---
 
   def _of(self, atom: Any) -> Where:
+    atom = getattr(atom, 'whole', atom)  # of a part: where they are on it all
     if isinstance(atom, compat.Literal) or atom not in self._found:
       # Not analysed: no mask and one sum, or one example.
       return plain(atom.aval.shape)
@@ -188,32 +204,36 @@ class Rows:
 
   def _is_split(self, where: Where) -> bool:
     """Whether the shares of the examples can be told apart."""
-    if not self.parts or where.mixed or not where.has(EXAMPLE):
+    if (
+      not self.parts
+      or not self._is_cut
+      or where.mixed
+      or not where.has(EXAMPLE)
+    ):
       return False
-    return _top(where)[1] % self.parts == 0
+    return outermost(where)[1] % self.parts == 0
 
   def _check(self, product: Product, where: Where, eqn: Any, which: int):
     path = product.view.path
     mixed = where.mixed or self._of(eqn.outvars[0]).mixed
-    if product.kind == 'dot':
+    if product.kind != 'conv':
       apart = zip(where.axes, product.labels, strict=True)
       named = {p.name for a, label in apart if label is not ROW for p in a}
       if EXAMPLE in named:
         mixed = mixed or 'the product itself'
     if mixed:
       raise ValueError(
-        f'a mask needs examples that do not mix, and the input of {path!r} '
-        f'mixes them: {mixed}. Collect without a mask on batches without '
-        f"padding, or leave it out with select=[('{path}', False), ...]"
+        f'{self._why} needs examples that do not mix, and the input of '
+        f'{path!r} mixes them: {mixed}. Collect without a mask on batches '
+        f"without padding, or leave it out with select=[('{path}', False), ...]"
       )
     if self._tokens is None or not where.has(EXAMPLE):
       return
-    if product.kind == 'dot' and TOKEN not in named:
+    if product.kind != 'conv' and TOKEN not in named:
       if where.is_along(TOKEN, self._tokens):
         return
-      if product.num_rows == self._examples and not isinstance(
-        where.token, str
-      ):
+      one_each = product.kind == 'dot' and product.num_rows == self._examples
+      if one_each and not isinstance(where.token, str):
         return
     raise ValueError(
       f'the mask is of {self._tokens} tokens, and the rows of {path!r} could '
@@ -305,7 +325,7 @@ class Rows:
     if not self.parts:
       return mask.sum(dtype=jnp.int32)
     if len(mask) % self.parts:
-      return _first(mask.sum(dtype=jnp.int32), 0, self.parts)
+      return first_part(mask.sum(dtype=jnp.int32), 0, self.parts)
     return mask.reshape(self.parts, -1).sum(1, dtype=jnp.int32)
 
 
@@ -324,74 +344,21 @@ def _by_features(
   )
 
 
-def _top(where: Where) -> tuple[int, int, int, int]:
-  """(axis, size, before, behind) of the examples' outermost piece."""
-  axis, at, piece = max(
-    (
-      (k, j, p)
-      for k, axis in enumerate(where.axes)
-      for j, p in enumerate(axis)
-      if p.name == EXAMPLE
-    ),
-    key=lambda found: found[2].step,
-  )
-  sizes = [p.size for p in where.axes[axis]]
-  return axis, piece.size, math.prod(sizes[:at]), math.prod(sizes[at + 1 :])
-
-
 def _parts_first(x: jax.Array, where: Where, parts: int) -> jax.Array:
   """(parts, ...): the examples' axis cut into shares."""
-  axis, size, before, behind = _top(where)
+  axis, size, before, behind = outermost(where)
   lead, rest = x.shape[:axis], x.shape[axis + 1 :]
   x = x.reshape(*lead, before, parts, size // parts * behind, *rest)
   x = jnp.moveaxis(x, axis + 1, 0)
   return x.reshape(parts, *lead, -1, *rest)
 
 
-def _first(array: jax.Array, features: int, parts: int) -> jax.Array:
+def first_part(array: jax.Array, features: int, parts: int) -> jax.Array:
   """(*groups, parts, ...) with the array at the first part, zeros behind."""
   at = array.ndim - features
   widths: Sequence[tuple[int, int]] = [(0, 0)] * array.ndim
   array = jnp.expand_dims(array, at)
   return jnp.pad(array, [*widths[:at], (0, parts - 1), *widths[at:]])
-
-
-def in_parts(
-  sums: Callable[[Any], jax.Array],
-  arrays: Any,
-  over: tuple[Any, tuple[str, ...]] | None,
-) -> Any:
-  """`sums` of arrays that lead with the examples, over each share of them.
-
-  Args:
-    sums: sums over examples, each (*groups, d).
-    arrays: pytree of arrays of the same examples.
-    over: as in `Counting`.
-
-  Returns:
-    What `sums` returns, with the parts in front of the features. Examples that
-    do not divide evenly are all in the first part.
-  """
-  parts = Counting(None, over).parts
-  if not parts:
-    return sums(arrays)
-  assert over is not None
-  size = len(jax.tree.leaves(arrays)[0])
-  if size % parts:
-    return jax.tree.map(lambda a: _first(a, 1, parts), sums(arrays))
-  spread = NamedSharding(over[0], PartitionSpec(over[1]))
-
-  def cut(array):
-    array = jnp.asarray(array).reshape(parts, size // parts, *array.shape[1:])
-    return jax.lax.with_sharding_constraint(array, spread)
-
-  found = jax.vmap(sums)(jax.tree.map(cut, arrays))
-  return jax.tree.map(lambda a: jnp.moveaxis(a, 0, -2), found)
-
-
-def is_explicit(mesh: Any) -> bool:
-  """Whether types say how arrays are spread over some of the mesh's axes."""
-  return jax.sharding.AxisType.Explicit in mesh.axis_types
 
 
 def _auto(mesh: Any) -> Any:

@@ -55,8 +55,6 @@ def convolution(eqn: Any, view: View, which: int) -> Product | str:
   inputs = [a for i in (in_dim, *window_dims) for a in view.axes[i]]
   outputs = list(view.axes[out_dim])
   layout = roles(view, inputs, outputs)
-  if groups > 1 and layout.full_rank == 1:
-    return 'a depthwise convolution: matrices of rank one, nothing to factor'
   x_batch, x_feature, *x_space = numbers.lhs_spec
   window = [view.sizes[i] for i in window_dims]
 
@@ -64,7 +62,7 @@ def convolution(eqn: Any, view: View, which: int) -> Product | str:
     x = x.transpose(x_batch, *x_space, x_feature)
     if group_axis is not None:
       x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
-    shape = (len(x), *rows_shape[1:])
+    shape = (x.shape[0], *rows_shape[1:])  # it may be symbolic
     x = _padded(x, p)
     if _num_blocks(shape, bool(x_space)) > 1:
       x = _block(x, i, window, p, shape)
@@ -196,6 +194,8 @@ def _block_shape(shape: Sequence[int], spatial: bool) -> tuple[int, int]:
 
   Strips of rows come first: the images may be spread over devices.
   """
+  if not all(isinstance(n, int) for n in shape):
+    return shape[0], shape[1] if spatial else 1  # symbolic: one block
   size = math.prod(shape)
   most = lambda n, unit: max(
     (k for k in range(1, n + 1) if n % k == 0 and k * unit <= _MOST_PATCHES),

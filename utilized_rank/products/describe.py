@@ -1,4 +1,4 @@
-"""The products a kernel takes part in: `dot_general` and convolution."""
+"""The products that a kernel takes part in."""
 
 from __future__ import annotations
 
@@ -6,23 +6,45 @@ from typing import Any
 
 from utilized_rank.products import convolution
 from utilized_rank.products import dot_general
+from utilized_rank.products import ragged_dot
 from utilized_rank.products.factors import Factors
 from utilized_rank.products.product import Product
 from utilized_rank.tree.layout import View
 from utilized_rank.tree.layout import pieces_of
+
+_SCALE = (
+  'a scale, or one feature for each group: matrices of rank one, nothing to '
+  'factor'
+)
+_NO_RANK = {
+  'dot': _SCALE,
+  'ragged_dot': _SCALE,
+  'conv': 'a depthwise convolution: matrices of rank one, nothing to factor',
+}
 
 
 def describe(eqn: Any, view: View, which: int) -> Product | str:
   """Reads a product's equation; a string says why it is none.
 
   Args:
-    eqn: a `dot_general` or `conv_general_dilated` equation.
+    eqn: a `dot_general`, `conv_general_dilated` or `ragged_dot_general`
+      equation.
     view: the operand that is a parameter.
     which: its position among the operands.
   """
+  of = convolution.convolution
   if eqn.primitive.name == 'dot_general':
-    return dot_general.dot(eqn, view, which)
-  return convolution.convolution(eqn, view, which)
+    of = dot_general.dot
+  elif eqn.primitive.name == 'ragged_dot_general':
+    of = ragged_dot.ragged_dot
+  product = of(eqn, view, which)
+  if isinstance(product, str):
+    return product
+  if not product.view.scaled_along.issubset(product.layout.groups):
+    return 'a multiplication with more than one number'
+  if product.has_no_rank:
+    return _NO_RANK[product.kind]
+  return product
 
 
 def fits(factors: Factors, product: Product) -> bool:
@@ -40,4 +62,4 @@ def fits(factors: Factors, product: Product) -> bool:
   if (fine.outputs, fine.inputs) != mine or factors.c is not None:
     return False
   # An identity block stands among a convolution's outputs, not in its window.
-  return factors.order is None or product.kind == 'dot'
+  return factors.order is None or product.kind != 'conv'

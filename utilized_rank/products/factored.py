@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from utilized_rank.products import gauge
 from utilized_rank.products.factors import Factors
+from utilized_rank.products.factors import read_backwards
 from utilized_rank.tree.layout import Atoms
 from utilized_rank.tree.layout import View
 from utilized_rank.tree.layout import pieces_of
@@ -31,17 +32,17 @@ class Factored:
     return f.a, f.b, f.c, f.order
 
   def _with(self, arrays: Any, present: Atoms) -> Factored:
-    a, b, c, order = arrays
-    layout = self.factors.layout
-    return Factored(Factors(a, b, c, layout, present, order))
+    f, (a, b, c, order) = self.factors, arrays
+    return Factored(Factors(a, b, c, f.layout, present, order, f.scaled))
 
   def tree_flatten(self):
-    return self.arrays, (self.factors.layout, self.factors.present)
+    f = self.factors
+    return self.arrays, (f.layout, f.present, f.scaled)
 
   @classmethod
   def tree_unflatten(cls, static, children) -> Factored:
-    (a, b, c, order), (layout, present) = children, static
-    return cls(Factors(a, b, c, layout, present, order))
+    (a, b, c, order), (layout, present, scaled) = children, static
+    return cls(Factors(a, b, c, layout, present, order, scaled))
 
   def relayout(self, eqn: Any, view: View) -> Factored:
     del view
@@ -55,8 +56,48 @@ class Factored:
     pieces = pieces_of(factors.layout.atoms, view.atoms)
     for i, group in enumerate(factors.present):
       if view.axes[axis] == pieces[group]:
-        return i
+        backwards = view.flipped.intersection(pieces[group])
+        return i if len(backwards) in (0, len(pieces[group])) else None
     return None
+
+  def _in_view_order(self, view: View, axis: int, group: int) -> Any:
+    """The arrays, a group's axis in the order of the view's axis."""
+    if not view.flipped.intersection(view.axes[axis]):
+      return self.arrays
+    return jax.tree.map(lambda v: read_backwards(v, [group]), self.arrays)
+
+  def scaled(
+    self, view: View, make: Callable[[Any], Any], factor: Any
+  ) -> Factored | None:
+    del make
+    f, sizes = self.factors, [1] * len(self.factors.present)
+    order = []
+    for axis, n in enumerate(jnp.shape(factor)):
+      if n == 1:
+        continue
+      group = self._group_axis(view, axis)
+      if group is None:
+        return None
+      if view.flipped.intersection(view.axes[axis]):
+        factor = read_backwards(factor, [axis])
+      order.append(group)
+      sizes[group] = n
+    lead = jnp.squeeze(
+      factor, [i for i, n in enumerate(factor.shape) if n == 1]
+    )
+    lead = lead.transpose([order.index(g) for g in sorted(order)])
+
+    def times(array):
+      ones = [1] * (array.ndim - len(sizes))
+      return array * lead.reshape(*sizes, *ones).astype(array.dtype)
+
+    a, b, c = (jax.tree.map(times, v) for v in (f.a, f.b, f.c))
+    if f.b is None or f.order is not None:
+      # An identity block stays one; A alone can be multiplied.
+      b, own = f.b, True
+    else:
+      a, own = f.a, f.scaled
+    return Factored(Factors(a, b, c, f.layout, f.present, f.order, own))
 
   def _without(self, axis: int, pick: Callable[[Any], Any]) -> Factored:
     present = self.factors.present
@@ -67,6 +108,8 @@ class Factored:
     group = self._group_axis(cut, axis)
     if group is None:
       return None
+    if cut.flipped.intersection(cut.axes[axis]):
+      at = cut.sizes[axis] - 1 - at
     return self._without(
       group,
       lambda array: jax.lax.dynamic_index_in_dim(
@@ -83,7 +126,8 @@ class Factored:
     if group is None:
       return None
     arrays = jax.tree.map(
-      lambda array: jnp.moveaxis(array, group, 0), self.arrays
+      lambda array: jnp.moveaxis(array, group, 0),
+      self._in_view_order(view, 0, group),
     )
     present = self.factors.present
     left = present[:group] + present[group + 1 :]
@@ -97,13 +141,17 @@ class Factored:
       return None
     specs = PartitionSpec(*(where.get(i) for i in range(len(present))))
     left = tuple(g for i, g in enumerate(present) if i not in where)
+    spread: Any = self
+    for axis in parts:
+      group = spread._group_axis(cut, axis)
+      spread = self._with(spread._in_view_order(cut, axis, group), present)
 
     def read(local):
       # Each device holds one of as many groups as there are devices.
       local = jax.tree.map(lambda v: jnp.squeeze(v, tuple(where)), local)
       return self._with(local, left)
 
-    return self.arrays, jax.tree.map(lambda _: specs, self.arrays), read
+    return spread.arrays, jax.tree.map(lambda _: specs, self.arrays), read
 
   def materialise(self, view: View) -> Any:
     f = self.factors
@@ -126,6 +174,8 @@ def lay_out(
   array = array.reshape([view.atoms[a] for a in names])
   array = jnp.squeeze(array, tuple(i for i, a in enumerate(names) if a in gone))
   names = [a for a in names if a not in gone]
+  backwards = [i for i, a in enumerate(names) if a in view.flipped]
+  array = read_backwards(array, backwards)
   order = [a for axis in view.axes for a in axis]
   array = array.transpose([names.index(a) for a in order])
   array = array.reshape(
@@ -140,6 +190,8 @@ def lay_out(
 def multiply(factors: Factors) -> jax.Array:
   """The matrices (*present, d, m) of a pair."""
   f, (d, _) = factors, factors.layout.matrix_shape
+  if f.order is not None and f.is_typed():
+    f = f.plain()
   groups = f.layout.sizes(f.present)
   rank = f.b.shape[len(groups)]
   a = f.a.reshape(*groups, d, rank)

@@ -13,6 +13,7 @@ from utilized_rank.tree.layout import Atoms
 from utilized_rank.tree.layout import Layout
 from utilized_rank.tree.layout import View
 from utilized_rank.tree.layout import pieces_of
+from utilized_rank.walk import compat
 
 # Names of axes that are no atom: the rank, and in a pair with an identity
 # block the outputs that are no pivots.
@@ -26,7 +27,8 @@ class Factors:
   `layout` is over the leaf's atoms; `present` names the group atoms that are
   still axes of the arrays (a loop may have sliced others away). `order` is
   None, or the outputs' order where the pair has an identity block,
-  (*present, m).
+  (*present, m). `scaled`: whether A is multiplied with what other kernels
+  that share it are not.
   """
 
   a: Any
@@ -35,6 +37,18 @@ class Factors:
   layout: Layout
   present: Atoms
   order: Any = None
+  scaled: bool = False
+
+  def plain(self) -> Factors:
+    """The same pair without an order: all of B."""
+    if self.order is None:
+      return self
+    b = gauge.written_out(self.b, self.order, self.layout.output_shape)
+    return dataclasses.replace(self, b=b, order=None)
+
+  def is_typed(self) -> bool:
+    """Whether types say how B is spread: nothing is looked up there."""
+    return compat.has_explicit_axes(self.b)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +66,14 @@ class Oriented:
   swapped: bool
 
 
+def read_backwards(array: Any, axes: Sequence[int]) -> Any:
+  """The array, numpy's or JAX's, some of its axes from their end."""
+  if not axes:
+    return array
+  step = lambda i: slice(None, None, -1 if i in axes else 1)
+  return array[tuple(map(step, range(array.ndim)))]
+
+
 def oriented(
   factors: Factors, layout: Layout, view: View, rows: int
 ) -> Oriented:
@@ -63,16 +85,17 @@ def oriented(
     RANK: factors.b.shape[len(factors.present)],
     OTHERS: factors.b.shape[-1],
   }
-  named = lambda array, names: Named(
-    array.reshape([special[n] if n < 0 else layout.atoms[n] for n in names]),
-    names,
-  )
+
+  def named(array, names):
+    sizes = [special[n] if n < 0 else layout.atoms[n] for n in names]
+    backwards = [i for i, n in enumerate(names) if n in view.flipped]
+    return Named(read_backwards(array.reshape(sizes), backwards), names)
+
   c = order = None
   if factors.order is None:
     b = named(factors.b, present + (RANK,) + fine.outputs)
   elif gauge.pays_written_out(rows, special[RANK], factors.order.shape[-1]):
-    whole = gauge.written_out(factors.b, factors.order)
-    b = named(whole, present + (RANK,) + fine.outputs)
+    b = named(factors.plain().b, present + (RANK,) + fine.outputs)
   else:
     b = named(factors.b, present + (RANK, OTHERS))
     order = named(factors.order, present + fine.outputs)

@@ -13,15 +13,18 @@ takes less time to write B out and to multiply with it (`written_out`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import hashlib
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from utilized_rank.tree.layout import Layout
+from utilized_rank.walk import compat
 
 IDENTITY = 'identity'
 GAUGES = (None, IDENTITY)
@@ -42,6 +45,7 @@ class Order:
 
   Attributes:
     array: (*groups, m), int32; `[z, z B'][..., array]` are the outputs.
+    digest: eight characters that tell it from others.
   """
 
   def __init__(self, array: Any):
@@ -50,6 +54,7 @@ class Order:
     self.array = array
     head = str(array.shape).encode()
     self._digest = hashlib.sha256(head + array.tobytes()).digest()
+    self.digest = self._digest.hex()[:8]
     self._hash = hash(self._digest)
 
   def __hash__(self) -> int:
@@ -59,7 +64,7 @@ class Order:
     return isinstance(other, Order) and self._digest == other._digest
 
   def __repr__(self) -> str:
-    return f'Order(shape={self.array.shape}, {self._digest.hex()[:8]})'
+    return f'Order(shape={self.array.shape}, {self.digest})'
 
 
 def check_gauge(gauge: str | None) -> None:
@@ -101,6 +106,7 @@ def pair_flops(layout: Layout, rank: int, gauge: str | None = None) -> int:
   return pair_cost(layout, rank, gauge)
 
 
+@compat.moves_data  # also in a thread of its own, which has its own guard
 def to_identity(
   a: np.ndarray, b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -184,9 +190,12 @@ def pays_written_out(rows: int, rank: int, outputs: int) -> bool:
   """Whether a product with `written_out` takes less time than one with B'.
 
   It moves r (m outputs) numbers of the factor in place of `rows`, and
-  multiplies r^2 more a row.
+  multiplies r^2 more a row. Of a symbolic number of rows it must be so for
+  every number; else B' is kept, which is never much slower on few rows.
   """
-  return rank * _MOVE * outputs < rows * _saved_by_row(rank, outputs)
+  return compat.surely(
+    lambda: rank * _MOVE * outputs < rows * _saved_by_row(rank, outputs)
+  )
 
 
 def _saved_by_row(rank: int, outputs: int) -> int:
@@ -194,25 +203,42 @@ def _saved_by_row(rank: int, outputs: int) -> int:
   return _MOVE * outputs - rank * rank
 
 
-def written_out(b: Any, order: Any) -> Any:
+def written_out(b: Any, order: Any, outputs: Sequence[int]) -> Any:
   """B whole: [I, B'][:, order].
 
   Args:
     b: B', (*groups, r, m - r).
     order: (*groups, m), int32.
+    outputs: the output axes' sizes, m in all.
 
   Returns:
-    (*groups, r, m).
+    (*groups, r, *outputs). Where types say how arrays are spread, the first of
+    these axes is spread as B' is, if it divides.
   """
 
   def whole(b, order):
-    rank = len(b)
+    rank, order = len(b), order[None]
     # Looked up in B' itself: an array of both would be one more to write.
-    others = b.at[:, jnp.maximum(order - rank, 0)].get(mode='promise_in_bounds')
+    at = jnp.maximum(order[0] - rank, 0)
+    others = b.at[:, at].get(mode='promise_in_bounds')
     block = jnp.arange(rank)[:, None] == order
     return jnp.where(order < rank, block.astype(b.dtype), others)
 
-  return _over(whole, order.ndim - 1)(jnp.asarray(b), jnp.asarray(order))
+  def write(b, order):
+    found = _over(whole, order.ndim - 1)(b, order)
+    return found.reshape(*found.shape[:-1], *outputs)
+
+  b, order = jnp.asarray(b), jnp.asarray(order)
+  if not compat.has_explicit_axes(b):
+    return write(b, order)
+  # JAX does not say how the result of a lookup is spread.
+  sharding = jax.typeof(b).sharding
+  *lead, last = sharding.spec
+  names = last if isinstance(last, tuple) else (last,) if last else ()
+  if outputs[0] % math.prod(sharding.mesh.shape[n] for n in names):
+    last = None
+  spec = PartitionSpec(*lead, last, *[None] * (len(outputs) - 1))
+  return jax.sharding.auto_axes(write, out_sharding=spec)(b, order)
 
 
 def join(z: Any, rest: Any, order: Any, axis: int) -> Any:

@@ -80,7 +80,12 @@ class Trials:
     def total(*args):
       return jnp.sum(each(*args))
 
+    def one_by_one(masks, *args):
+      return jax.lax.map(lambda m: each(m, *args), masks)
+
     self._each = jax.jit(jax.vmap(each, in_axes=(0, None, None, None)))
+    self._one_by_one = jax.jit(one_by_one)
+    self._run: Callable[..., jax.Array] | None = None
     self._slopes = jax.jit(jax.grad(total))
 
   def on_device(self, families: Families) -> OnDevice:
@@ -124,12 +129,36 @@ class Trials:
       # Always as many masks, so that one program serves.
       filled = part + part[-1:] * (self._at_once - len(part))
       stacked = jax.tree.map(lambda *m: np.stack(m), *filled)
+      run = self._several(stacked, family)
       each = [
-        np.asarray(self._each(stacked, family, batch, outputs), np.float64)
+        np.asarray(run(stacked, family, batch, outputs), np.float64)
         for batch, outputs in self._data
       ]
       found.append(np.concatenate(each, axis=1)[: len(part)])
     return np.concatenate(found)
+
+  def _several(self, masks: Masks, family: OnDevice) -> Callable[..., Any]:
+    """`each` of several masks: one by one where a part has no batching rule."""
+    if self._run is None:
+      fails = self._fails(self._each, masks, family)
+      self._run = self._one_by_one if fails else self._each
+    return self._run
+
+  def no_slopes(
+    self, ranks: Mapping[str, int], family: OnDevice
+  ) -> Exception | None:
+    """Why there is no derivative by the masks; None where there is one."""
+    return self._fails(self._slopes, self.masks(ranks), family)
+
+  def _fails(
+    self, fn: Callable[..., Any], masks: Masks, family: OnDevice
+  ) -> Exception | None:
+    """What tracing `fn` raises, if anything; nothing is computed."""
+    try:
+      jax.eval_shape(fn, masks, family, *self._data[0])
+    except Exception as error:  # each primitive's author raises another
+      return error
+    return None
 
   def slopes(
     self, ranks: Mapping[str, int], family: OnDevice
@@ -164,6 +193,7 @@ class Trials:
         c = constant.reshape(groups + layout.output_shape)
       else:
         old = named[bias]
+        constant *= self._moments[path].entry.bias_scale
         named[bias] = old + constant.reshape(old.shape).astype(old.dtype)
       named[path] = LowRank(
         (a * mask[:, None]).reshape(groups + layout.input_shape + (-1,)),

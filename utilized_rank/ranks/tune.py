@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
+import warnings
 
 import numpy as np
 
@@ -25,10 +26,12 @@ from utilized_rank.factorization.decompose import decompose
 from utilized_rank.host.progress import track
 from utilized_rank.losses.divergence import Divergence
 from utilized_rank.losses.divergence import comes_closer
+from utilized_rank.moments.gradients import first_line
 from utilized_rank.moments.moments import Moments
 from utilized_rank.ranks.budget import budget_ranks
 from utilized_rank.ranks.trials import OnDevice
 from utilized_rank.ranks.trials import Trials
+from utilized_rank.walk import compat
 
 # Of the gradient moment's mean diagonal. Little trusts the quadratic
 # approximation of the loss, much tends to 'output'; no value is best for all.
@@ -89,6 +92,7 @@ class TunedRanks(dict[str, int]):
     return float(self.divergences.mean())
 
 
+@compat.moves_data
 def tune_ranks(
   fn: Callable[[Any, Any], Any],
   params: Any,
@@ -101,6 +105,7 @@ def tune_ranks(
   multiple_of: int = 1,
   limits: Sequence[tuple[str, tuple[int, int]]] = (),
   gauge: str | None = None,
+  compensate_mean: bool = True,
   reference: Any = None,
   rounds: int = 4,
   at_once: int = 1,
@@ -122,10 +127,12 @@ def tune_ranks(
     multiple_of: as for `budget_ranks`.
     limits: as for `budget_ranks`.
     gauge: as for `factorize`.
+    compensate_mean: as for `factorize`.
     reference: parameters of the dense function to stay near to; default
       `params`, other kernels of which may be compressed already.
     rounds: corrections of the best allocation; each takes one backward pass
-      and up to three trials, and ends the search if it brings nothing.
+      and up to three trials, and ends the search if it brings nothing. Where
+      the function has no reverse derivative there are none: a warning.
     at_once: sets of ranks tried in one call; more fill a large accelerator.
     progress: show a progress bar.
 
@@ -147,6 +154,7 @@ def tune_ranks(
     multiple_of=multiple_of,
     limits=limits,
     gauge=gauge,
+    compensate_mean=compensate_mean,
     progress=False,
   )
   trials = Trials(
@@ -174,12 +182,18 @@ def tune_ranks(
   step = iter(steps)
   for method, damping in recipes:
     next(step)
-    search.try_predictions(
-      decompose(params, moments, method=method, damping=damping, progress=False)
+    families = decompose(
+      params,
+      moments,
+      method=method,
+      compensate_mean=compensate_mean,
+      damping=damping,
+      progress=False,
     )
+    search.try_predictions(families)
   for _ in range(rounds):
     next(step)
-    if not search.correct():
+    if not search.has_slopes() or not search.correct():
       break
   return TunedRanks(search.ranks, search.families, search.log, search.best)
 
@@ -211,6 +225,17 @@ class _Search:
         self.best, self.ranks, self.families = each, ranks, families
         self._family, self._metric = family, metric
         self._scale = dict.fromkeys(families, 0.0)
+
+  def has_slopes(self) -> bool:
+    """Whether the outputs have a derivative; a warning where they have not."""
+    why = self._trials.no_slopes(self.ranks, self._family)
+    if why is not None:
+      warnings.warn(
+        'ranks are chosen by predictions and trials alone, without slopes: '
+        f'the function has no reverse derivative ({first_line(why)})',
+        stacklevel=3,
+      )
+    return why is None
 
   def correct(self) -> bool:
     """Scales the predictions to what is seen; whether that helped."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+import dataclasses
 import itertools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,6 +24,7 @@ from utilized_rank.linalg import best_pairs
 from utilized_rank.linalg import subspace
 from utilized_rank.linalg.best_pairs import Pair
 from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.lowrank.place import place
 from utilized_rank.lowrank.store import Stored
 from utilized_rank.lowrank.store import assemble
 from utilized_rank.lowrank.store import give_back
@@ -39,9 +40,11 @@ from utilized_rank.refit.blocks import Group
 from utilized_rank.refit.streams import Streams
 from utilized_rank.refit.streams import distinct
 from utilized_rank.tree import paths
+from utilized_rank.walk import compat
 from utilized_rank.walk import tracing
 
 
+@compat.moves_data
 def anchor(
   fn: Callable[[Any, Any], Any],
   params: Any,
@@ -74,7 +77,8 @@ def anchor(
       the host for all batches, once for each network.
     ranks: path to rank, as for `factorize`. Other kernels stay dense. A scan
       over a stack of such kernels is written out, step by step.
-    moments: for 'loss', moments of the dense network with gradients.
+    moments: of the dense network, for 'loss' with gradients; constants go to
+      the biases that they name.
     start: what the compressed network starts from: dense parameters of which
       other kernels are changed already. Default `params`.
     method: 'output', the least error at the kernel's outputs, or 'loss', that
@@ -120,7 +124,7 @@ def anchor(
       'share one: give a rank for each path'
     )
   first, stream = checked(batches)
-  sites = find_kernels(fn, params, first, ranks)
+  sites = _with_biases(find_kernels(fn, params, first, ranks), moments)
   check_ranks(ranks, sites)
   gradients = _gradients(sites, moments, method)
   named, treedef = paths.flatten(params if start is None else start)
@@ -131,10 +135,12 @@ def anchor(
     {path: site.layout for path, site in sites.items()},
     group,
   )
+  given: dict[str, dict[str, np.ndarray]] = {}
   fits = {
     path: _Fit(
       site,
       named,
+      given,
       ranks[path],
       gradients[path],
       compensate_mean,
@@ -169,9 +175,10 @@ def anchor(
       small |= fits[path].leaves()
     if number < count - 1:
       streams.advance(number, small, streams.small)
+  done = dict(named)
   for fit in fits.values():
-    named |= fit.finish()
-  return paths.unflatten(treedef, named)
+    done |= fit.finish()
+  return paths.unflatten(treedef, done)
 
 
 def checked(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
@@ -222,6 +229,28 @@ def find_kernels(
   return dict(sites)
 
 
+def _with_biases(
+  sites: dict[str, Site], moments: Moments | None
+) -> dict[str, Site]:
+  """The sites with the biases of moments, where there are.
+
+  More may be found where more kernels are looked at: one that two products of
+  a sum share.
+  """
+  if moments is None:
+    return sites
+  return {
+    path: dataclasses.replace(
+      site,
+      bias=moments[path].entry.bias,
+      bias_scale=moments[path].entry.bias_scale,
+    )
+    if path in moments
+    else site
+    for path, site in sites.items()
+  }
+
+
 def _gradients(
   sites: dict[str, Site], moments: Moments | None, method: str
 ) -> dict[str, np.ndarray | None]:
@@ -262,13 +291,17 @@ def _places(
 
 
 class _Fit:
-  """The factors of one leaf's matrices, as far as they are found."""
+  """The factors of one leaf's matrices, as far as they are found.
+
+  `given` is the constants of all leaves, by the bias that takes them and the
+  kernel's path.
+  """
 
   def __init__(
-    self, site, named, ranks, gradients, compensate_mean, damping, gauge
+    self, site, named, given, ranks, gradients, compensate_mean, damping, gauge
   ):
     layout = site.layout
-    self._site, self._named = site, named
+    self._site, self._named, self._given = site, named, given
     leaf = np.asarray(named[site.path], np.float64)
     if not np.all(np.isfinite(leaf)):
       raise ValueError(f'kernel {site.path!r} holds NaN or infinite values')
@@ -296,18 +329,16 @@ class _Fit:
     pair = stored.pair()
     cross = factors.a.T @ target.metric @ factors.a
     (tails,) = best_pairs.tails(cross, factors.b, gradient)
-    energy = tails[0]
     if self._compensate_mean:
       kept = (inputs.mean_hat @ pair.a) @ pair.b
       self._constants[matrix] = inputs.mean @ w - kept
-      energy += certify.mean_energy(inputs.mean_hat, target.w, gradient)
     certify.check_in(
       self._name(matrix),
       certify.Metric(target.w, target.metric, gradient),
       pair,
       float(tails[rank]),
       self._dtype,
-      float(energy),
+      float(tails[0]),
     )
 
   def _name(self, matrix: int) -> str:
@@ -326,10 +357,15 @@ class _Fit:
     d, m = layout.matrix_shape
     none = self._store(Pair(np.zeros((d, 1)), np.zeros((1, m))))
     stored = [none if s is None else s for s in self._stored]
-    leaf = jax.tree.map(jnp.asarray, assemble(stored, layout))
+    leaf = assemble(stored, layout)
     if not self._compensate_mean:
-      return {path: leaf}
-    return give_back(self._named, path, bias, leaf, self._constants)
+      return {path: place(leaf, self._named[path])}
+    constants = self._constants
+    if bias is not None:
+      given = self._given.setdefault(bias, {})
+      given[path] = self._site.bias_scale * constants
+      constants = sum(each.reshape(-1) for each in given.values())
+    return give_back(self._named, path, bias, leaf, constants)
 
   def finish(self) -> dict[str, Any]:
     """The leaves, a matrix that no product read being cut by its SVD."""

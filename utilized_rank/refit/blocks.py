@@ -20,6 +20,7 @@ from utilized_rank.tree.layout import Layout
 from utilized_rank.walk import compat
 from utilized_rank.walk import tracing
 from utilized_rank.walk.flatten import flatten
+from utilized_rank.walk.rescaling import Rescaling
 
 # From a kernel's path to the name of its block.
 Group = Callable[[str], Hashable]
@@ -81,6 +82,7 @@ class Program:
     blocks: in order of execution; the first is what comes before any kernel.
     rests: for each block, all that comes after it; gives the outputs.
     out_tree: pytree structure of the outputs.
+    rescaling: what the function does to its parameters.
   """
 
   params: Sequence[str]
@@ -89,6 +91,7 @@ class Program:
   blocks: Sequence[Block]
   rests: Sequence[Block]
   out_tree: Any
+  rescaling: Rescaling
 
   def run(
     self, block: Block, params: dict[str, Any], values: Sequence[Any]
@@ -106,7 +109,12 @@ class Program:
     """What a block gives, and what the products of some kernels read."""
     named = {path: params[path] for path in self.params}
     return readings.read(
-      block.piece, list(self.consts), named, list(values), set(kernels)
+      block.piece,
+      list(self.consts),
+      named,
+      list(values),
+      set(kernels),
+      self.rescaling,
     )
 
   def start(self, batch: Any) -> State:
@@ -189,7 +197,9 @@ def cut(
     gives = [v for v, at in last.items() if begin <= made[v] < end <= at]
     parts.append(part(begin, end, gives, reads[first:stop]))
     rests.append(part(end, len(jaxpr.eqns), jaxpr.outvars))
-  return Program(names, flat.consts, args, parts, rests, flat.out_tree)
+  return Program(
+    names, flat.consts, args, parts, rests, flat.out_tree, flat.rescaling
+  )
 
 
 def _variables(atoms: Iterable[Any]) -> list[Any]:
@@ -201,7 +211,9 @@ def _abstract_reads(flat: tracing.Traced, layouts) -> list[Read]:
 
   def look(params, args):
     named = dict(zip(flat.params, params, strict=True))
-    outs, reads = readings.read(flat.jaxpr, flat.consts, named, args, layouts)
+    outs, reads = readings.read(
+      flat.jaxpr, flat.consts, named, args, layouts, flat.rescaling
+    )
     found[:] = [dataclasses.replace(r, x=None) for r in reads]
     return outs
 

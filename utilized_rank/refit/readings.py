@@ -19,6 +19,7 @@ from utilized_rank.tree.layout import common_atoms
 from utilized_rank.tree.layout import pieces_of
 from utilized_rank.walk import compat
 from utilized_rank.walk.interpret import Walk
+from utilized_rank.walk.rescaling import Rescaling
 from utilized_rank.walk.values import Dense
 from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
@@ -54,7 +55,7 @@ class Read:
 
   def rows(self) -> jax.Array:
     """X, shape (*present groups, n, d)."""
-    blocks = self.product.blocks(self.x.shape)
+    blocks = self.product.blocks(self.x.shape)  # a number
     parts = [self.product.features(self.x, i) for i in range(blocks)]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-2)
 
@@ -73,7 +74,9 @@ class Read:
       sizes = [atoms[p] for p in pieces[atom]]
       at.update(zip(pieces[atom], map(int, np.unravel_index(index, sizes))))
     numbers = np.arange(layout.num_groups).reshape(fine.sizes(fine.groups))
-    numbers = numbers[tuple(at.get(a, slice(None)) for a in fine.groups)]
+    flipped = {p for a in self.product.view.flipped for p in pieces[a]}
+    along = lambda a: slice(None, None, -1 if a in flipped else 1)
+    numbers = numbers[tuple(at.get(a, along(a)) for a in fine.groups)]
     return tuple(numbers.reshape(-1).tolist())
 
 
@@ -83,6 +86,7 @@ def read(
   params: dict[str, Any],
   args: list[Any],
   kernels: Container[str],
+  rescaling: Rescaling,
 ) -> tuple[list[Any], list[Read]]:
   """Runs a jaxpr and keeps what the products of some kernels read.
 
@@ -93,6 +97,7 @@ def read(
     params: its first operands by path.
     args: its other operands.
     kernels: paths of the kernels that are looked at.
+    rescaling: what the whole function does to its parameters.
 
   Returns:
     The outputs, and the readings in the order of execution.
@@ -102,7 +107,7 @@ def read(
       is picked by an index that is computed.
   """
   reader = _Reader(kernels)
-  walk = reader.top = Walk(reader)
+  walk = reader.top = Walk(reader, rescaling)
   values = [
     Param(View.of_leaf(path, leaf.shape, leaf.dtype), Dense(leaf))
     if path in kernels
@@ -140,8 +145,10 @@ class _Reader:
       return out
     path = param.view.path
     picked = [by for _, by in param.view.taken if not isinstance(by, int)]
-    if walk is not self.top or picked:
+    if walk is not self.top or picked or operands[2:]:
       where = 'picked by a computed index'
+      if operands[2:]:
+        where = f'{eqn.primitive.name}, in which data say whose rows are whose'
       if walk is not self.top:
         where = 'inside a while loop, a branch or a shard_map'
       raise UnsupportedError(

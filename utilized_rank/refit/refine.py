@@ -23,6 +23,7 @@ from utilized_rank.refit.blocks import needs_of
 from utilized_rank.refit.streams import Leaves
 from utilized_rank.refit.streams import Streams
 from utilized_rank.tree import paths
+from utilized_rank.walk import compat
 from utilized_rank.walk import tracing
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -30,6 +31,7 @@ _TINY = float(np.finfo(np.float32).tiny)
 HELD_OUT = 0.2
 
 
+@compat.moves_data
 def refine(
   fn: Callable[[Any, Any], Any],
   params: Any,
@@ -178,8 +180,9 @@ def _refined(
 
     def step(trained, state, leaves, values, targets):
       gradient = jax.grad(of)(trained, leaves, values, targets)
-      change, state = adam.update(gradient, state, trained)
-      return optax.apply_updates(trained, change), state
+      with jax.numpy_dtype_promotion('standard'):  # optax wants it
+        change, state = adam.update(gradient, state, trained)
+        return optax.apply_updates(trained, change), state
 
     return step
 

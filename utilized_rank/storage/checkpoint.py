@@ -33,6 +33,7 @@ from utilized_rank.moments.moments import Sums
 from utilized_rank.products.gauge import Order
 from utilized_rank.storage import containers
 from utilized_rank.tree.layout import Layout
+from utilized_rank.walk import compat
 
 _FORMAT = 1
 _KEY = 'utilized_rank'
@@ -82,6 +83,7 @@ def save(
   )
 
 
+@compat.moves_data
 def load(path: str | os.PathLike[str]) -> Any:
   """Reads a tree that `save` wrote; no target tree is needed.
 

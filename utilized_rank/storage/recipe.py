@@ -265,7 +265,10 @@ def fingerprint(moments: Moments) -> str:
   digest = hashlib.sha256()
   for path in moments:
     moment = moments[path]
-    digest.update(repr((path, moment.layout, moment.entry.bias)).encode())
+    entry = moment.entry
+    digest.update(repr((path, moment.layout, entry.bias)).encode())
+    if entry.bias_scale != 1:
+      digest.update(repr(entry.bias_scale).encode())
     known = moment.sums, moment.grad_panels, moment.examples
     for array in jax.tree.leaves(known):
       array = np.ascontiguousarray(array)

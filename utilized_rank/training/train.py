@@ -64,7 +64,7 @@ class TrainConfig:
   learning_rate: float = 1e-3
   warmup_steps: int = 0
   weight_decay: float = 0.0
-  decay_rule: str = r'(.*/)?kernel(/[ab])?'
+  decay_rule: str = r'(.*/)?kernel(/(a|b(_\w+)?))?'
   label_smoothing: float = 0.0
   clip_norm: float = 1.0
   seed: int = 0

@@ -2,5 +2,5 @@
 
 * `structure`: containers and ties, a tree without its leaves.
 * `paths`: leaves by path, rules over paths, kernels that are one array.
-* `layout`: how an array is laid out from one leaf, and as what matrix.
+* `layout`, `recut`: how an array is laid out from one leaf, and as what matrix.
 """

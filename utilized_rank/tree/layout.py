@@ -3,9 +3,10 @@
 A leaf's shape is cut into *atoms*: factors of its axes, in the leaf's own
 (row-major) order. A view of the leaf is then a list of axes, each made of
 atoms, so that reshaping, transposing and slicing only move small tuples of
-integers. Where a view meets a matrix product, every atom has one of three
-roles: it is summed over (an input), kept (an output), or counted along (a
-group: a scan's step, an expert, a member of an ensemble).
+integers; reading it backwards and multiplying it with a number are marks on
+it. Where a view meets a matrix product, every atom has one of three roles: it
+is summed over (an input), kept (an output), or counted along (a group: a
+scan's step, an expert, a member of an ensemble).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import math
 from typing import Any
 
 import numpy as np
+
+from utilized_rank.tree.recut import recut
 
 Atoms = tuple[int, ...]
 
@@ -33,7 +36,14 @@ class View:
     sizes: the array's shape.
     dtype: the array's dtype.
     taken: atoms that are no longer an axis, with what took each: an integer
-      (a static index), or a token (a loop that slices it, a traced index).
+      (a static index of the leaf), or a token (a loop that slices it, a traced
+      index).
+    flipped: atoms that are read backwards.
+    scale: what the leaf is multiplied with; None if that is a number which is
+      computed, or more than one.
+    scaled_along: atoms along which what it is multiplied with differs.
+    part: None, or of what is a part of a leaf and no layout of it, which. It
+      is a view as if it were a leaf of its own.
   """
 
   path: str
@@ -43,6 +53,10 @@ class View:
   sizes: tuple[int, ...]
   dtype: Any
   taken: tuple[tuple[int, Any], ...] = ()
+  flipped: frozenset[int] = frozenset()
+  scale: float | None = 1.0
+  scaled_along: frozenset[int] = frozenset()
+  part: str | None = None
 
   @classmethod
   def of_leaf(
@@ -78,6 +92,34 @@ class View:
       self,
       axes=tuple(self.axes[i] for i in permutation),
       sizes=tuple(self.sizes[i] for i in permutation),
+    )
+
+  def flip(self, dimensions: Iterable[int]) -> View:
+    """`lax.rev`: an axis backwards is each of its atoms backwards."""
+    atoms = {a for i in dimensions for a in self.axes[i]}
+    return dataclasses.replace(self, flipped=self.flipped ^ atoms)
+
+  def multiply(self, shape: Sequence[int], scale: float | None) -> View | None:
+    """The view times an array of this shape, its axes of size one repeated.
+
+    None where that differs along an axis that the leaf is broadcast along, or
+    from each number of the leaf to the next.
+    """
+    along: set[int] = set()
+    for atoms, n in zip(self.axes, shape, strict=True):
+      if n > 1 and not atoms:
+        return None
+      along |= set(atoms) if n > 1 else set()
+    if along and math.prod(shape) == math.prod(self.sizes):
+      return None
+    if scale is not None and self.scale is not None:
+      scale = self.scale * scale
+    else:
+      scale = None
+    return dataclasses.replace(
+      self,
+      scale=scale,
+      scaled_along=self.scaled_along | along,
     )
 
   def squeeze(self, dimensions: Iterable[int]) -> View:
@@ -116,7 +158,10 @@ class View:
     names = [by] * len(atoms)
     if isinstance(by, int):
       sizes = [self.atoms[a] for a in atoms]
-      names = [int(i) for i in np.unravel_index(by, sizes)]
+      names = [
+        n - 1 - int(i) if a in self.flipped else int(i)
+        for a, n, i in zip(atoms, sizes, np.unravel_index(by, sizes))
+      ]
     return dataclasses.replace(
       self,
       axes=tuple(self.axes[i] for i in keep),
@@ -130,69 +175,21 @@ class View:
     It cannot where a new axis would hold part of an atom whose size it does
     not divide, or would mix atoms with a broadcast axis.
     """
-    # A broadcast axis goes through as an item of its own: atom None.
-    queue: list[tuple[int | None, int]] = []
-    for atoms, size in zip(self.axes, self.sizes, strict=True):
-      if atoms:
-        queue += [(a, self.atoms[a]) for a in atoms]
-      elif size > 1:
-        queue.append((None, size))
-    pieces: dict[int, list[int]] = {a: [s] for a, s in enumerate(self.atoms)}
-    axes: list[list[tuple[int | None, int]]] = []
-    for size in sizes:
-      axis: list[tuple[int | None, int]] = []
-      left = size
-      while left > 1 or (queue and queue[0][1] == 1 and not axis):
-        if not queue:
-          return None
-        atom, n = queue.pop(0)
-        if n > left:
-          if n % left:
-            return None
-          queue.insert(0, (atom, n // left))
-          if atom is not None:
-            # Row-major: the outer piece belongs to this axis.
-            pieces[atom][-1:] = [left, n // left]
-          n = left
-        elif left % n:
-          return None
-        axis.append((atom, n))
-        left //= n
-      axes.append(axis)
-    if any(size != 1 for _, size in queue):
+    found = recut(self.atoms, self.axes, self.sizes, sizes)
+    if found is None:
       return None
-    if queue:
-      # Trailing atoms of size one; they can sit on any axis with atoms.
-      home = next(
-        (x for x in reversed(axes) if x and x[-1][0] is not None), None
-      )
-      if home is None:
-        return None
-      home += queue
-    return self._recut(pieces, axes, tuple(sizes))
-
-  def _recut(self, pieces, axes, sizes) -> View | None:
-    numbers: dict[int, list[int]] = {}
-    atoms: list[int] = []
-    for atom, parts in sorted(pieces.items()):
-      numbers[atom] = list(range(len(atoms), len(atoms) + len(parts)))
-      atoms += parts
+    atoms, axes, numbers = found
     if any(len(numbers[a]) > 1 for a, _ in self.taken):
       return None
-    next_part = {a: iter(n) for a, n in numbers.items()}
-    new_axes = []
-    for axis in axes:
-      if len({atom is None for atom, _ in axis}) > 1:
-        return None
-      new_axes.append(
-        tuple(next(next_part[a]) for a, _ in axis if a is not None)
-      )
+    spread = lambda old: frozenset(n for a in old for n in numbers[a])
     return dataclasses.replace(
       self,
-      atoms=tuple(atoms),
-      axes=tuple(new_axes),
-      sizes=sizes,
+      atoms=atoms,
+      axes=axes,
+      sizes=tuple(sizes),
       taken=tuple((numbers[a][0], by) for a, by in self.taken),
+      flipped=spread(self.flipped),
+      scaled_along=spread(self.scaled_along),
     )
 
 
@@ -331,7 +328,7 @@ def pieces_of(
   at = 0
   for k, size in enumerate(coarse):
     start, product = at, 1
-    while product < size or at == start:
+    while at == start or (product != size and at < len(fine)):
       product *= fine[at]
       at += 1
     if k == len(coarse) - 1:

@@ -24,7 +24,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import contextlib
-from typing import Any
+import functools
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.extend import source_info_util
@@ -33,6 +34,8 @@ from jax.interpreters import partial_eval
 import jax.numpy as jnp
 
 Literal = jex_core.Literal
+_P = ParamSpec('_P')
+_R = TypeVar('_R')
 
 # Primitives that run a sub-computation once, in place.
 CALLS = {
@@ -89,6 +92,20 @@ def trace(
 def sub_jaxprs(eqn: Any) -> list[Any]:
   """The sub-computations that an equation owns."""
   return list(jex_core.jaxprs_in_params(eqn.params))
+
+
+def meshes_of(jaxpr: Any) -> list[Any]:
+  """Meshes of devices that an open jaxpr's equations name, without repeats."""
+  found: dict[Any, None] = {}
+  for eqn in jaxpr.eqns:
+    for value in eqn.params.values():
+      for item in value if isinstance(value, tuple) else (value,):
+        mesh = getattr(item, 'mesh', item)
+        if isinstance(mesh, jax.sharding.Mesh) and not mesh.empty:
+          found[mesh] = None
+    for sub in sub_jaxprs(eqn):
+      found.update(dict.fromkeys(meshes_of(open_jaxpr(sub)[0])))
+  return list(found)
 
 
 def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
@@ -148,6 +165,28 @@ def is_integer(dtype: Any) -> bool:
 
 def is_complex(dtype: Any) -> bool:
   return jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def moves_data(fn: Callable[_P, _R]) -> Callable[_P, _R]:
+  """Lets a function that works on the host move data under a transfer guard.
+
+  A guard is to find moves that nobody meant; these are what `fn` is for.
+  """
+
+  @functools.wraps(fn)
+  def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    with jax.transfer_guard('allow'):
+      return fn(*args, **kwargs)
+
+  return wrapped
+
+
+def surely(holds: Callable[[], Any]) -> bool:
+  """Whether a comparison of sizes holds, whatever symbolic ones stand for."""
+  try:
+    return bool(holds())
+  except jax.errors.InconclusiveDimensionOperation:
+    return False
 
 
 def stage(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:

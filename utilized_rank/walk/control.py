@@ -16,11 +16,14 @@ import jax.numpy as jnp
 
 from utilized_rank.tree.layout import View
 from utilized_rank.walk import compat
+from utilized_rank.walk import custom
 from utilized_rank.walk import shard_map
 from utilized_rank.walk.values import Emission
 from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
 from utilized_rank.walk.values import Param
+from utilized_rank.walk.values import Pieces
+from utilized_rank.walk.values import Running
 from utilized_rank.walk.values import split
 
 
@@ -33,12 +36,15 @@ def _call(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
 def _custom(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
   """A function with its own rule for derivatives.
 
-  The rule survives unless a product with a parameter is inside: then what is
-  differentiated is what is computed.
+  The rule survives where the walk is differentiated; what looks at forward
+  values alone enters the function.
   """
   inner = eqn.params[compat.CALLS[eqn.primitive.name]]
   jaxpr, consts = compat.open_jaxpr(inner)
   if holds_product(walk, jaxpr, consts, operands):
+    is_vjp = eqn.primitive.name == 'custom_vjp_call'
+    if is_vjp and getattr(walk.visitor, 'is_differentiated', False):
+      return custom.keep_rule(walk, eqn, jaxpr, consts, operands)
     return walk.run(jaxpr, consts, operands)
   name = eqn.primitive.name
   return compat.bind(eqn, [walk.materialise(v, name) for v in operands])
@@ -82,8 +88,9 @@ def holds_product(
   arrays, rebuild = split(operands)
 
   def shapes(arrays):
-    outs = type(walk)(probe).run(jaxpr, consts, rebuild(arrays))
-    return [v for v in outs if not isinstance(v, Param)]
+    scope = type(walk)(probe, walk.rescaling)
+    outs = scope.run(jaxpr, consts, rebuild(arrays))
+    return [v for v in outs if not isinstance(v, (Param, Pieces))]
 
   jax.eval_shape(shapes, arrays)
   return probe.found
@@ -255,17 +262,29 @@ def _while(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
   arrays, rebuild = split(operands[nt : nt + nb] + carry.params)
   emitted: list[Emission] = []
 
-  def go_on(state):
-    now = carry.join(seen, state[0])
+  def is_running(loose):
+    now = carry.join(seen, loose)
     (out,) = jax.core.eval_jaxpr(test, test_closed, *test_consts, *now)
     return out
 
   def step(loose):
     inner = rebuild(arrays)
+    operands = inner[:nb] + carry.join(inner[nb:], loose)
+    # A vmapped loop runs until the last of its examples is done, and those
+    # that are done before keep what they have.
+    running = is_running(loose)
     scope = walk.scope()
-    outs = scope.run(jaxpr, closed, inner[:nb] + carry.join(inner[nb:], loose))
+    if running.shape:
+      scope = walk.scope(Running(running, test.outvars[0], jaxpr, nb))
+    outs = scope.run(jaxpr, closed, operands)
     emitted[:] = scope.tape.emissions.values()
-    return carry.moved(scope, outs), [e.value for e in emitted]
+    moved = carry.moved(scope, outs)
+    if running.shape:
+      moved = [
+        jnp.where(jnp.expand_dims(running, range(running.ndim, b.ndim)), a, b)
+        for a, b in zip(moved, loose, strict=True)
+      ]
+    return moved, [e.value for e in emitted]
 
   staged, (_, sums) = compat.stage(step, carry.loose)
 
@@ -275,7 +294,9 @@ def _while(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
     return loose, jax.tree.map(jnp.add, totals, sums)
 
   loose, totals = jax.lax.while_loop(
-    go_on, body, (carry.loose, compat.zeros(sums))
+    lambda state: jnp.any(is_running(state[0])),
+    body,
+    (carry.loose, compat.zeros(sums)),
   )
   _leave(walk, Loop('while'), 1, emitted, [], totals)
   return carry.join(carry.params, loose)

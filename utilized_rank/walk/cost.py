@@ -14,7 +14,8 @@ def forward_flops(fn: Callable[..., Any], params: Any, *args: Any) -> int:
   """Multiplications and additions of matrix products and convolutions.
 
   A scan counts as often as it runs, a `while_loop` once, a branch as its most
-  expensive one. Everything else (norms, activations) is left out.
+  expensive one. Rows of a `ragged_dot` count once each, whichever kernel they
+  meet. Everything else (norms, activations) is left out.
 
   >>> import jax.numpy as jnp
   >>> forward_flops(lambda w, x: x @ w, jnp.zeros((4, 3)), jnp.zeros((5, 4)))
@@ -31,6 +32,16 @@ def _count(jaxpr: Any) -> int:
       (contracted, _), _ = eqn.params['dimension_numbers']
       shape = eqn.invars[0].aval.shape
       total += 2 * math.prod(out) * math.prod(shape[i] for i in contracted)
+    elif eqn.primitive.name == 'ragged_dot_general':
+      numbers = eqn.params['ragged_dot_dimension_numbers']
+      (contracted, _), _ = numbers.dot_dimension_numbers
+      shape = eqn.invars[0].aval.shape
+      flops = 2 * math.prod(out) * math.prod(shape[i] for i in contracted)
+      if set(numbers.lhs_ragged_dimensions) <= set(contracted):
+        flops //= eqn.invars[2].aval.shape[
+          -1
+        ]  # each row is contracted for the one group it is of
+      total += flops
     elif eqn.primitive.name == 'conv_general_dilated':
       kernel = eqn.invars[1].aval.shape
       outputs = kernel[eqn.params['dimension_numbers'].rhs_spec[0]]

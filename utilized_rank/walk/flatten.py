@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from utilized_rank.tree.layout import View
 from utilized_rank.walk import compat
 from utilized_rank.walk import control
-from utilized_rank.walk import interpret
+from utilized_rank.walk import parts
 from utilized_rank.walk.interpret import Walk
 from utilized_rank.walk.tracing import Traced
 from utilized_rank.walk.values import Dense
@@ -40,7 +40,7 @@ def flatten(traced: Traced, kernels: Container[str]) -> Traced:
   """
 
   def run(params, args):
-    walk = _Flat(_Flattening(kernels))
+    walk = _Flat(_Flattening(kernels), traced.rescaling)
     values = [
       Param(View.of_leaf(path, leaf.shape, leaf.dtype), Dense(leaf))
       for path, leaf in params.items()
@@ -124,7 +124,7 @@ def _unroll(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
 
 def _member(walk: Any, value: Any, i: int) -> Any:
   if isinstance(value, Param):
-    one = interpret.member(value, 0, i)
+    one = parts.member(value, 0, i)
     if one is not None:
       return one
   array = walk.materialise(value, 'scan')

@@ -18,17 +18,30 @@ from collections.abc import Callable, Hashable, Sequence
 import itertools
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from utilized_rank.tree.layout import View
 from utilized_rank.walk import compat
 from utilized_rank.walk import control
+from utilized_rank.walk import parts
+from utilized_rank.walk import pieces
+from utilized_rank.walk import scale
+from utilized_rank.walk import sums
+from utilized_rank.walk.rescaling import BY_ITSELF
+from utilized_rank.walk.rescaling import NOTHING
+from utilized_rank.walk.rescaling import RESCALES
+from utilized_rank.walk.rescaling import Rescaling
 from utilized_rank.walk.values import Loop
 from utilized_rank.walk.values import Output
 from utilized_rank.walk.values import Param
+from utilized_rank.walk.values import Pieces
+from utilized_rank.walk.values import Running
 from utilized_rank.walk.values import Tape
 from utilized_rank.walk.values import UnsupportedError
 from utilized_rank.walk.values import Visitor
 
-__all__ = ['PART', 'UnsupportedError', 'Walk']
+__all__ = ['UnsupportedError', 'Walk']
 
 _KEEPS_LAYOUT = frozenset(
   {
@@ -58,31 +71,34 @@ _RENAMES = frozenset(
     'sharding_constraint',
   }
 )
-_PRODUCTS = ('dot_general', 'conv_general_dilated')
+_RAGGED = 'ragged_dot_general'
+_PRODUCTS = (*pieces.PRODUCTS, _RAGGED)
 # Their sub-computation combines two scalars; it holds no product.
 _REDUCERS = ('scatter', 'reduce', 'select_and_', 'arg', 'cum')
-# Reason for a leaf of which only a part is used, not one of several equal
-# parts: its other parts may go anywhere.
-PART = 'a slice that is not one of equal parts'
-_REASONS = dict.fromkeys(('slice', 'split', 'dynamic_slice'), PART) | {
-  'gather': 'a lookup (gather)',
-}
 
 
 class Walk:
-  """One walk over a traced function."""
+  """One walk over a traced function.
+
+  `rescaling` is what the function does to its parameters before their use.
+  """
 
   # What to do at calls, loops and branches that a `Param` enters.
   rules = control.RULES
 
-  def __init__(self, visitor: Visitor):
+  def __init__(self, visitor: Visitor, rescaling: Rescaling = NOTHING):
     self.visitor = visitor
+    self.rescaling = rescaling
     self.tape = Tape()
     # id of a value -> (what it is a plain renaming of, the value). The value
     # is kept so that its id stays its own.
     self._origins: dict[int, tuple[Hashable, Any]] = {}
     self._serial = itertools.count()
     self._made: dict[Hashable, Any] = {}
+    # id of a value -> (the leaf that it is a multiple of, the value).
+    self.multiples: dict[int, tuple[Param, Any]] = {}
+    # id of an array of one number -> (that number, the array).
+    self.repeats: dict[int, tuple[Any, Any]] = {}
 
   def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
     """Makes a value the first time that its key is seen in this scope."""
@@ -100,10 +116,20 @@ class Walk:
       known = self._origins[id(value)] = (('value', next(self._serial)), value)
     return known[0]
 
-  def scope(self) -> Walk:
-    """The walk of a body: emissions of its own, all else shared."""
-    inner = type(self)(self.visitor)
+  def scope(self, running: Running | None = None) -> Walk:
+    """The walk of a body: emissions of its own, all else shared.
+
+    Args:
+      running: the examples that are not done, where the body is a loop's that
+        runs on for others; the visitor's `among` is told, if it has one.
+    """
+    visitor = self.visitor
+    if running is not None and hasattr(visitor, 'among'):
+      visitor = visitor.among(running)
+    inner = type(self)(visitor, self.rescaling)
     inner._origins, inner._serial = self._origins, self._serial
+    inner.multiples = self.multiples
+    inner.repeats = self.repeats
     return inner
 
   def run(
@@ -146,6 +172,9 @@ class Walk:
 
   def materialise(self, value: Any, reason: str) -> Any:
     """The plain array behind a value of the walk, the loss being noted."""
+    if isinstance(value, Pieces):
+      arrays = [self.materialise(p, reason) for p in value.params]
+      return pieces.together(arrays, value.axis)
     if isinstance(value, Param):
       self.visitor.dropped(value.view, reason)
       return value.payload.materialise(value.view)
@@ -153,6 +182,16 @@ class Walk:
 
   def _equation(self, eqn: Any, operands: list[Any]) -> list[Any]:
     name = eqn.primitive.name
+    if any(isinstance(v, Pieces) for v in operands):
+      found = pieces.results(self, eqn, operands, self._move_params)
+      if found is not None:
+        return found
+      operands = [
+        self.materialise(v, parts.reason(eqn)) if isinstance(v, Pieces) else v
+        for v in operands
+      ]
+    if name == _RAGGED:
+      operands = self._read_ragged(eqn, operands)
     params = [i for i, v in enumerate(operands) if isinstance(v, Param)]
     if not params:
       return self._plain(eqn, operands)
@@ -161,13 +200,10 @@ class Walk:
     moved = self._move_params(eqn, operands, params)
     if moved is not None:
       return moved
-    if name in ('add', 'add_any') and len(params) == 1:
-      other, bias = operands[1 - params[0]], operands[params[0]]
-      if isinstance(other, Output) and self.visitor.biased(other, bias):
-        array = bias.payload.materialise(bias.view)
-        return compat.bind(
-          eqn, [array if v is bias else other.value for v in operands]
-        )
+    if any(isinstance(v, Output) for v in operands):
+      summed = sums.followed(self, eqn, operands)
+      if summed is not None:
+        return summed
     operands = [v.value if isinstance(v, Output) else v for v in operands]
     rule = self.rules.get(name)
     if rule is not None:
@@ -177,18 +213,40 @@ class Walk:
     ):
       for i in params:
         self.visitor.opaque(operands[i].view, name)
-    reason = _REASONS.get(name, name)
-    return compat.bind(eqn, [self.materialise(v, reason) for v in operands])
+    results = compat.bind(
+      eqn, [self.materialise(v, self._reason(eqn, v)) for v in operands]
+    )
+    if name == 'mul' and len(params) == 1:
+      self.multiples[id(results[0])] = operands[params[0]], results[0]
+    return results
+
+  def rescales(self, eqn: Any, view: View) -> bool:
+    """Whether a product does no more than set the size of a parameter."""
+    return (eqn.outvars[0], view.path) in self.rescaling.products
+
+  def _reason(self, eqn: Any, value: Any) -> str:
+    """Why an equation's operand is no leaf any more, if it is one."""
+    reason = parts.reason(eqn)
+    if isinstance(value, Param) and eqn.outvars:
+      use = eqn.outvars[0], value.view.path
+      reason += BY_ITSELF * (use in self.rescaling.by_itself)
+    return reason
 
   def _plain(self, eqn: Any, operands: list[Any]) -> list[Any]:
     if any(isinstance(v, Output) for v in operands):
       if len(operands) == 1:
-        view = moved(eqn, operands[0].view)
-        if view is not None:
+        views = [moved(eqn, term.view) for term in operands[0].terms]
+        if any(view is not None for view in views):
           (value,) = compat.bind(eqn, [operands[0].value])
-          return [Output(view, value, operands[0].use)]
+          return [operands[0].moved(value, views)]
+      summed = sums.followed(self, eqn, operands)
+      if summed is not None:
+        return summed
       operands = [v.value if isinstance(v, Output) else v for v in operands]
     results = compat.bind(eqn, operands)
+    if eqn.primitive.name == 'broadcast_in_dim' and np.size(operands[0]) == 1:
+      one = jnp.reshape(operands[0], ())
+      self.repeats[id(results[0])] = (one, results[0])
     if eqn.primitive.name in _RENAMES and len(operands) == 1:
       key = (
         eqn.primitive.name,
@@ -196,24 +254,54 @@ class Walk:
         compat.params_key(eqn),
       )
       self._origins[id(results[0])] = (key, results[0])
+      if id(operands[0]) in self.multiples:
+        leaf, _ = self.multiples[id(operands[0])]
+        self.multiples[id(results[0])] = leaf, results[0]
     return results
 
   def _product(self, eqn: Any, operands: list[Any], params: list[int]) -> Any:
-    kernels = [i for i in params if self.visitor.wants(operands[i].view)]
-    if len(kernels) != 1:
+    kernels = [
+      i
+      for i in params
+      if self.visitor.wants(operands[i].view) and operands[i].view.part is None
+    ]
+    idle = [i for i in params if self.rescales(eqn, operands[i].view)]
+    if len(kernels) != 1 or kernels[0] in idle:
       # None that is looked at, or two: which of them is the kernel?
       kernels = []
     plain = []
     for i, value in enumerate(operands):
+      if isinstance(eqn.invars[i], compat.Literal):
+        # A number; what reads rows wants an array.
+        value = np.asarray(value, eqn.invars[i].aval.dtype)
       if isinstance(value, Param) and i not in kernels:
-        reason = eqn.primitive.name
+        reason = value.view.part or eqn.primitive.name
         if len(params) == 2:
           reason += f' with {operands[1 - i].view.path}'
+        if i in idle:
+          reason = RESCALES
         value = self.materialise(value, reason)
       plain.append(value.value if isinstance(value, Output) else value)
     if kernels:
       return self.visitor.product(eqn, plain, kernels[0], self)
     return compat.bind(eqn, plain)[0]
+
+  def _read_ragged(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    """The operands, of which a `Param` is one that may be a kernel.
+
+    Raises:
+      UnsupportedError: a kernel of which each group has rows of its own, or of
+        a ragged batch.
+    """
+    *both, sizes = operands
+    sizes = self.materialise(sizes, eqn.primitive.name)
+    ways = eqn.params['ragged_dot_dimension_numbers']
+    if not (ways.rhs_group_dimensions and isinstance(both[1], Param)):
+      for i, value in enumerate(both):
+        if isinstance(value, Param):
+          self.visitor.opaque(value.view, eqn.primitive.name)
+          both[i] = self.materialise(value, eqn.primitive.name)
+    return [*both, sizes]
 
   # --- layout operations ---
 
@@ -232,21 +320,13 @@ class Walk:
       return [v if isinstance(v, Param) else next(results) for v in operands]
     if name == 'dynamic_slice' and params == [0]:
       return self._dynamic_index(eqn, operands)
+    if name in scale.SCALES:
+      return scale.scaled(self, eqn, operands, params)
     if len(operands) != 1:
       return None
     (param,) = operands
-    if name == 'slice':
-      starts, limits = eqn.params['start_indices'], eqn.params['limit_indices']
-      if any(s != 1 for s in eqn.params['strides'] or ()):
-        return None
-      lengths = [b - a for a, b in zip(starts, limits, strict=True)]
-      cut = _cut_axis(lengths, param.view)
-      if cut is None:
-        return None
-      part = _part(param, cut, starts[cut], lengths[cut])
-      return None if part is None else [part]
-    if name in ('split', 'unstack'):
-      return _parts(eqn, param)
+    if name in ('slice', 'split', 'unstack'):
+      return parts.taken(eqn, param)
     view = moved(eqn, param.view)
     if view is None:
       return None
@@ -256,76 +336,18 @@ class Walk:
     """One traced index of one axis that is one atom."""
     param = operands[0]
     lengths = eqn.params['slice_sizes']
-    axis = _cut_axis(lengths, param.view)
+    axis = parts.cut_axis(lengths, param.view.sizes)
     if axis is None or lengths[axis] != 1 or len(param.view.axes[axis]) != 1:
       return None
     start = operands[1 + axis]
     if isinstance(start, Output):
       start = start.value
-    cut = _cut(param.view, axis, 1)
+    cut = parts.cut(param.view, axis, 1)
     assert cut is not None  # an atom is cut into itself and ones
     payload = param.payload.index(cut, axis, start)
     if payload is None:
       return None
     return [Param(cut.take(axis, (Loop('traced index'), start)), payload)]
-
-
-def _cut_axis(lengths: Sequence[int], view: View) -> int | None:
-  """The one axis that a slice shortens, or None."""
-  cut = [
-    i
-    for i, (n, size) in enumerate(zip(lengths, view.sizes, strict=True))
-    if n != size
-  ]
-  return cut[0] if len(cut) == 1 else None
-
-
-def _cut(view: View, axis: int, length: int) -> View | None:
-  """The view with an axis cut into (parts, length)."""
-  parts = view.sizes[axis] // length
-  sizes = (*view.sizes[:axis], parts, length, *view.sizes[axis + 1 :])
-  return view.reshape(sizes)
-
-
-def _part(param: Param, axis: int, start: int, length: int) -> Param | None:
-  """One of the equal parts that an axis is cut into, if it is one."""
-  if not length or param.view.sizes[axis] % length or start % length:
-    return None
-  cut = _cut(param.view, axis, length)
-  if cut is None or (not cut.axes[axis]):
-    return None
-  at = start // length
-  payload = param.payload.index(cut, axis, at)
-  return None if payload is None else Param(cut.take(axis, at), payload)
-
-
-def _parts(eqn: Any, param: Param) -> list[Any] | None:
-  """`lax.split` into equal parts, or `lax.unstack`."""
-  axis = eqn.params['axis']
-  if eqn.primitive.name == 'unstack':
-    length = 1
-  else:
-    length, *others = map(int, eqn.params['sizes'])
-    if any(n != length for n in others):
-      return None
-  parts = []
-  for i in range(len(eqn.outvars)):
-    if eqn.primitive.name == 'unstack':
-      part = member(param, axis, i)
-    else:
-      part = _part(param, axis, i * length, length)
-    if part is None:
-      return None
-    parts.append(part)
-  return parts
-
-
-def member(param: Param, axis: int, at: int) -> Param | None:
-  """One index of an axis, the axis gone; None if it cannot be followed."""
-  part = _part(param, axis, at, 1)
-  if part is None:
-    return None
-  return Param(part.view.squeeze([axis]), part.payload.squeeze(axis))
 
 
 def moved(eqn: Any, view: View) -> View | None:
@@ -341,6 +363,8 @@ def moved(eqn: Any, view: View) -> View | None:
     return view.transpose(p['permutation'])
   if name == 'squeeze':
     return view.squeeze(p['dimensions'])
+  if name == 'rev':
+    return view.flip(p['dimensions'])
   if name == 'broadcast_in_dim' and len(eqn.invars) == 1:
     return view.broadcast(p['shape'], p['broadcast_dimensions'])
   if name == 'reshape':

@@ -135,7 +135,7 @@ def _operand(
 ) -> _Operand:
   plain = lambda v: _Operand(v, spec, lambda a: a)
   if not isinstance(value, Param):
-    return plain(value)
+    return plain(walk.materialise(value, 'shard_map'))
   cut, parts = _spread(value.view, spec, mesh)
   if cut is None:
     return plain(walk.materialise(value, 'shard_map'))

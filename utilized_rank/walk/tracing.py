@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from utilized_rank.tree import paths
 from utilized_rank.walk import compat
+from utilized_rank.walk import rescaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Traced:
   params: dict[str, Any]
   args: list[Any]
   out_tree: Any
+
+  @functools.cached_property
+  def rescaling(self) -> rescaling.Rescaling:
+    """What it does to its parameters before it uses them."""
+    return rescaling.find(self.jaxpr, list(self.params))
 
 
 def is_array(leaf: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -33,6 +33,17 @@ class Payload(Protocol):
     `cut` has the parts' axis at `axis` and what each holds at `axis + 1`; `at`
     is an integer, or a traced one if each part is one index of the array.
     None where the payload cannot be taken apart there.
+    """
+    ...
+
+  def scaled(
+    self, view: View, make: Callable[[Any], Any], factor: Any
+  ) -> Payload | None:
+    """The payload times a factor; None where it cannot be multiplied.
+
+    `make` multiplies an array that is laid out as the view says, as the
+    function's author wrote it; `factor` is a scalar, or has an axis for each
+    of the view's, of size one where it repeats itself.
     """
     ...
 
@@ -68,16 +79,76 @@ class Param:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bias(Param):
+  """A parameter leaf that is added to something, `scale` times.
+
+  Attributes:
+    place: identity of the addition; a leaf may be added at several.
+    scale: a number known when the function is traced.
+  """
+
+  place: Any = None
+  scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+  """Several, not all, of the equal parts that an axis of a leaf is cut into.
+
+  They lie side by side along `axis`; a product with them is one with each.
+  """
+
+  params: tuple[Param, ...]
+  axis: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Output:
-  """What a product made, while it is still only that, laid out anew.
+  """What a product made, laid out anew, or a sum that it is in.
 
   The view is over the *kernel's* atoms, rows being axes without atoms, so a
   bias that is added can be recognised by its place alone.
+
+  Attributes:
+    view: how the product's output lies in the value.
+    value: the array.
+    use: the visitor's own, of the product.
+    scale: how many times the output is in the value.
+    others: further products that are in the same value.
+    biases: leaves that are in it already.
   """
 
   view: View
   value: Any
   use: Any
+  scale: float = 1.0
+  others: tuple[Output, ...] = ()
+  biases: tuple[Bias, ...] = ()
+
+  @property
+  def terms(self) -> tuple[Output, ...]:
+    """All products in the value."""
+    return (self, *self.others)
+
+  def moved(self, value: Any, views: Sequence[View | None]) -> Output | None:
+    """The value laid out anew: every product's view, None if it is lost."""
+    terms = [
+      dataclasses.replace(term, view=view, value=value, others=(), biases=())
+      for term, view in zip(self.terms, views, strict=True)
+      if view is not None
+    ]
+    if not terms:
+      return None
+    # A leaf that is in it already is laid out as it was where it was added.
+    still = all(
+      view is not None and view.cast(term.view.dtype) == term.view
+      for view, term in zip(views, self.terms, strict=True)
+    )
+    return dataclasses.replace(
+      terms[0],
+      others=tuple(terms[1:]),
+      biases=self.biases if still else (),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,13 +212,30 @@ class Visitor(Protocol):
     """
     ...
 
-  def biased(self, output: Output, bias: Param) -> bool:
-    """A parameter is added to a product; whether that makes it its bias."""
+  def biased(self, output: Output, bias: Bias) -> bool:
+    """A parameter is added to what a product is in; whether it may take a
+    constant of the product's output."""
     ...
 
   def stacked(self, use: Any, loop: Any, size: int, is_stacked: bool) -> Any:
     """The use, seen from outside a loop that stacked or summed it."""
     ...
+
+
+class Running(NamedTuple):
+  """Which examples of a vmapped `while` are not done yet.
+
+  Attributes:
+    examples: of each, the leading axes of all that is carried.
+    test: the variable of the condition's jaxpr that says so.
+    body: the loop's body, an open jaxpr; carried values are its last inputs.
+    num_consts: its first inputs, which stay what they are.
+  """
+
+  examples: jax.Array
+  test: Any
+  body: Any
+  num_consts: int
 
 
 class Loop:
@@ -162,46 +250,71 @@ class Loop:
 
 def split(values: Sequence[Any]):
   """The arrays in a list of values, and how to put the list together again."""
-  arrays = [v.payload if isinstance(v, Param) else v for v in values]
+
+  def apart(value):
+    if isinstance(value, Pieces):
+      return [p.payload for p in value.params]
+    return value.payload if isinstance(value, Param) else value
+
+  def together(value, arrays):
+    if isinstance(value, Pieces):
+      params = map(together, value.params, arrays)
+      return dataclasses.replace(value, params=tuple(params))
+    return Param(value.view, arrays) if isinstance(value, Param) else arrays
 
   def rebuild(arrays):
-    return [
-      Param(v.view, a) if isinstance(v, Param) else a
-      for v, a in zip(values, arrays, strict=True)
-    ]
+    return [together(*pair) for pair in zip(values, arrays, strict=True)]
 
-  return arrays, rebuild
+  return [apart(v) for v in values], rebuild
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dense:
-  """A leaf that stands for itself: the array, laid out as its view says."""
+  """A leaf that stands for itself: the array, laid out as its view says.
+
+  `bare` is None, or the array without what the leaf is multiplied with.
+  """
 
   array: Any
+  bare: Any = None
+
+  def _each(self, change: Callable[[Any], Any]) -> Dense:
+    return Dense(
+      change(self.array), None if self.bare is None else change(self.bare)
+    )
 
   def relayout(self, eqn: Any, view: View) -> Dense:
     del view
-    return Dense(compat.bind(eqn, [self.array])[0])
+    return self._each(lambda array: compat.bind(eqn, [array])[0])
+
+  def scaled(
+    self, view: View, make: Callable[[Any], Any], factor: Any
+  ) -> Dense:
+    del view, factor
+    bare = self.array if self.bare is None else self.bare
+    return Dense(make(self.array), bare)
 
   def index(self, cut: View, axis: int, at: Any) -> Dense:
     n = cut.sizes[axis + 1]
     if isinstance(at, int):
-      return Dense(
-        jax.lax.slice_in_dim(self.array, at * n, at * n + n, axis=axis)
+      return self._each(
+        lambda array: jax.lax.slice_in_dim(array, at * n, at * n + n, axis=axis)
       )
-    return Dense(jax.lax.dynamic_slice_in_dim(self.array, at, n, axis))
+    return self._each(
+      lambda array: jax.lax.dynamic_slice_in_dim(array, at, n, axis)
+    )
 
   def squeeze(self, axis: int) -> Dense:
-    return Dense(jax.lax.squeeze(self.array, (axis,)))
+    return self._each(lambda array: jax.lax.squeeze(array, (axis,)))
 
   def shard(self, cut: View, spec: Any, parts: dict[int, Any]):
     del cut, parts
-    return self.array, spec, Dense
+    return self, self._each(lambda _: spec), lambda dense: dense
 
   def unstack(self, view: View):
     del view
-    return self.array, Dense
+    return self, lambda dense: dense
 
   def materialise(self, view: View) -> Any:
     del view

@@ -1,0 +1,100 @@
+"""Factors where the kernel was: spread over a mesh as its axes were."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from utilized_rank.lowrank.leaf import LowRank
+from utilized_rank.tree.layout import pieces_of
+
+L = TypeVar('L', bound=LowRank)
+
+
+def place(leaf: L, kernel: Any) -> L:
+  """The leaf on the devices of the kernel that it stands for.
+
+  Where the kernel is on a mesh, each axis of the factors is spread as it is in
+  the kernel, and the rank's over nothing. An axis that no longer divides among
+  its devices (the heads' narrower features, what an identity block leaves of
+  the outputs) is on all of them.
+
+  Args:
+    leaf: factors on the host.
+    kernel: the dense kernel.
+
+  Returns:
+    The leaf of device arrays; uncommitted ones if the kernel is on no mesh.
+  """
+  sharding = getattr(kernel, 'sharding', None)
+  if not isinstance(sharding, NamedSharding):
+    return jax.tree.map(jnp.asarray, leaf)
+  layout = leaf.layout
+  names = _names_of_atoms(leaf, sharding)
+  pick = lambda atoms: [names[a] for a in atoms]
+  groups, inputs = pick(layout.groups), pick(layout.inputs)
+  outputs = pick(layout.outputs)
+  put = lambda array, spec: _put(array, sharding.mesh, spec)
+  if leaf.b is None:  # all axes are in `a`
+    return dataclasses.replace(leaf, a=put(leaf.a, groups + inputs + outputs))
+  kept = outputs
+  if leaf.order is not None:
+    kept = [tuple(n for over in outputs for n in over)]
+  return dataclasses.replace(
+    leaf,
+    a=put(leaf.a, [*groups, *inputs, ()]),
+    b=put(leaf.b, [*groups, (), *kept]),
+    c=put(leaf.c, groups + outputs),
+  )
+
+
+def place_like(array: Any, old: Any) -> jax.Array:
+  """A host array in place of another of its shape, where that one was."""
+  sharding = getattr(old, 'sharding', None)
+  if not isinstance(sharding, NamedSharding):
+    return jnp.asarray(array, old.dtype)
+  return jax.device_put(array.astype(old.dtype), sharding)
+
+
+def _names_of_atoms(
+  leaf: LowRank, sharding: NamedSharding
+) -> list[tuple[str, ...]]:
+  """Mesh axes that each atom of the kernel is spread over.
+
+  An axis's are the outermost of its atoms that they divide.
+  """
+  layout, mesh = leaf.layout, sharding.mesh
+  names: list[tuple[str, ...]] = [() for _ in layout.atoms]
+  per_axis = pieces_of(layout.shape, layout.atoms)
+  for entry, atoms in zip(sharding.spec, per_axis):
+    over = _names(entry)
+    wide = [a for a in atoms if layout.atoms[a] > 1]
+    if wide and layout.atoms[wide[0]] % _size(mesh, over) == 0:
+      names[wide[0]] = over
+  return names
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+  if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+    return ()
+  return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _size(mesh: Any, names: tuple[str, ...]) -> int:
+  return math.prod(mesh.shape[n] for n in names)
+
+
+def _put(array: Any, mesh: Any, names: list[tuple[str, ...]]) -> Any:
+  if array is None:
+    return None
+  even = [
+    n if n and size % _size(mesh, n) == 0 else None
+    for size, n in zip(array.shape, names, strict=True)
+  ]
+  return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*even)))
