@@ -52,7 +52,7 @@ def _static_to_bytes(static: tuple[Any, ...]) -> bytes:
 def _static_of(data: Any) -> tuple[Any, ...]:
   layout, *rest = json.loads(bytes(data))
   rest = [Order(v) if isinstance(v, list) else v for v in rest]
-  return (_layout_of(layout), *rest)
+  return (_layout_of(layout), *rest, None)
 
 
 def _register_export() -> None:
