@@ -521,18 +521,19 @@ def test_sites_explain_every_leaf():
   model, variables, x = net()
   text = str(ur.find_sites(model.apply, variables, x))
   lines = text.splitlines()
-  assert len(lines) == len(jax.tree.leaves(variables)) + 2
-  line = next(v for v in lines if v.split()[0].endswith('query/kernel'))
+  assert len(lines) == len(jax.tree.leaves(variables)) + 3
+  named = {v.split()[0]: v for v in lines}
+  (line,) = [v for k, v in named.items() if k.endswith('query/kernel')]
   # Stacked over three layers, two heads of four features.
   assert line.split()[1:5] == ['3×8×2×4', '3', '8×8', '#1']
-  assert 'bias bias' in line
+  assert line.endswith('query/bias')
   assert (
     len(
       {
         v.split()[4]
-        for v in lines
+        for k, v in named.items()
         for n in ('query', 'key', 'value')
-        if v.split()[0].endswith(f'{n}/kernel')
+        if k.endswith(f'{n}/kernel')
       }
     )
     == 1
