@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
+from refused import REFUSED
 
 import utilized_rank as ur
 
@@ -373,87 +374,6 @@ def test_debug_prints_are_no_holes(capfd):
   check(moments['w'], X)
 
 
-def depthwise(p, x):
-  return lax.conv_general_dilated(
-    x[None],
-    p['w'],
-    (1,),
-    'SAME',
-    feature_group_count=4,
-    dimension_numbers=('NWC', 'WIO', 'NWC'),
-  )
-
-
-REFUSED = {
-  'mul': (
-    lambda p, x: x @ (p['w'] * jnp.arange(4.0)),
-    {'w': W},
-    'used by a multiplication with more than one number',
-  ),
-  'concatenate': (
-    lambda p, x: x @ jnp.concatenate([p['w'], p['w']], 1),
-    {'w': W},
-    'used by concatenate',
-  ),
-  'gather': (lambda p, x: p['w'][jnp.arange(3)], {'w': W}, 'used by a lookup'),
-  'two_parameters': (
-    lambda p, x: x @ (p['w'] @ p['v']),
-    {'w': W, 'v': W.copy()},
-    'dot_general with v',
-  ),
-  'two_ways': (
-    lambda p, x: jnp.tanh(x @ p['w']) @ p['w'].T,
-    {'w': W},
-    'contracted in different ways',
-  ),
-  'uneven_slices': (
-    lambda p, x: x @ p['w'][:, :1] + (x @ p['w'][:, 1:]).sum(1, keepdims=True),
-    {'w': W},
-    'a slice that is not one of equal parts',
-  ),
-  'uneven_and_even': (
-    lambda p, x: (x @ p['w'][:, :2]).sum() + (x[:, :1] @ p['w'][:1, 1:]).sum(),
-    {'w': W},
-    'a slice that is not one of equal parts',
-  ),
-  'depthwise': (
-    depthwise,
-    {'w': RNG.normal(size=(3, 1, 4))},
-    'depthwise convolution',
-  ),
-  'image': (
-    lambda p, x: lax.conv_general_dilated(
-      p['w'][None],
-      x[:3, :, None],
-      (1,),
-      'SAME',
-      dimension_numbers=('NWC', 'WIO', 'NWC'),
-    ),
-    {'w': W},
-    'the image of a convolution',
-  ),
-  'batch_groups': (
-    lambda p, x: lax.conv_general_dilated(
-      x[..., None],
-      p['w'],
-      (1,),
-      'SAME',
-      batch_group_count=2,
-      dimension_numbers=('NWC', 'WIO', 'NWC'),
-    ),
-    {'w': RNG.normal(size=(3, 1, 4))},
-    'batch groups',
-  ),
-  'broadcast': (
-    lambda p, x: x @ jnp.broadcast_to(p['w'][:1], (4, 4)),
-    {'w': W},
-    'broadcast, then contracted',
-  ),
-  'unused': (lambda p, x: x, {'w': W}, 'not used by the outputs'),
-  'bias': (lambda p, x: x @ p['v'] + p['w'], {'w': B, 'v': W}, 'bias of v'),
-}
-
-
 @pytest.mark.parametrize('name', REFUSED)
 def test_leaves_that_are_no_kernels_say_why(name):
   fn, params, reason = REFUSED[name]
@@ -521,18 +441,19 @@ def test_sites_explain_every_leaf():
   model, variables, x = net()
   text = str(ur.find_sites(model.apply, variables, x))
   lines = text.splitlines()
-  assert len(lines) == len(jax.tree.leaves(variables)) + 2
-  line = next(v for v in lines if v.split()[0].endswith('query/kernel'))
+  assert len(lines) == len(jax.tree.leaves(variables)) + 3
+  named = {v.split()[0]: v for v in lines}
+  (line,) = [v for k, v in named.items() if k.endswith('query/kernel')]
   # Stacked over three layers, two heads of four features.
   assert line.split()[1:5] == ['3×8×2×4', '3', '8×8', '#1']
-  assert 'bias bias' in line
+  assert line.endswith('query/bias')
   assert (
     len(
       {
         v.split()[4]
-        for v in lines
+        for k, v in named.items()
         for n in ('query', 'key', 'value')
-        if v.split()[0].endswith(f'{n}/kernel')
+        if k.endswith(f'{n}/kernel')
       }
     )
     == 1

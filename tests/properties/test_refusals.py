@@ -9,12 +9,12 @@ import re
 import jax
 import numpy as np
 import pytest
-import test_capture
+from refused import REFUSED
+from refused import X
 import wrappers
 
 import utilized_rank as ur
 
-REFUSED = test_capture.REFUSED
 WRAPPERS = wrappers.WRAPPERS
 # Some wrappers look for a part of this name to make a predicate of.
 PART = 'matmul'
@@ -45,7 +45,7 @@ def test_a_refusal_names_leaf_and_reason(wrap, name):
   fn, params, reason = REFUSED[name]
   wrapper = WRAPPERS[wrap]
   params = shapes(params, wrapper.lead if wrapper.stacks else ())
-  x = shapes(test_capture.X, wrapper.lead if wrapper.copies > 1 else ())
+  x = shapes(X, wrapper.lead if wrapper.copies > 1 else ())
   wrapped = wrapper.wrap(lambda p, x: {PART: fn(p[PART], x[PART])})
   args = {PART: params}, {PART: x}
   sites = ur.find_sites(wrapped, *args)

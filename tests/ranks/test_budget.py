@@ -126,7 +126,21 @@ def test_impossible_requests_are_named(problem):
     ({}, 'give one of them'),
     ({'params_fraction': 0.5, 'flops_fraction': 0.5}, 'give one of them'),
     ({'params_fraction': 1.5}, 'give one of them'),
-    ({'params_fraction': 0.01}, 'the cheapest choices cost'),
+    (
+      {'params_fraction': 0.01},
+      # Pairs of rank 1: 13 + 6 + 2 * 10, and constants of 8 + 5 + 2 * 5.
+      r'budget is 1, but the cheapest choices cost 70, of 3 kernels '
+      r'\(c at rank 1: 30; a at rank 1: 22; b at rank 1: 18\): give a',
+    ),
+    (
+      # At rank 4 a pair costs 57, and b itself 40.
+      {'params_fraction': 0.2, 'limits': [('b', (4, 5))]},
+      r'budget is 27, .* cost 92, .* \(b dense: 40; c at rank 1: 30; a at',
+    ),
+    (
+      {'params_fraction': 0.01, 'share': True},
+      r'budget is 1, .*, of 3 kernels \(c at rank 1: 30; ',
+    ),
     ({'params_fraction': 0.5, 'multiple_of': 0}, 'multiple_of=0'),
     ({'params_fraction': 0.5, 'metric': 'nats'}, "unknown metric 'nats'"),
     ({'params_fraction': 0.5, 'method': 'utilized'}, 'unknown method'),

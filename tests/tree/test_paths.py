@@ -43,3 +43,9 @@ def test_rules_that_mean_nothing(rules, message):
 def test_unknown_paths():
   assert 'did you mean' in paths.unknown('a/kernal', ['a/kernel'])
   assert 'known' in paths.unknown('zzz', ['a/kernel'])
+
+
+@pytest.mark.parametrize('rules', [['.*kernel'], '.*kernel', ('ab', True)])
+def test_rules_that_are_strings(rules):
+  with pytest.raises(ValueError, match=r'is a string: rules are a list of'):
+    paths.select(['a/kernel'], rules)

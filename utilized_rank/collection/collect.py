@@ -19,6 +19,7 @@ from utilized_rank.collection.plan import members_of
 from utilized_rank.collection.plan import passes_within
 from utilized_rank.collection.running_sums import RunningSums
 from utilized_rank.host import processes
+from utilized_rank.host.progress import say
 from utilized_rank.moments.gradients import LossFn
 from utilized_rank.moments.masks import Mask
 from utilized_rank.moments.masks import Masked
@@ -118,10 +119,13 @@ def collect(
       runs there. Where all sums do not fit, the batches are run through several
       times, as `plan(..., memory_limit=)` says, some kernels at a time; the
       sums are the same.
-    progress: show a progress bar.
+    progress: show a progress bar, and which share of the parameters the
+      kernels hold.
 
   Returns:
-    `Moments` as host arrays; float64 unless sums are plain float32.
+    `Moments` as host arrays; float64 unless sums are plain float32. A warning
+    says so where kernels hold less than half of the parameters, unless `select`
+    asked for some.
 
   Raises:
     ValueError: no batches; a batch that is empty or whose arrays disagree in
@@ -132,8 +136,8 @@ def collect(
       two arguments that do not go together.
     ValueError: the batches are an iterator and have to be run through twice;
       the limit is too low for one kernel.
-    FloatingPointError: an activation is NaN or infinite; names the kernel and
-      the batch.
+    FloatingPointError: an activation is NaN or infinite, or its squares are
+      in float32; names the kernel and the batch.
     Preempted: with `checkpoint_dir`, when the scheduler takes the machines
       away (SIGTERM, if `jax.distributed` is initialized); all is saved.
 
@@ -185,6 +189,11 @@ def collect(
       'that hide what they compute',
       stacklevel=2,
     )
+  elif select is None and sites.coverage.is_low:
+    # Who selects a part asked for it.
+    warnings.warn(f'most is not measured: {sites.coverage}', stacklevel=2)
+  if progress:
+    say(str(sites.coverage))
 
   def sums_of(members):
     """The running sums of some kernels."""
@@ -217,7 +226,10 @@ def collect(
     if everywhere:
       _agree_on_passes(members)
   if len(members) == 1:
-    return feeding.run(sums_of(sites), sites, stream, checkpoint_dir, 'collect')
+    moments = feeding.run(
+      sums_of(sites), sites, stream, checkpoint_dir, 'collect'
+    )
+    return moments.covering(sites.coverage)
   passes.check_repeatable(batches, len(members))
 
   def collect_pass(number, folder):
@@ -227,7 +239,7 @@ def collect(
     return feeding.run(sums_of(some), some, again, folder, said)
 
   parts = passes.each(members, sites, collect_pass, checkpoint_dir, everywhere)
-  return passes.join(parts, kernels)
+  return passes.join(parts, kernels).covering(sites.coverage)
 
 
 def _check_together(pairs: Iterable[tuple[str, Any, str, Any]]) -> None:

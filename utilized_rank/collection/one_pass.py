@@ -8,6 +8,7 @@ import itertools
 import os
 from typing import Any
 
+import jax
 import numpy as np
 
 from utilized_rank.collection.running_sums import RunningSums
@@ -129,7 +130,7 @@ def started(batches: Iterable[Any], everywhere: bool) -> Started:
   Raises:
     ValueError: there is none, on any process if all collect together.
   """
-  stream = iter(batches)
+  stream = iter(several(batches))
   first = next(stream, None)
   told = [[first is not None]]
   if everywhere:
@@ -143,19 +144,45 @@ def started(batches: Iterable[Any], everywhere: bool) -> Started:
   return Started(first, stream)
 
 
+def several(batches: Iterable[Any]) -> Iterable[Any]:
+  """The batches, if they are not one batch.
+
+  Raises:
+    ValueError: they are an array, a dictionary or a string.
+  """
+  if hasattr(batches, 'shape') and hasattr(batches, 'dtype'):
+    one = f'an array of shape {tuple(batches.shape)}'
+  elif isinstance(batches, (Mapping, str, bytes)):
+    one = f'a {type(batches).__name__}'
+  else:
+    return batches
+  raise ValueError(
+    f'batches is {one}, not several batches: pass a list of them, or [batch] '
+    'for a single one'
+  )
+
+
 def check_batch(batch: Any, number: int) -> int:
   """The number of examples in a batch.
 
   Raises:
-    ValueError: it has none, or its arrays disagree.
+    ValueError: it has none, an entry is no array of numbers, or its arrays
+      disagree.
   """
   named, _ = paths.flatten(batch)
-  sizes = {p: np.shape(v)[:1] for p, v in named.items()}
-  if not sizes or any(s == () for s in sizes.values()):
+  for path, entry in named.items():
+    if wrong := _no_array(entry):
+      where = f'at {path!r} ' if path else ''
+      raise ValueError(
+        f'batch {number} must be a pytree of arrays that lead with the batch '
+        f'axis, and {where}there is {wrong}'
+      )
+  if not named:
     raise ValueError(
       f'batch {number} must be a pytree of arrays that lead with the batch '
-      f'axis, got {sizes or batch!r}'
+      f'axis, and this {type(batch).__name__} holds none'
     )
+  sizes = {p: np.shape(v)[:1] for p, v in named.items()}
   if len(set(sizes.values())) > 1:
     raise ValueError(
       f'the arrays of batch {number} disagree in their leading axis: '
@@ -165,3 +192,21 @@ def check_batch(batch: Any, number: int) -> int:
   if not size:
     raise ValueError(f'batch {number} is empty')
   return size
+
+
+def _no_array(entry: Any) -> str:
+  """What an entry of a batch is, if it is no array of numbers; '' if it is."""
+  kind = type(entry).__name__
+  if isinstance(entry, (str, bytes)):
+    return f'a {kind}: make numbers of it, or leave it out'
+  if isinstance(entry, (bool, int, float, complex)):
+    return f'the {kind} {entry}: make one array of a list, as np.array does'
+  is_array = isinstance(entry, (jax.Array, np.ndarray, np.generic))
+  if not is_array and not hasattr(entry, '__jax_array__'):
+    module = type(entry).__module__.partition('.')[0]
+    return f'a {kind} of {module}: make a numpy array of it'
+  if not np.shape(entry):
+    return f'an array without axes, {entry.dtype}'
+  if isinstance(entry, np.ndarray) and entry.dtype.kind in 'OSUMm':
+    return f'an array of {entry.dtype}, which JAX does not have'
+  return ''

@@ -16,6 +16,7 @@ from utilized_rank.collection.devices import Devices
 from utilized_rank.collection.devices import Measure
 from utilized_rank.collection.snapshots import Snapshots
 from utilized_rank.linalg import gram
+from utilized_rank.linalg.overflow import not_finite
 from utilized_rank.linalg.sketch import Sketch
 from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.sites import Site
@@ -114,15 +115,9 @@ class RunningSums:
     self._pending = None
     finite = np.asarray(finite).all(0)
     if not finite.all():
-      bad = int(np.argmin(finite))
       assert self.state is not None
-      table, inputs = self.state[0].table, len(self.state[0].sums)
-      what, users = 'input', [e.path for e in table if e.index == bad]
-      if bad >= inputs:
-        what = "loss's gradient at the output"
-        users = [table[bad - inputs].path]
       raise FloatingPointError(
-        f'the {what} of {users} is NaN or infinite in batch {number}'
+        f'{_not_finite(self.state[0], finite)} (batch {number})'
       )
     if np.asarray(most).max() > _MOST_ROWS:
       self._flush()
@@ -199,6 +194,21 @@ class RunningSums:
     return done, place
 
 
+def _not_finite(state: Moments, finite: Any) -> str:
+  """What is not finite, of what `_add` looked at."""
+  bad = int(np.argmin(finite))
+  inputs = len(state.sums)
+  wrong = 'is NaN or infinite, or its squares overflow float32'
+  if bad >= inputs:
+    path = state.table[bad - inputs].path
+    return f"the loss's gradient at the output of {path!r} {wrong}"
+  users = [e for e in state.table if e.index == bad]
+  if users[0].side == 'output':
+    return f'the input or output of {[e.path for e in users]} {wrong}'
+  wrong = not_finite(0.0 if finite[bad - inputs] else np.nan)
+  return f'the input of {[e.path for e in users]} {wrong}'
+
+
 def _bytes_on_device(array: Any) -> int:
   return math.prod(array.sharding.shard_shape(array.shape)) * (
     array.dtype.itemsize
@@ -206,14 +216,15 @@ def _bytes_on_device(array: Any) -> int:
 
 
 def _add(state: State, new: Moments):
-  """state + new, whether each input (then each gradient) of `new` is finite,
-  and the most rows."""
+  """state + new, whether the squares of each input and of each gradient of
+  `new` are finite, then each input's plain sum, and the most rows."""
   trace = lambda second: jnp.sum(
     second.diagonal if isinstance(second, Sketch) else gram.trace(second)
   )
   finite = jnp.stack(
     [jnp.isfinite(jnp.sum(s.total) + trace(s.panels)) for s in new.sums]
     + [jnp.isfinite(trace(g)) for g in new.grads or ()]
+    + [jnp.isfinite(s.total).all() for s in new.sums]
   )
   state = accumulation.add(*state, new)
   most = jnp.stack([jnp.max(s.count) for s in state[0].sums]).max()

@@ -10,6 +10,7 @@ import jax
 
 from utilized_rank.collection.collect import collect
 from utilized_rank.collection.one_pass import check_batch
+from utilized_rank.collection.one_pass import several
 from utilized_rank.compression import holdout
 from utilized_rank.compression.candidates import Candidate
 from utilized_rank.compression.candidates import Compressed
@@ -174,7 +175,7 @@ def _first(
   batches: Iterable[Any], enough: int
 ) -> tuple[list[Any], Iterable[Any]]:
   """The first batches, of `enough` examples, and all, the first among them."""
-  rest = iter(batches)
+  rest = iter(several(batches))
   kept: list[Any] = []
   examples = 0
   while examples < enough and (batch := next(rest, None)) is not None:

@@ -17,6 +17,7 @@ import numpy as np
 from utilized_rank.linalg import gram
 from utilized_rank.linalg import subspace
 from utilized_rank.linalg.nystrom import Nystrom
+from utilized_rank.linalg.overflow import not_finite
 from utilized_rank.linalg.sketch import Sketch
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.moments.moments import Moment
@@ -162,6 +163,21 @@ def kernels(
   return _pairs(named, moments, order, centered)
 
 
+def _check_finite(path: str, moment: Moment) -> None:
+  """Raises ValueError for sums that are NaN or infinite."""
+  is_finite = lambda tree: all(
+    np.all(np.isfinite(np.asarray(a))) for a in jax.tree.leaves(tree)
+  )
+  sums = moment.sums
+  why = ''
+  if not is_finite((sums.total, sums.panels)):
+    if moment.entry.side != 'output':
+      why = f': what it reads {not_finite(sums.total)}'
+  elif is_finite((moment.grad_panels, moment.row_grad)):
+    return
+  raise ValueError(f'the moments of {path!r} hold NaN or infinite values{why}')
+
+
 def _pairs(
   named: dict[str, Any], moments: Moments, order: list[str], centered: bool
 ) -> Iterator[tuple[str, Iterator[Kernel]]]:
@@ -173,14 +189,7 @@ def _pairs(
     leaf = np.asarray(named[path])
     if not np.all(np.isfinite(leaf)):
       raise ValueError(f'kernel {path!r} holds NaN or infinite values')
-    for known in (
-      moment.sums.total,
-      *jax.tree.leaves(moment.sums.panels),
-      *(moment.grad_panels or ()),
-      moment.row_grad,
-    ):
-      if known is not None and not np.all(np.isfinite(np.asarray(known))):
-        raise ValueError(f'the moments of {path!r} hold NaN or infinite values')
+    _check_finite(path, moment)
     if at not in shared:
       shared[at] = _bases(moment, centered)
     yield path, _members(path, leaf, moment, centered, deque(shared[at]))

@@ -13,6 +13,11 @@ T = TypeVar('T')
 LINE_INTERVAL = 30.0
 
 
+def say(text: str) -> None:
+  """Shows one line on stderr."""
+  print(text, file=sys.stderr, flush=True)
+
+
 def track(
   iterable: Iterable[T],
   *,
@@ -78,9 +83,9 @@ def _lines(iterable, total, desc, unit, initial, status):
       text += f' {unit}, {rate:.3g} {unit}/s'
     if status is not None:
       text += f', {status()}'
-    print(text, file=sys.stderr, flush=True)
+    say(text)
   if 0 < told < done:
     # Who read that it goes on may read that it is done.
     seconds = time.monotonic() - start
     text = f'{desc}: {initial + done} {unit}, done in {seconds:.0f} s'
-    print(text, file=sys.stderr, flush=True)
+    say(text)

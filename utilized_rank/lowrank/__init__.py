@@ -6,6 +6,7 @@
 * `narrow_heads`: kernels of attention whose heads are narrower.
 * `serialize`: leaves known to `jax.export` and, where it is, to Flax.
 * `stack`: layers of a scan taken apart and put together.
+* `restored`: pairs that were restored as dictionaries.
 * `store`: from float64 pairs to leaves, constants where they fit; `place`:
   on the devices of the kernels.
 """

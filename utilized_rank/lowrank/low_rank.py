@@ -11,6 +11,7 @@ import jax
 
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.leaf import with_left
+from utilized_rank.lowrank.restored import explained
 from utilized_rank.products import describe
 from utilized_rank.products.factored import Factored
 from utilized_rank.tree.layout import View
@@ -53,18 +54,8 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
 
   @functools.wraps(fn)
   def factored(params, *args, **kwargs):
-    traced = tracing.trace(
-      fn,
-      params,
-      args,
-      kwargs,
-      is_low_rank,
-      lambda leaf: (
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        if is_low_rank(leaf)
-        else leaf
-      ),
-    )
+    with explained(params):
+      traced = tracing.trace(fn, params, args, kwargs, is_low_rank, _shape_of)
     params = with_left(traced.params)
     values = [
       Param(
@@ -88,6 +79,12 @@ def low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
     )
 
   return factored
+
+
+def _shape_of(leaf: Any) -> Any:
+  if not is_low_rank(leaf):
+    return leaf
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def _token(by: Any) -> Any:

@@ -2,6 +2,7 @@
 
 * `moments`: sums, means and second moments of every kernel.
 * `sites`: the products of every leaf, or why there is none.
+* `coverage`: which share of the parameters kernels hold.
 * `capture`: a function with what its kernels read beside its outputs.
 * `collector`, `assembly`: what a walk emits, and how it becomes sums.
 * `rows`, `counting`, `masks`: which rows count, and what is padding.

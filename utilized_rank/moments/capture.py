@@ -18,6 +18,7 @@ from utilized_rank.moments.sides import INPUTS
 from utilized_rank.moments.sides import Columns
 from utilized_rank.moments.sides import Sides
 from utilized_rank.moments.sites import Sites
+from utilized_rank.moments.sites import no_arrays
 from utilized_rank.tree import paths
 from utilized_rank.tree.layout import View
 from utilized_rank.walk import tracing
@@ -126,6 +127,7 @@ def find_sites(
   b         3                         - bias of w
   w       4×3             4×3     #0  dot; bias b
   1 kernels of 2 leaves, 1 distinct inputs (one number, one value)
+  kernels hold 80.0% of the 15 parameters
   """
   found = []
 
@@ -183,8 +185,9 @@ def _capture(fn, params, args, kwargs, rules, on_opaque, sides, counting=EVERY):
   outs = [walk.materialise(v, 'output') for v in outs]
   outputs = jax.tree.unflatten(traced.out_tree, outs)
   sites, sums = collector.finish(list(walk.tape.emissions.values()))
+  sites.others = no_arrays(params)
   table = tuple(
     Entry(**{f.name: getattr(s, f.name) for f in dataclasses.fields(Entry)})
     for s in sites.values()
   )
-  return outputs, Moments(table, sums), sites
+  return outputs, Moments(table, sums, coverage=sites.coverage), sites

@@ -57,6 +57,9 @@ class Collector:
     self.conflicts: dict[str, str] = {}
     # path -> reasons, in order of appearance (dicts keep it).
     self.drops: dict[str, dict[str, None]] = {p: {} for p in params}
+    # path of what is added to products -> paths of their kernels.
+    self.added: dict[str, dict[str, None]] = {}
+    self.integers: dict[str, TypeError] = {}
 
   def wants(self, view: View) -> bool:
     return self.selected is None or self.selected[view.path]
@@ -91,11 +94,16 @@ class Collector:
       self.dropped(view, f'a scale of {dtypes[0]} numbers')
       return out
     if not compat.is_floating(dtypes[0]) or compat.is_complex(dtypes[1]):
-      raise TypeError(
+      error = TypeError(
         f'kernel {view.path!r} is {dtypes[0]} and multiplies {dtypes[1]}; '
         'moments are for real floating kernels of real inputs: leave it out '
         f"with select=[('{view.path}', False), ...]"
       )
+      if self.selected is not None or not compat.is_integer(dtypes[0]):
+        raise error
+      self.integers[view.path] = error
+      self.dropped(view, f'{eqn.primitive.name} as {dtypes[0]}')
+      return out
     tokens = [by for _, by in product.view.taken]
     loops = frozenset(t for t in tokens if isinstance(t, Loop))
     traced = [(a, by) for a, by in product.view.taken if isinstance(by, tuple)]
@@ -147,6 +155,7 @@ class Collector:
   def biased(self, output: Output, bias: Bias) -> bool:
     if not is_bias(output.use.product, output.view, bias.view):
       return False
+    self.added.setdefault(bias.view.path, {})[output.use.path] = None
     of_output, of_bias = output.view.scale, bias.view.scale
     if of_output is None or not of_bias:
       return False  # by how much a constant of x W is scaled is not known
@@ -167,6 +176,8 @@ class Collector:
     for emission in emissions:
       for use in emission.uses:
         uses.setdefault(use.path, []).append((emission, use))
+    if not uses and self.integers:
+      raise next(iter(self.integers.values()))
     biases = self._biases(uses)
     sites: dict[str, Site] = {}
     sums: list[Sums] = []
@@ -275,8 +286,10 @@ class Collector:
         unseen[path] = f'HOLE: {reasons}: its parts have no moments'
       elif reasons:
         unseen[path] = f'used by {reasons}'
+      elif path in self.added:
+        unseen[path] = f'added to products of {" and ".join(self.added[path])}'
       else:
-        unseen[path] = 'added to a product, or not used by the outputs'
+        unseen[path] = 'not used by the outputs'
     if self.selected is not None:
       missing = [
         p

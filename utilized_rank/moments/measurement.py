@@ -102,6 +102,7 @@ class Measurement:
         tuple(grads[path] for path in moments),
         examples,
         rows,
+        moments.coverage,
       )
 
     return sums

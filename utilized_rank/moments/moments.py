@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from utilized_rank.linalg import gram
 from utilized_rank.linalg.nystrom import Nystrom
 from utilized_rank.linalg.nystrom import nystrom
 from utilized_rank.linalg.sketch import Sketch
+from utilized_rank.moments.coverage import Coverage
 from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Layout
 
@@ -236,6 +238,14 @@ def _divisor(count: Any, sums: Any) -> Any:
   return at_least_one.astype(sums.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  """What of moments is no sum; what else there is does not tell them apart."""
+
+  table: tuple[Entry, ...]
+  coverage: Coverage | None = dataclasses.field(compare=False, repr=False)
+
+
 @jax.tree_util.register_pytree_node_class
 class Moments(Mapping[str, Moment]):
   """Moments of every selected kernel: a mapping from leaf path to `Moment`.
@@ -259,6 +269,7 @@ class Moments(Mapping[str, Moment]):
     grads: tuple[gram.Panels, ...] | None = None,
     examples: Any = None,
     row_grads: tuple[Any, ...] | None = None,
+    coverage: Coverage | None = None,
   ):
     """Made by `capture` and `collect`.
 
@@ -270,21 +281,25 @@ class Moments(Mapping[str, Moment]):
       examples: number of examples behind `grads`.
       row_grads: sums of the squared gradients of each entry's rows,
         (*groups, d); None unless they were asked for.
+      coverage: which share of the parameters the kernels hold; not looked at
+        where moments are compared or merged. None where it is not known.
     """
     self.table = table
     self.sums = sums
     self.grads = grads
     self.examples = examples
     self.row_grads = row_grads
+    self.coverage = coverage
     self._places = {entry.path: i for i, entry in enumerate(table)}
 
   def tree_flatten(self):
     children = self.sums, self.grads, self.examples, self.row_grads
-    return children, self.table
+    return children, _Static(self.table, self.coverage)
 
   @classmethod
-  def tree_unflatten(cls, table, children) -> Moments:
-    return cls(table, *children)
+  def tree_unflatten(cls, static, children) -> Moments:
+    sums, grads, examples, rows = children
+    return cls(static.table, sums, grads, examples, rows, static.coverage)
 
   def __getitem__(self, path: str) -> Moment:
     if path not in self._places:
@@ -303,7 +318,17 @@ class Moments(Mapping[str, Moment]):
 
   def only(self, wanted: Collection[str]) -> Moments:
     """The same for some of the kernels."""
-    return self._at([i for i, e in enumerate(self.table) if e.path in wanted])
+    some = self._at([i for i, e in enumerate(self.table) if e.path in wanted])
+    if self.coverage is None:
+      return some
+    sizes = {e.path: math.prod(e.layout.shape) for e in self.table}
+    left = {path: n for path, n in sizes.items() if path not in wanted}
+    return some.covering(self.coverage.without(left))
+
+  def covering(self, coverage: Coverage | None) -> Moments:
+    """The same, with what is known of the other parameters."""
+    sums = self.sums, self.grads, self.examples, self.row_grads
+    return Moments(self.table, *sums, coverage)
 
   def _at(self, places: Sequence[int]) -> Moments:
     pick = lambda v: None if v is None else tuple(v[i] for i in places)
@@ -367,6 +392,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
         f'one of the two has {what} and the other has none; collect both with '
         f'the same {option}='
       )
+  a = a.covering(a.coverage or b.coverage)
   in_order, _ = b._at([b._places[path] for path in a]).tree_flatten()
   b = Moments(a.table, *in_order)
   return jax.tree.map(lambda x, y: x + y, a, b)

@@ -5,10 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 import dataclasses
+from typing import Any
 
+import jax
+
+from utilized_rank.moments.coverage import Coverage
 from utilized_rank.moments.moments import Entry
 from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Layout
+from utilized_rank.walk import tracing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Sites(Mapping[str, Site]):
     shapes: every leaf's shape.
     holes: leaves that enter a primitive which hides its computation, and the
       primitive; empty unless `on_opaque='report'`.
+    others: leaves that are no arrays, and what they are.
   """
 
   def __init__(
@@ -47,15 +53,19 @@ class Sites(Mapping[str, Site]):
     unseen: dict[str, str],
     shapes: dict[str, tuple[int, ...]],
     holes: dict[str, str],
+    others: dict[str, str] | None = None,
   ):
     self._sites = sites
     self.unseen = unseen
     self.shapes = shapes
     self.holes = holes
+    self.others = others or {}
 
   def __getitem__(self, path: str) -> Site:
     if path in self._sites:
       return self._sites[path]
+    if path in self.others:
+      raise KeyError(f'{path!r} is not a site: {self.others[path]}')
     if path in self.unseen:
       raise KeyError(f'{path!r} is not a site: {self.unseen[path]}')
     raise KeyError('no leaf ' + paths.unknown(path, self.shapes))
@@ -65,6 +75,11 @@ class Sites(Mapping[str, Site]):
 
   def __len__(self) -> int:
     return len(self._sites)
+
+  @property
+  def coverage(self) -> Coverage:
+    """Which share of the parameters the kernels hold."""
+    return Coverage.of(self.shapes, self.unseen)
 
   def __str__(self) -> str:
     rows = [('leaf', 'shape', 'groups', 'matrix', 'input', 'notes')]
@@ -77,6 +92,7 @@ class Sites(Mapping[str, Site]):
       groups = '×'.join(map(str, site.layout.group_shape))
       matrix = '×'.join(map(str, site.matrix_shape))
       rows.append((path, dims, groups, matrix, f'#{site.index}', _notes(site)))
+    rows += [(p, '', '', '', '', f'- {why}') for p, why in self.others.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     right = (False, True, True, True, True)
     lines = []
@@ -91,6 +107,7 @@ class Sites(Mapping[str, Site]):
       f'{len(self)} kernels of {len(self.shapes)} leaves, {shared} distinct '
       'inputs (one number, one value)'
     )
+    lines.append(str(self.coverage))
     return '\n'.join(lines)
 
 
@@ -101,10 +118,37 @@ def _notes(site: Site) -> str:
   if site.columns:
     notes.append(f'sketch of {site.columns} columns')
   if site.bias is not None:
-    notes.append(f'bias {site.bias.rsplit("/", 1)[-1]}')
+    notes.append(f'bias {site.bias}')
   if site.also:
     notes.append('also ' + ', '.join(site.also))
   return '; '.join(notes)
+
+
+def no_arrays(params: Any) -> dict[str, str]:
+  """Path to what it is, of every leaf that is no array.
+
+  >>> no_arrays({'w': jnp.ones(2), 'rate': 0.1})
+  {'rate': 'no array: a float, which stays as it is'}
+  """
+  named, _ = paths.flatten(params)
+  return {p: _other(v) for p, v in named.items() if not tracing.is_array(v)}
+
+
+def _other(leaf: Any) -> str:
+  kind = type(leaf).__name__
+  of = type(leaf).__module__.partition('.')[0]
+  if any(map(tracing.is_array, jax.tree.leaves(getattr(leaf, 'value', None)))):
+    # A variable that is no pytree: the function reads it by itself.
+    how = 'take the arrays out, and put them in inside the function'
+    if of == 'penzai':
+      how += (
+        ' (model, params = pz.unbind_params(model, freeze=True), and '
+        'pz.bind_variables(model, params))'
+      )
+    return f'HIDDEN: a {kind} of {of} that JAX cannot look into: {how}'
+  if hasattr(leaf, 'shape') and hasattr(leaf, 'dtype'):
+    return f'HIDDEN: a {kind} of {of}: make an array of it'
+  return f'no array: a {kind}, which stays as it is'
 
 
 def layout_conflict(layouts: list[Layout]) -> str:

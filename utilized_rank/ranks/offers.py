@@ -22,6 +22,8 @@ from utilized_rank.ranks.latency import LatencyTable
 
 # Combinations that are looked at together, for memory's sake.
 _BLOCK = 4_000_000
+# Kernels that an error names.
+_MOST_NAMES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +78,12 @@ class Offer(NamedTuple):
   Attributes:
     ranks: for each choice, the ranks that it stands for.
     choices: their costs and damages.
+    names: the kernels that they are of, for errors.
   """
 
   ranks: list[dict[Key, int]]
   choices: Choices
+  names: tuple[str, ...] = ()
 
 
 def offer(terms: Terms, key: Key, families: Families) -> Offer:
@@ -124,7 +128,9 @@ def _ranks(terms: Terms, key: Key, families: Families) -> Offer:
     costs = np.append(costs[cheaper], dense)
     damages = np.append(damages[cheaper], 0.0)
   return Offer(
-    [{key: int(r)} if r else {} for r in ranks], Choices(costs, damages)
+    [{key: int(r)} if r else {} for r in ranks],
+    Choices(costs, damages),
+    names,
   )
 
 
@@ -135,12 +141,35 @@ def spend(
 
   Returns:
     For each offer the ranks that it stands for, and its cost.
+
+  Raises:
+    ValueError: the lowest ranks of all cost more.
   """
+  least = [int(np.argmin(offer.choices.costs)) for offer in found]
+  costs = [int(o.choices.costs[i]) for o, i in zip(found, least, strict=True)]
+  if sum(costs) > budget:
+    dearest = sorted(range(len(found)), key=lambda k: -costs[k])[:_MOST_NAMES]
+    named = [f'{_said(found[k], least[k])}: {costs[k]:,}' for k in dearest]
+    raise ValueError(
+      f'the budget is {budget:,}, but the cheapest choices cost '
+      f'{sum(costs):,}, of {len(found)} kernels ({"; ".join(named)}'
+      f'{"; …" if len(found) > len(named) else ""}): give a larger share, or '
+      'ask for less by multiple_of and limits'
+    )
   picks = allocate([o.choices for o in found], budget).picks
   return [
     (offer.ranks[pick], int(offer.choices.costs[pick]))
     for offer, pick in zip(found, picks, strict=True)
   ]
+
+
+def _said(offer: Offer, pick: int) -> str:
+  """Whose ranks a choice is of, and which."""
+  at = [
+    f'{" and ".join(shared_left.names_of(key))} at rank {rank}'
+    for key, rank in offer.ranks[pick].items()
+  ]
+  return ', '.join(at) or f'{" and ".join(offer.names)} dense'
 
 
 def _both(one: Offer, two: Offer) -> Offer:
@@ -159,6 +188,7 @@ def _both(one: Offer, two: Offer) -> Offer:
   return Offer(
     [{**one.ranks[a], **two.ranks[b]} for a, b in zip(i[best], j[best])],
     Choices(cost[best], damage[best]),
+    one.names + two.names,
   )
 
 
@@ -167,7 +197,8 @@ def _either(one: Offer, two: Offer) -> Offer:
   cost = np.r_[one.choices.costs, two.choices.costs]
   damage = np.r_[one.choices.damages, two.choices.damages]
   best = _unbeaten(cost, damage)
-  return Offer([ranks[i] for i in best], Choices(cost[best], damage[best]))
+  choices = Choices(cost[best], damage[best])
+  return Offer([ranks[i] for i in best], choices, one.names)
 
 
 def _unbeaten(costs: np.ndarray, damages: np.ndarray) -> np.ndarray:

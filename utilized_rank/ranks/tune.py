@@ -19,6 +19,7 @@ import warnings
 
 import numpy as np
 
+from utilized_rank.collection.one_pass import several
 from utilized_rank.factorization import methods
 from utilized_rank.factorization.decompose import Families
 from utilized_rank.factorization.decompose import decompose
@@ -142,7 +143,7 @@ def tune_ranks(
   Raises:
     ValueError: as `budget_ranks`; no batches.
   """
-  if not batches:
+  if not several(batches):
     raise ValueError('tune_ranks needs at least one batch to try ranks on')
   allocate = functools.partial(
     budget_ranks,

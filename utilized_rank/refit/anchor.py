@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank.collection.one_pass import check_batch
+from utilized_rank.collection.one_pass import several
 from utilized_rank.factorization import certify
 from utilized_rank.factorization import methods
 from utilized_rank.factorization.kernels import member_name
@@ -186,7 +187,7 @@ def checked(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
   Raises:
     ValueError: there is none.
   """
-  stream = iter(batches)
+  stream = iter(several(batches))
   first = next(stream, None)
   if first is None:
     raise ValueError('at least one batch is needed, got none')

@@ -27,6 +27,7 @@ from utilized_rank.linalg import best_pairs
 from utilized_rank.linalg import eigh
 from utilized_rank.linalg import subspace
 from utilized_rank.linalg.best_pairs import Pair
+from utilized_rank.linalg.overflow import not_finite
 from utilized_rank.linalg.subspace import Basis
 from utilized_rank.refit.readings import PairSums
 
@@ -84,7 +85,8 @@ def inputs(
   mean, mean_hat = of('total') / n, of('total_hat') / n
   h, k = of('second_hat') / n, of('cross') / n
   if not (np.all(np.isfinite(h)) and np.all(np.isfinite(k))):
-    raise FloatingPointError(f'what {path!r} reads is NaN or infinite')
+    wrong = not_finite(np.append(mean, mean_hat))
+    raise FloatingPointError(f'what {path!r} reads {wrong}')
   if centered:
     h = h - np.outer(mean_hat, mean_hat)
     k = k - np.outer(mean_hat, mean)

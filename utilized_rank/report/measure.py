@@ -39,7 +39,8 @@ def measure(
   Returns:
     A `Report` with k_S, k_T, r, utilization and spectra per layer. Of kernels
     that were measured from the output side k_S is not known, and r is k_T,
-    which it cannot exceed.
+    which it cannot exceed. It says which share of the parameters the kernels
+    hold, and what else there is.
 
   Raises:
     ValueError: the energy is outside (0, 1], or the moments are not of these
@@ -67,7 +68,7 @@ def measure(
   if progress:
     total = sum(moments[path].layout.num_groups for path in moments)
     layers = track(layers, total=total, desc='measure', unit='kernel')
-  return Report(list(layers), energy, centered)
+  return Report(list(layers), energy, centered, moments.coverage)
 
 
 def _layer(kernel: Kernel, energy: float, moments: Moments) -> LayerReport:

@@ -17,7 +17,15 @@ from utilized_rank.report import plots
 from utilized_rank.report import tables
 from utilized_rank.report.layer import LayerReport
 
-META_KEYS = ('title', 'config', 'versions', 'seconds', 'centered', 'energy')
+META_KEYS = (
+  'title',
+  'config',
+  'versions',
+  'seconds',
+  'centered',
+  'energy',
+  'coverage',
+)
 
 _TERMS = (
   (
@@ -75,7 +83,8 @@ def html(
     runs: as for `tables.run_table`; empty where nothing was compressed.
     meta: any of `title`, `config` (name, or a mapping of settings),
       `versions` (package to version), `seconds` (stage to seconds),
-      `centered` (whether the moments were), `energy` (of the layers).
+      `centered` (whether the moments were), `energy` (of the layers),
+      `coverage` (which parameters they are, in a line).
 
   Raises:
     ValueError: there is no layer, a run lacks a key, or `meta` has a key
@@ -154,6 +163,8 @@ def _heading(
     facts.append('centred' if meta['centered'] else 'uncentred')
   facts.append(f'energy {energy:g}')
   facts.extend(tables.how_collected(layers))
+  if meta.get('coverage'):
+    facts.append(meta['coverage'])
   line = ' · '.join(escape(fact) for fact in facts)
   return f'<header><h1>{escape(title)}</h1>\n<p class="sub">{line}</p></header>'
 

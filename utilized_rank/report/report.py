@@ -13,6 +13,8 @@ import numpy as np
 from utilized_rank.host import files
 from utilized_rank.linalg import subspace
 from utilized_rank.linalg.subspace import check_energy
+from utilized_rank.moments import coverage as coverages
+from utilized_rank.moments.coverage import Coverage
 from utilized_rank.report import tables
 from utilized_rank.report.layer import LayerReport
 from utilized_rank.report.layer import utilized
@@ -35,6 +37,8 @@ class Report(Mapping[str, LayerReport]):
   Attributes:
     energy: share of the spectra that ranks are given at.
     centered: whether spectra are about the mean.
+    coverage: which share of the parameters the layers hold, and the largest
+      of the others; None where it is not known.
     recipe: how `compress` made the tree that it returned with this report;
       None from `measure`.
   """
@@ -42,10 +46,15 @@ class Report(Mapping[str, LayerReport]):
   recipe: Recipe | None = None
 
   def __init__(
-    self, layers: Sequence[LayerReport], energy: float, centered: bool
+    self,
+    layers: Sequence[LayerReport],
+    energy: float,
+    centered: bool,
+    coverage: Coverage | None = None,
   ):
     self.energy = energy
     self.centered = centered
+    self.coverage = coverage
     self._layers = {layer.name: layer for layer in layers}
 
   def __getitem__(self, name: str) -> LayerReport:
@@ -89,6 +98,7 @@ class Report(Mapping[str, LayerReport]):
         f'energy {self.energy}, spectra {about}; rows per input feature at '
         f'least {least.rows_per_feature:.3g} ({least.name})',
         *tables.how_collected(self.layers),
+        *([] if self.coverage is None else [str(self.coverage)]),
       ]
     )
 
@@ -108,7 +118,10 @@ class Report(Mapping[str, LayerReport]):
     """
     from utilized_rank.report import page
 
-    about = {'energy': self.energy, 'centered': self.centered, **(meta or {})}
+    about: dict[str, Any] = {'energy': self.energy, 'centered': self.centered}
+    if self.coverage is not None:
+      about['coverage'] = str(self.coverage)
+    about |= meta or {}
     return page.html(self.layers, self.utilization_at(ENERGIES), runs, about)
 
   def plot(self) -> Figure:
@@ -125,6 +138,7 @@ class Report(Mapping[str, LayerReport]):
     return {
       'energy': self.energy,
       'centered': self.centered,
+      'coverage': self._kept_coverage,
       'mean_layer_utilization': {
         str(e): u for e, u in self.utilization_at(energies).items()
       },
@@ -151,6 +165,11 @@ class Report(Mapping[str, LayerReport]):
       ],
     }
 
+  @property
+  def _kept_coverage(self) -> dict[str, Any] | None:
+    known = self.coverage
+    return None if known is None else dataclasses.asdict(known)
+
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes the report, spectra included, as one JSON file.
 
@@ -159,6 +178,7 @@ class Report(Mapping[str, LayerReport]):
     record = {
       'energy': self.energy,
       'centered': self.centered,
+      'coverage': self._kept_coverage,
       'layers': [
         {
           **dataclasses.asdict(layer),
@@ -189,6 +209,7 @@ class Report(Mapping[str, LayerReport]):
       [layer_of(layer) for layer in record['layers']],
       record['energy'],
       record['centered'],
+      coverages.from_record(record.get('coverage')),
     )
     return files.read_json(path, 'utilization report', make)
 

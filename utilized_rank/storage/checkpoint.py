@@ -26,10 +26,12 @@ from utilized_rank.linalg.sketch import Sketch
 from utilized_rank.lowrank.leaf import LowRank
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.narrow_heads import NarrowHeads
+from utilized_rank.moments import coverage
 from utilized_rank.moments.moments import Entry
 from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.moments import Sums
 from utilized_rank.products.gauge import Order
+from utilized_rank.storage import containers
 from utilized_rank.tree.layout import Layout
 from utilized_rank.walk import compat
 
@@ -48,8 +50,8 @@ def save(
 
   Args:
     path: directory to make.
-    tree: dictionaries (keys strings or integers), lists and tuples of arrays,
-      `LowRank`, `Moments`, strings, flags, numbers and None.
+    tree: dictionaries of any class (keys strings or integers), lists and
+      tuples of arrays, `LowRank`, `Moments`, strings, flags, numbers and None.
     metadata: JSON to keep with it; `load_metadata` returns it.
     overwrite: replace what is there; an error otherwise.
 
@@ -85,9 +87,12 @@ def save(
 def load(path: str | os.PathLike[str]) -> Any:
   """Reads a tree that `save` wrote; no target tree is needed.
 
+  Arrays of 64 bits are numpy's where JAX has them disabled.
+
   Raises:
     FileNotFoundError: there is no checkpoint at `path`.
-    ValueError: it is damaged, or was not written by `save`.
+    ValueError: it is damaged, or was not written by `save`; it holds
+      dictionaries of a class whose module was not imported.
   """
   where = os.path.abspath(os.fspath(path))
   record, shapes = _open(where)
@@ -241,7 +246,8 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
     if tree.row_grads is not None:
       arrays['row_grads'] = _numbered(tree.row_grads)
     table = [dataclasses.asdict(entry) for entry in tree.table]
-    return arrays, {'kind': 'moments', 'table': table}
+    kept = tree.coverage and dataclasses.asdict(tree.coverage)
+    return arrays, {'kind': 'moments', 'table': table, 'coverage': kept}
   if isinstance(tree, dict):
     items = {str(key): value for key, value in tree.items()}
     numbers = [str(key) for key in tree if isinstance(key, int)]
@@ -253,6 +259,8 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
         'integers can, if no two look alike'
       )
     kind: dict[str, Any] = {'kind': 'dict', 'numbers': numbers}
+    if type(tree) is not dict:
+      kind['class'] = containers.record(tree, where)
   elif isinstance(tree, (list, tuple)) and not hasattr(tree, '_fields'):
     items = {str(i): value for i, value in enumerate(tree)}
     kind = {'kind': type(tree).__name__}
@@ -262,6 +270,8 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
     return None, {'kind': 'value', 'value': tree}
   elif isinstance(tree, (jax.Array, np.ndarray)) and tree.size:
     return tree, 'array'
+  elif isinstance(tree, np.generic) and tree.dtype.kind not in 'OSUMm':
+    return tree, {'kind': 'scalar'}
   else:
     raise TypeError(
       f'cannot save a {type(tree).__name__} at {where!r}: trees of '
@@ -280,16 +290,18 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
 
 def _decode(arrays: Any, structure: Any) -> Any:
   if structure == 'array':
-    return jnp.asarray(arrays)
+    return _array(arrays)
   if 'kind' not in structure:
     return _decode(arrays['leaf'], structure['leaf'])
   kind = structure['kind']
   if kind == 'none':
     return None
+  if kind == 'scalar':
+    return np.asarray(arrays)[()]
   if kind == 'value':
     return structure['value']
   if kind == 'low_rank':
-    a, b, c = (jnp.asarray(arrays[k]) if k in arrays else None for k in 'abc')
+    a, b, c = (_array(arrays[k]) if k in arrays else None for k in 'abc')
     return LowRank(
       a,
       b,
@@ -300,7 +312,7 @@ def _decode(arrays: Any, structure: Any) -> Any:
     )
   if kind == 'narrow_heads':
     layout, head = _layout(structure), structure['head']
-    return NarrowHeads(jnp.asarray(arrays['a']), None, None, layout, head=head)
+    return NarrowHeads(_array(arrays['a']), None, None, layout, head=head)
   if kind == 'moments':
     table = tuple(
       Entry(**{**entry, 'layout': _layout(entry['layout'])})
@@ -308,18 +320,26 @@ def _decode(arrays: Any, structure: Any) -> Any:
     )
     count = len({entry.index for entry in table})
     sums = tuple(_sums(arrays[str(i)]) for i in range(count))
+    known = coverage.from_record(structure.get('coverage'))
     if 'grads' not in arrays:
-      return Moments(table, sums)
+      return Moments(table, sums, coverage=known)
     grads = tuple(map(_panels, _in_order(arrays['grads'])))
     rows = _in_order(arrays['row_grads']) if 'row_grads' in arrays else None
-    return Moments(table, sums, grads, arrays['examples'], rows)
+    return Moments(table, sums, grads, arrays['examples'], rows, known)
   items = {
     k: _decode((arrays or {}).get(k), s) for k, s in structure['items'].items()
   }
   if kind == 'dict':
     numbers = set(structure['numbers'])
-    return {int(k) if k in numbers else k: v for k, v in items.items()}
+    plain = {int(k) if k in numbers else k: v for k, v in items.items()}
+    return containers.of_record(structure.get('class'), plain)
   return (list if kind == 'list' else tuple)(items.values())
+
+
+def _array(array: Any) -> Any:
+  """On the device, unless JAX would cut its numbers (float64, int64)."""
+  is_kept = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+  return jnp.asarray(array) if is_kept else np.asarray(array)
 
 
 def _sums(arrays: dict[str, Any]) -> Sums:

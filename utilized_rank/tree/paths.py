@@ -76,7 +76,13 @@ def choose(
     ValueError: a rule is no such pair, or matched no path.
   """
   compiled = []
-  for rule in rules:
+  for rule in [rules] if isinstance(rules, str) else rules:
+    if isinstance(rule, str):
+      example = True if isinstance(default, bool) else 64
+      raise ValueError(
+        f'{what} rule {rule!r} is a string: rules are a list of (regex, '
+        f'{type(default).__name__}) pairs, as in [({rule!r}, {example})]'
+      )
     try:
       regex, value = rule
       compiled.append((re.compile(regex), read(value)))

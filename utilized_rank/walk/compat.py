@@ -159,6 +159,10 @@ def is_floating(dtype: Any) -> bool:
   return jnp.issubdtype(dtype, jnp.floating)
 
 
+def is_integer(dtype: Any) -> bool:
+  return jnp.issubdtype(dtype, jnp.integer)
+
+
 def is_complex(dtype: Any) -> bool:
   return jnp.issubdtype(dtype, jnp.complexfloating)
 

@@ -54,13 +54,7 @@ def shard_map(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
     outs = [scope.materialise(v, 'shard_map output') for v in outs]
     emitted[:] = scope.tape.emissions.values()
     if emitted and not p['check_vma']:
-      use = emitted[0].uses[0]
-      raise UnsupportedError(
-        f'parameter {use.path!r} meets a product inside a shard_map with '
-        'check_vma=False, where JAX does not say along which mesh axes the '
-        "product's input differs; use check_vma=True, or leave the "
-        f"parameter out with select=[('{use.path}', False), ...]"
-      )
+      raise _unchecked(emitted[0].uses[0].path, jaxpr, p)
     kept[:] = [
       [n for n, token in tokens.items() if token in e.loops] for e in emitted
     ]
@@ -98,6 +92,42 @@ def shard_map(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
         emission.loops - {tokens[n] for n in names},
       )
   return outs
+
+
+def _unchecked(path: str, jaxpr: Any, p: dict[str, Any]) -> UnsupportedError:
+  """The error for a product where axes are not checked: `pmap`, or not."""
+  without = f"leave the parameter out with select=[('{path}', False), ...]"
+  if _is_pmap(jaxpr, p):
+    (name,) = p['mesh'].axis_names
+    if not name.isidentifier() or name.startswith('_'):
+      name = 'axis'  # it had none
+    return UnsupportedError(
+      f'parameter {path!r} meets a product inside jax.pmap: collect over the '
+      f"function that it maps, with collect(..., pmap_axis='{name}') and "
+      'parameters and batches that lead with an axis of devices; or '
+      f'{without}'
+    )
+  return UnsupportedError(
+    f'parameter {path!r} meets a product inside a shard_map with '
+    'check_vma=False, where JAX does not say along which mesh axes the '
+    f"product's input differs; use check_vma=True, or {without}"
+  )
+
+
+def _is_pmap(jaxpr: Any, p: dict[str, Any]) -> bool:
+  """Whether it is what `jax.pmap` makes: on one axis, over the first axis of
+  arrays, which every device takes off its own."""
+  names = p['mesh'].axis_names
+  specs = [tuple(spec) for spec in p['in_specs']]
+  if len(names) != 1 or not set(specs) <= {names, ()}:
+    return False
+  spread = {v for v, spec in zip(jaxpr.invars, specs, strict=True) if spec}
+  squeezed = {
+    eqn.invars[0]
+    for eqn in jaxpr.eqns
+    if eqn.primitive.name == 'squeeze' and eqn.params['dimensions'] == (0,)
+  }
+  return bool(spread) and spread <= squeezed
 
 
 def _operand(
