@@ -140,13 +140,14 @@ def flowjax_coupling() -> Case:
 
   def inputs():
     flow = paramax.unwrap(eqx.combine(params, static))
-    layers, z, found = flow.bijection.bijection.bijection, x, []
-    for i in range(2):
-      layer = jax.tree.map(lambda v: v[i] if eqx.is_array(v) else v, layers)
-      found.append(
-        equinox_inputs(layer, lambda tapped: jax.vmap(tapped.transform)(z))
-      )
-      z = jax.vmap(layer.transform)(z)
+    stacked = flow.bijection.bijection.bijection
+    nth = lambda i: jax.tree.map(
+      lambda leaf: leaf[i] if eqx.is_array(leaf) else leaf, stacked
+    )
+    read = lambda layer, z: equinox_inputs(
+      layer, lambda tapped: jax.vmap(tapped.transform)(z)
+    )
+    found = [read(nth(0), x), read(nth(1), jax.vmap(nth(0).transform)(x))]
     short = len('bijection/bijection/bijection/')
     return {k: np.stack([each[k[short:]] for each in found]) for k in kernels}
 

@@ -46,10 +46,10 @@ def jraph_network() -> Case:
 
   def inputs():
     found = []
-    for i in range(several):
+    for graph in zip(*graphs, strict=True):
       seen = {}
       with recorder(seen, lambda module, x: rows(x, x.shape[-1])):
-        model.apply(params, jax.tree.map(lambda x: x[i], graphs))
+        model.apply(params, jraph.GraphsTuple(*graph))
       found.append(seen)
     return {k: np.concatenate([seen[k] for seen in found]) for k in kernels}
 

@@ -63,7 +63,7 @@ def _upsampled(x, kernel, strides):
   for i in np.ndindex(*size, kernel, kernel):
     at = np.asarray(i[:2]) + before - np.asarray(i[2:])
     into = at // strides
-    if not (at % strides).any() and all(0 <= into) and all(into < x.shape[1:3]):
+    if not (at % strides).any() and all(into >= 0) and all(into < x.shape[1:3]):
       found[:, *i] = x[:, into[0], into[1]]
   return found.reshape(-1, kernel * kernel * channels)
 

@@ -10,7 +10,6 @@ import numpy as np
 from frameworks.case import Case
 from frameworks.case import filled
 from frameworks.case import normal
-from frameworks.case import rows
 
 
 class MLP(nnx.Module):

@@ -105,7 +105,9 @@ def assert_compresses(model):
       model.fn, model.params, [model.batch] * 4, params_fraction=0.5,
       compensate_mean=False, progress=False,
     )  # fmt: skip
-    assert {re.sub(r'\[[\d, ]*\]$', '', name) for name in report} == set(model.kernels)
+    assert {re.sub(r'\[[\d, ]*\]$', '', name) for name in report} == set(
+      model.kernels
+    )
     size = sum(math.prod(shape) for shape in model.kernels.values())
     left = ur.count_params(small) - ur.count_params(model.params) + size
     assert 0.3 * size < left <= 0.5 * size

@@ -388,6 +388,41 @@ def test_leaves_that_are_no_kernels_say_why(name):
     ur.capture(fn, select=rules)(params, X)
 
 
+WINDOWS = {
+  # As Keras' position embeddings are: added, never multiplied.
+  'added': (
+    lambda p, x: x[:3] @ p['v'] + lax.dynamic_slice(p['w'], (0, 0), (3, 4)),
+    'used by add',
+  ),
+  'added_somewhere': (
+    lambda p, x: (
+      x[:3] @ p['v'] + lax.dynamic_slice_in_dim(p['w'], jnp.argmax(x) % 2, 3)
+    ),
+    'used by add',
+  ),
+  'multiplied': (
+    lambda p, x: x[:, :3] @ lax.dynamic_slice(p['w'], (1, 0), (3, 4)) @ p['v'],
+    'HOLE: a slice that is not one of equal parts (3 of 4)',
+  ),
+}
+
+
+@pytest.mark.parametrize('name', WINDOWS)
+def test_a_window_of_a_leaf_is_what_is_done_with_it(name):
+  fn, reason = WINDOWS[name]
+  sites = ur.find_sites(fn, {'w': W, 'v': W.copy()}, X)
+  assert list(sites) == ['v'] and reason in sites.unseen['w']
+
+
+def test_a_window_of_all_of_a_kernel_is_the_kernel():
+  # Wherever it starts: the index is clamped.
+  fn = lambda p, x: x @ lax.dynamic_slice_in_dim(p['w'], jnp.argmax(x), 4)
+  _, moments = ur.capture(fn)({'w': W}, X)
+  check(moments['w'], X)
+  full = ur.factorize({'w': W}, moments, {'w': 4})
+  np.testing.assert_allclose(ur.low_rank(fn)(full, X), X @ W, atol=1e-5)
+
+
 def test_selection_says_which_of_two_parameters_is_the_kernel():
   probe = RNG.normal(size=(2, 4)).astype(np.float32)
   fn = lambda p, x: jnp.broadcast_to(p['probe'], (3, 2, 4)) @ p['w'] @ x.T
