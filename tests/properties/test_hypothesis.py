@@ -2,12 +2,12 @@
 
 A program is a list of steps, run twice: by JAX under `capture`, with whatever
 control flow the step asks for; and by plain float64 numpy loops, which note
-the rows that each kernel reads. Fewer programs are compiled by
-`collect`, on a mesh that the caller has set; and of some,
-derivatives through factors are compared with those of the merged kernels.
+the rows that each kernel reads. Some programs are compiled by `collect` on a
+mesh that the caller has set; of some the derivatives through factors are held
+to those of the merged kernels, so that a rule around a kernel is kept.
 
-500 programs by default, and a twentieth of it in the other two tests. The long
-run is one command:
+500 programs by default, and a twentieth of that in each of the other two tests.
+The long run, 20,000 and 1,000 each:
 
   UTILIZED_RANK_EXAMPLES=20000 pytest tests/properties/test_hypothesis.py
 """
@@ -18,7 +18,6 @@ import warnings
 
 import evaluate
 from hypothesis import HealthCheck
-from hypothesis import assume
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -27,6 +26,7 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 import numpy as np
+import pytest
 from steps import NO_KERNEL
 from steps import STEPS
 
@@ -324,18 +324,23 @@ def test_derivatives_through_factors_are_those_of_the_kernel(program, seed):
 def test_moments_on_a_mesh_that_is_set(program, seed):
   kernels, places, x = draw(program, seed)
   _, sums, _ = reference(program, kernels, x)
-  assume(sums)
   shape = (4,) if seed % 4 < 2 else (2, 2)
   names = ('data', 'model')[: len(shape)]
   mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+  collect = functools.partial(
+    ur.collect,
+    functools.partial(run, program),
+    tree_of(kernels, places),
+    [x],
+    accumulate='float64',
+    progress=False,
+  )
   with jax.enable_x64(True), jax.set_mesh(mesh), warnings.catch_warnings():
     # Of some programs most is no kernel.
     warnings.filterwarnings('ignore', 'kernels hold')
-    moments = ur.collect(
-      functools.partial(run, program),
-      tree_of(kernels, places),
-      [x],
-      accumulate='float64',
-      progress=False,
-    )
+    if not sums:
+      with pytest.raises(ValueError, match='the function has no kernel'):
+        collect()
+      return
+    moments = collect()
   assert_sums(moments, sums, places, rtol=1e-7, atol=1e-8)

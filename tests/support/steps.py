@@ -75,7 +75,7 @@ def _fixed(array, x):
 
 
 def _by_data(array, x):
-  """As many as the data say; of three rows at most one has no kernel."""
+  """Data say how many the first has; the last has half of what is left."""
   first = (x[:, 0] > 0).sum()
   return array.stack([first, 0 * first, (len(x) - first) // 2])
 
@@ -203,7 +203,7 @@ STEPS = {
     lambda w, x: (x @ _standardised(w), x),
   ),
 }
-# More of them than a scale is changed on the way: named, and not measured.
+# What meets the data is no scale of the parameter: named, and not measured.
 NO_KERNEL = ('standardised', 'weight_norm')
 
 
