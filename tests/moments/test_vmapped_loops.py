@@ -117,6 +117,60 @@ def test_only_steps_that_count_are_counted(fn):
     )
 
 
+def convolved(w, s):
+  numbers = ('NWC', 'WIO', 'NWC')
+  return jax.lax.conv_general_dilated(
+    s[None, None], w, (1,), 'SAME', dimension_numbers=numbers
+  )[0, 0]
+
+
+SIZES = {
+  'dot': (lambda w, s: s @ w, (4, 4)),
+  'cast': (lambda w, s: s @ w.astype('bfloat16').astype(s.dtype), (4, 4)),
+  'transposed': (lambda w, s: w @ s, (4, 4)),
+  'heads': (
+    lambda w, s: jnp.einsum('dh,hde->e', s.reshape(2, 2), w),
+    (2, 2, 4),
+  ),
+  'conv': (convolved, (3, 4, 4)),
+  'parts': (lambda w, s: s @ w[:, :4] + s @ w[:, 4:], (4, 8)),
+}
+
+
+@pytest.mark.parametrize('n', [2, 3, 4])
+@pytest.mark.parametrize('name', SIZES)
+def test_as_many_examples_as_a_kernel_has_inputs(name, n):
+  """An axis of a kernel is not that of examples for its size."""
+  f, shape = SIZES[name]
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(n, 4)).astype('f')
+  w = rng.normal(size=shape).astype('f')
+  one = lambda w, v, k: jax.lax.fori_loop(0, k, lambda i, s: f(w, s), v)
+  fn = lambda p, b: jax.vmap(one, (None, 0, 0))(p['w'], *b)
+  many = np.r_[0, np.full(n - 1, 1)]
+  found = ur.capture(fn)({'w': w}, (x, many))[1]['w']
+  rows = x[1:].astype(np.float64)
+  if name == 'heads':  # (h, d), as the kernel has them
+    rows = rows.reshape(-1, 2, 2).transpose(0, 2, 1).reshape(-1, 4)
+  if name == 'conv':  # beside what is there is padding
+    rows = np.pad(rows, ((0, 0), (4, 4)))
+  assert (np.asarray(found.count) == n - 1).all()
+  want = np.broadcast_to(rows.sum(0), found.sums.total.shape)
+  # float32 sums of at most three rows
+  np.testing.assert_allclose(found.sums.total, want, rtol=1e-6, atol=1e-6)
+  want = np.broadcast_to(rows.T @ rows, found.sums.second.shape)
+  np.testing.assert_allclose(found.sums.second, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_kernel_of_each_example_is_an_error_there():
+  one = lambda w, v, k: jax.lax.fori_loop(0, k, lambda i, s: s @ w, v)
+  fn = lambda p, b: jax.vmap(one)(p['w'], *b)
+  params = {'w': np.ones((3, 4, 4), 'f')}
+  batch = np.ones((3, 4), 'f'), np.array([0, 2, 1])
+  with pytest.raises(ValueError, match="'w' mixes them: the product itself"):
+    ur.capture(fn)(params, batch)
+
+
 @pytest.mark.parametrize('fn', LOOPS)
 def test_padding_in_such_a_loop_does_not_count(fn):
   x, n, w = data()

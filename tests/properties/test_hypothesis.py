@@ -2,12 +2,19 @@
 
 A program is a list of steps, run twice: by JAX under `capture`, with whatever
 control flow the step asks for; and by plain float64 numpy loops, which note
-the rows that each kernel reads. 500 programs by default; the number is
-UTILIZED_RANK_EXAMPLES (20000 for the long run).
+the rows that each kernel reads. Some programs are compiled by `collect` on a
+mesh that the caller has set; of some the derivatives through factors are held
+to those of the merged kernels, so that a rule around a kernel is kept.
+
+500 programs by default, and a twentieth of that in each of the other two tests.
+The long run, 20,000 and 1,000 each:
+
+  UTILIZED_RANK_EXAMPLES=20000 pytest tests/properties/test_hypothesis.py
 """
 
 import functools
 import os
+import warnings
 
 import evaluate
 from hypothesis import HealthCheck
@@ -17,150 +24,20 @@ from hypothesis import strategies as st
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 import numpy as np
+import pytest
+from steps import NO_KERNEL
+from steps import STEPS
 
 import utilized_rank as ur
 
-D = 4  # every step maps (n, 4) to (n, 4)
-N = 3
+EXAMPLES = int(os.environ.get('UTILIZED_RANK_EXAMPLES', '500'))
 
 
-class Step:
-  """`shape` of the kernel, `jax(w, x)`, and `plain(w, x)` -> (y, X)."""
-
-  def __init__(self, shape, run, plain):
-    self.shape, self.run, self.plain = shape, run, plain
-
-
-def _heads(w, x):
-  rows = x.reshape(-1, 2, 2).transpose(0, 2, 1).reshape(-1, 4)
-  return rows @ w.reshape(4, 4), rows
-
-
-def _conv_rows(x):
-  padded = np.pad(x, ((1, 1), (0, 0)))
-  return np.stack([padded[i : i + 3].ravel() for i in range(len(x))])
-
-
-def _experts(w, x):
-  parts = np.stack([x[:, :2], x[:, 2:]])
-  return np.concatenate([parts[0] @ w[0], parts[1] @ w[1]], -1), parts
-
-
-def _gates(array, zr, new):
-  return array.tanh(zr[:, :4]) * zr[:, 4:] + new
-
-
-def _sliced(w, x):
-  return x @ w[0] + np.cos(x) @ w[1], np.stack([x, np.cos(x)])
-
-
-def _spectral(w, x):
-  """By a number that a power iteration makes of the kernel alone."""
-  unit = lambda v: v / jnp.linalg.norm(v)
-  u = lax.fori_loop(
-    0, 2, lambda _, u: unit(unit(u @ w.T) @ w), jnp.ones(D, w.dtype)
-  )
-  return x @ w / (1 + unit(u @ w.T) @ w @ u)
-
-
-def _spectral_plain(w, x):
-  unit, u = lambda v: v / np.linalg.norm(v), np.ones(D)
-  for _ in range(2):
-    u = unit(unit(u @ w.T) @ w)
-  return x @ w / (1 + unit(u @ w.T) @ w @ u), x
-
-
-STEPS = {
-  'dot': Step((4, 4), lambda w, x: x @ w, lambda w, x: (x @ w, x)),
-  'transposed': Step(
-    (4, 4), lambda w, x: (w @ x.T).T, lambda w, x: (x @ w.T, x)
-  ),
-  'cast': Step(
-    (2, 2, 4),
-    lambda w, x: x @ w.astype(jnp.bfloat16).astype(x.dtype).reshape(4, 4),
-    lambda w, x: (x @ _bf16(w).reshape(4, 4), x),
-  ),
-  'heads': Step(
-    (2, 2, 4),
-    lambda w, x: jnp.einsum('ndh,hde->ne', x.reshape(-1, 2, 2), w),
-    _heads,
-  ),
-  'heads_left': Step(
-    (2, 2, 4),
-    lambda w, x: jnp.einsum('hde,ndh->ne', w, x.reshape(-1, 2, 2)),
-    _heads,
-  ),
-  'conv': Step(
-    (3, 4, 4),
-    lambda w, x: lax.conv_general_dilated(
-      x[None], w, (1,), 'SAME', dimension_numbers=('NWC', 'WIO', 'NWC')
-    )[0],
-    lambda w, x: (_conv_rows(x) @ w.reshape(12, 4), _conv_rows(x)),
-  ),
-  'experts': Step(
-    (2, 2, 2),
-    lambda w, x: jnp.einsum('neb,ebm->nem', x.reshape(-1, 2, 2), w).reshape(
-      -1, 4
-    ),
-    _experts,
-  ),
-  'flipped': Step(
-    (4, 4),
-    lambda w, x: x @ w[::-1, ::-1],
-    lambda w, x: (x @ w[::-1, ::-1], x[:, ::-1]),
-  ),
-  'flipped_heads': Step(
-    (2, 2, 4),
-    lambda w, x: x @ jnp.flip(w, (1, 2)).reshape(4, 4),
-    lambda w, x: (
-      x @ w[:, ::-1, ::-1].reshape(4, 4),
-      x.reshape(-1, 2, 2)[:, :, ::-1].reshape(-1, 4),
-    ),
-  ),
-  'flipped_experts': Step(
-    (2, 2, 2),
-    lambda w, x: jnp.einsum(
-      'neb,ebm->nem', x.reshape(-1, 2, 2), w[::-1]
-    ).reshape(-1, 4),
-    lambda w, x: (_experts(w[::-1], x)[0], _experts(w, x)[1][::-1]),
-  ),
-  'scaled': Step(
-    (4, 4),
-    lambda w, x: x @ (-w / np.sqrt(4)),
-    lambda w, x: (x @ (-w / 2), x),
-  ),
-  'scale_of_itself': Step(
-    (4, 4),
-    lambda w, x: x @ (w * jnp.cos(w[0, 0])),
-    lambda w, x: (x @ (w * np.cos(w[0, 0])), x),
-  ),
-  'parts': Step(
-    (4, 12),
-    lambda w, x: _gates(jnp, x @ w[:, :8], jnp.cos(x) @ w[:, 8:]),
-    lambda w, x: (
-      _gates(np, x @ w[:, :8], np.cos(x) @ w[:, 8:]),
-      np.stack([x, x, np.cos(x)]),
-    ),
-  ),
-  'spectral': Step((4, 4), _spectral, _spectral_plain),
-  'sliced': Step((2, 4, 4), lambda w, x: x @ w[0] + jnp.cos(x) @ w[1], _sliced),
-  'split': Step(
-    (4, 8),
-    lambda w, x: sum(
-      f(x) @ v for f, v in zip((lambda v: v, jnp.cos), jnp.split(w, 2, 1))
-    ),
-    lambda w, x: _sliced(np.stack(np.split(w, 2, 1)), x),
-  ),
-}
-
-
-def _bf16(w):
-  return np.asarray(jnp.asarray(w, jnp.bfloat16), np.float64)
-
-
-# Each wrapper has a JAX side, and a list of (layer, repeats) for numpy: which
-# of a stack's kernels run, one after the other.
+# Each wrapper has a JAX side, and a list of layers for numpy: which of a
+# stack's kernels run, one after the other; or, of a loop of each row's own,
+# whether it goes on.
 def _chain(f):
   return lambda w, x: jnp.sin(f(w, x))
 
@@ -203,6 +80,27 @@ def _nested(f):
   return lambda w, x: lax.scan(twice, x, w)[0]
 
 
+def _of_each_row(goes_on):
+  def wrap(f):
+    def one(w, first):
+      step = lambda s: (s[0] + 1, _chain(f)(w, s[1][None])[0])
+      test = lambda s: goes_on(s[0], first, s[1])
+      return lax.while_loop(test, step, (0, first))[1]
+
+    return jax.vmap(one, (None, 0))
+
+  return wrap
+
+
+def _counted(i, first, row):
+  """Three steps, one, or none."""
+  return i < 1 + 2 * (first[0] > 0) - (first[1] > 0.5)
+
+
+def _adaptive(i, first, row):
+  return (i < 3) & (row.sum() > -0.5)
+
+
 WRAPS = {
   'plain': (False, _chain, [0]),
   'jit': (False, lambda f: jax.jit(_chain(f)), [0]),
@@ -228,6 +126,8 @@ WRAPS = {
     [0, 0],
   ),
   'while': (False, _while, [0, 0]),
+  'counted': (False, _of_each_row(_counted), _counted),
+  'adaptive': (False, _of_each_row(_adaptive), _adaptive),
   'scan': (True, _scan(False, 1), [0, 1]),
   'reversed': (True, _scan(True, 1), [1, 0]),
   'unrolled': (True, _scan(False, 2), [0, 1]),
@@ -235,84 +135,212 @@ WRAPS = {
   'nested': (True, _nested, [0, 0, 1, 1]),
   'indexed': (True, _indexed, [0, 1]),
 }
+EACH_ROW = {'counted', 'adaptive'}
+
+
+def _runs(piece):
+  """JAX has no rule for a vmapped ragged_dot of kernels that all rows share."""
+  step, wrap, _ = piece
+  return not (step.startswith('ragged') and wrap in EACH_ROW)
+
 
 PIECES = st.tuples(
   st.sampled_from(sorted(STEPS)),
   st.sampled_from(sorted(WRAPS)),
-  st.integers(0, 3),  # which of the kernels of that kind: they are shared
+  # Which of two kernels of that kind, and at which of its two places.
+  st.tuples(st.integers(0, 1), st.booleans()),
+).filter(_runs)
+PROGRAMS = st.lists(PIECES, min_size=1, max_size=4)
+# Two factors that are cast are not their product that is cast.
+DERIVABLE = PIECES.filter(
+  lambda piece: (
+    piece[0] not in (*NO_KERNEL, 'cast')
+    and piece[1] not in ('while', *EACH_ROW)
+  )
 )
+SEEDS = st.integers(0, 2**16)
 
 
-def kernel_of(step, stacked, number):
-  return f'{step}_{"stack" if stacked else "one"}_{number % 2}'
+def kernel_of(step, wrap, number):
+  return f'{step}_{"stack" if WRAPS[wrap][0] else "one"}_{number}'
+
+
+def place_of(step, wrap, which):
+  number, again = which
+  return kernel_of(step, wrap, number) + '_again' * again
 
 
 def draw(program, seed):
+  """Kernels, the places of each in the tree, and inputs."""
   rng = np.random.default_rng(seed)
-  params = {}
-  for step, wrap, number in program:
-    stacked = WRAPS[wrap][0]
-    shape = (2,) * stacked + STEPS[step].shape
-    name = kernel_of(step, stacked, number)
-    if name not in params:
+  kernels, places = {}, {}
+  for step, wrap, which in program:
+    shape = (2,) * WRAPS[wrap][0] + STEPS[step].shape
+    name = kernel_of(step, wrap, which[0])
+    if name not in kernels:
       # Numbers of float32, so that the cast to bfloat16 rounds once.
-      params[name] = np.float64(np.float32(rng.normal(size=shape) * 0.7))
-  return params, rng.normal(size=(N, D))
+      kernels[name] = np.float64(np.float32(rng.normal(size=shape) * 0.7))
+    places[place_of(step, wrap, which)] = name
+  return kernels, places, rng.normal(size=(3 + seed % 2, 4))
 
 
 def run(program, params, x):
-  for step, wrap, number in program:
-    stacked, wrapper, _ = WRAPS[wrap]
-    name = kernel_of(step, stacked, number)
-    x = wrapper(STEPS[step].run)(params[name], x)
+  for step, wrap, which in program:
+    wrapper = WRAPS[wrap][1]
+    x = wrapper(STEPS[step].run)(params[place_of(step, wrap, which)], x)
   return x
 
 
-def reference(program, params, x):
-  """Outputs and, by kernel, the rows of each group, in float64."""
-  x = np.float64(x)
-  rows: dict = {}
-  for step, wrap, number in program:
-    stacked, _, layers = WRAPS[wrap]
-    name = kernel_of(step, stacked, number)
-    for layer in layers:
-      w = np.float64(params[name])
-      y, read = STEPS[step].plain(w[layer] if stacked else w, x)
-      rows.setdefault(name, {}).setdefault(layer, []).append(read)
-      x = np.sin(y)
-  return x, {
-    name: np.stack([np.concatenate(by_layer[i], -2) for i in sorted(by_layer)])
+def steps_of(step, wrap, w, x):
+  """One piece by numpy: outputs, and (layer, rows) of every step."""
+  stacked, _, layers = WRAPS[wrap]
+  read = []
+
+  def once(layer, x):
+    y, rows = STEPS[step].plain(w[layer] if stacked else w, x)
+    read.append((layer, rows))
+    return np.sin(y)
+
+  if not callable(layers):
+    return functools.reduce(lambda x, layer: once(layer, x), layers, x), read
+  ends = []
+  for row in x:
+    i, first = 0, row
+    while layers(i, first, row):
+      i, row = i + 1, once(0, row[None])[0]
+    ends.append(row)
+  return np.stack(ends), read
+
+
+def sums_of(reads):
+  """n, sum x and sum x x^T of what a kernel, or each of a list, reads."""
+  if not reads:
+    return 0, 0.0, 0.0
+  if getattr(reads[0], 'ndim', 0) == 2:
+    rows = np.concatenate(reads)
+    return len(rows), rows.sum(0), rows.T @ rows
+  return tuple(map(np.stack, zip(*map(sums_of, zip(*reads)))))
+
+
+def reference(program, kernels, x):
+  """Outputs, sums of each kernel, and what is no kernel, in float64."""
+  reads: dict = {}
+  unseen = set()
+  for step, wrap, (number, _) in program:
+    name = kernel_of(step, wrap, number)
+    x, read = steps_of(step, wrap, kernels[name], x)
+    if name.startswith(NO_KERNEL):
+      unseen.add(name)
+      continue
+    layers = reads.setdefault(name, [[] for _ in range(1 + WRAPS[wrap][0])])
+    for layer, rows in read:
+      layers[layer].append(rows)
+  sums = {
+    name: tuple(map(np.stack, zip(*map(sums_of, layers))))
     if '_stack_' in name
-    else np.concatenate(by_layer[0], -2)
-    for name, by_layer in rows.items()
+    else sums_of(*layers)
+    for name, layers in reads.items()
   }
+  return x, sums, unseen
 
 
-EXAMPLES = int(os.environ.get('UTILIZED_RANK_EXAMPLES', '500'))
+def assert_sums(moments, sums, places, **tolerance):
+  """Moments, each by the first of the kernel's places, against sums."""
+  first = lambda name: min(p for p, kernel in places.items() if kernel == name)
+  assert set(moments) == set(map(first, sums))
+  for name, (count, total, second) in sums.items():
+    found = moments[first(name)].sums
+    np.testing.assert_array_equal(found.count, count, name)
+    close = functools.partial(np.testing.assert_allclose, err_msg=name)
+    close(found.total, total, **tolerance)
+    close(found.second, second, **tolerance)
 
 
-@settings(
-  max_examples=EXAMPLES,
-  deadline=None,
-  database=None,
-  derandomize=True,
-  suppress_health_check=list(HealthCheck),
-)
-@given(st.lists(PIECES, min_size=1, max_size=4), st.integers(0, 2**16))
+def examples(share, programs=PROGRAMS):
+  """Runs `test(program, seed)` for random programs."""
+  chosen = settings(
+    max_examples=-(-EXAMPLES // share),
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+  )
+  return lambda test: chosen(given(programs, SEEDS)(test))
+
+
+def tree_of(kernels, places):
+  """One array at each of its kernel's places: they are tied."""
+  return {place: kernels[name] for place, name in places.items()}
+
+
+def captured(fn, kernels, places, x):
+  """By `capture`; the tree is made inside, as a trace unties what is given."""
+  run = lambda kernels, x: ur.capture(fn)(tree_of(kernels, places), x)
+  return evaluate.call(run, kernels, x)
+
+
+@examples(1)
 def test_moments_of_random_programs(program, seed):
-  params, x = draw(program, seed)
-  want, rows = reference(program, params, x)
-  captured = ur.capture(functools.partial(run, program))
+  kernels, places, x = draw(program, seed)
+  want, sums, unseen = reference(program, kernels, x)
+  fn = functools.partial(run, program)
   # In float64: a chain of a dozen layers amplifies what float32 rounds.
   with jax.enable_x64(True):
-    out, moments = evaluate.call(captured, params, x)
+    out, moments = captured(fn, kernels, places, x)
     moments = jax.tree.map(np.asarray, moments)
+    if unseen:
+      sites = ur.find_sites(fn, tree_of(kernels, places), x)
+      assert {places[path] for path in sites.unseen} == unseen
+      assert all(why.startswith('used by') for why in sites.unseen.values())
   np.testing.assert_allclose(out, want, rtol=1e-7, atol=1e-9)
-  assert set(moments) == set(rows)
-  for name, r in rows.items():
-    assert (moments[name].count == r.shape[-2]).all()
-    sums = moments[name].sums
-    np.testing.assert_allclose(sums.total, r.sum(-2), rtol=1e-7, atol=1e-8)
-    np.testing.assert_allclose(
-      sums.second, np.einsum('...nd,...ne->...de', r, r), rtol=1e-7, atol=1e-8
+  assert_sums(moments, sums, places, rtol=1e-7, atol=1e-8)
+
+
+@examples(20, st.lists(DERIVABLE, min_size=1, max_size=4))
+def test_derivatives_through_factors_are_those_of_the_kernel(program, seed):
+  kernels, places, x = draw(program, seed)
+  fn = functools.partial(run, program)
+  merged = lambda small, x: fn(ur.merge(small), x)
+  grad = lambda f: jax.grad(lambda *args: jnp.cos(f(*args)).sum(), (0, 1))
+  with jax.enable_x64(True), warnings.catch_warnings():
+    # The scale of a product that is made of the kernel.
+    warnings.filterwarnings('ignore', '.* is low-rank but meets')
+    tree = tree_of(kernels, places)
+    _, moments = captured(fn, kernels, places, x)
+    small = ur.factorize(
+      tree,
+      moments,
+      dict.fromkeys(moments, 2),
+      compensate_mean=False,
+      progress=False,
     )
+    want = evaluate.call(grad(merged), small, x)
+    found = evaluate.call(grad(ur.low_rank(fn)), small, x)
+  for a, b in zip(*map(jax.tree.leaves, (found, want)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
+
+
+@examples(20)
+def test_moments_on_a_mesh_that_is_set(program, seed):
+  kernels, places, x = draw(program, seed)
+  _, sums, _ = reference(program, kernels, x)
+  shape = (4,) if seed % 4 < 2 else (2, 2)
+  names = ('data', 'model')[: len(shape)]
+  mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+  collect = functools.partial(
+    ur.collect,
+    functools.partial(run, program),
+    tree_of(kernels, places),
+    [x],
+    accumulate='float64',
+    progress=False,
+  )
+  with jax.enable_x64(True), jax.set_mesh(mesh), warnings.catch_warnings():
+    # Of some programs most is no kernel.
+    warnings.filterwarnings('ignore', 'kernels hold')
+    if not sums:
+      with pytest.raises(ValueError, match='the function has no kernel'):
+        collect()
+      return
+    moments = collect()
+  assert_sums(moments, sums, places, rtol=1e-7, atol=1e-8)

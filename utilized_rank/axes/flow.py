@@ -173,7 +173,7 @@ class Flow:
 
 
 def in_loop(
-  body: Any, num_consts: int, examples: Sequence[int]
+  body: Any, consts: Sequence[bool], examples: Sequence[int]
 ) -> dict[Any, Where]:
   """What is known of a vmapped loop's body whose examples are not all alike.
 
@@ -181,7 +181,8 @@ def in_loop(
 
   Args:
     body: open jaxpr.
-    num_consts: its first inputs, that are not carried.
+    consts: of its first inputs, that are not carried, whether each is made of
+      parameters: their first axis is no example's, whatever its size is.
     examples: shape of the carried values' leading axes, at least 2 in all.
   """
   shapes = [v.aval.shape for v in body.invars]
@@ -189,11 +190,12 @@ def in_loop(
   flow.run(
     body,
     [
-      lead(shape, examples)
-      if i >= num_consts or shape[: len(examples)] == tuple(examples)
-      else plain(shape)
-      for i, shape in enumerate(shapes)
-    ],
+      plain(shape)
+      if is_param or shape[: len(examples)] != tuple(examples)
+      else lead(shape, examples)
+      for shape, is_param in zip(shapes, consts)
+    ]
+    + [lead(shape, examples) for shape in shapes[len(consts) :]],
   )
   return flow.found
 

@@ -83,7 +83,7 @@ class Rows:
     inner._mask, inner._tokens = here.reshape(-1), None
     inner._examples = here.size
     inner._is_cut = any(p.name == EXAMPLE for p in where.axes[0])
-    inner._found = in_loop(running.body, running.num_consts, here.shape)
+    inner._found = in_loop(running.body, running.consts, here.shape)
     return inner
 
   @property

@@ -275,7 +275,8 @@ def _while(walk: Any, eqn: Any, operands: list[Any]) -> list[Any]:
     running = is_running(loose)
     scope = walk.scope()
     if running.shape:
-      scope = walk.scope(Running(running, test.outvars[0], jaxpr, nb))
+      consts = tuple(isinstance(v, (Param, Pieces)) for v in operands[:nb])
+      scope = walk.scope(Running(running, test.outvars[0], jaxpr, consts))
     outs = scope.run(jaxpr, closed, operands)
     emitted[:] = scope.tape.emissions.values()
     moved = carry.moved(scope, outs)

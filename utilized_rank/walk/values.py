@@ -229,13 +229,14 @@ class Running(NamedTuple):
     examples: of each, the leading axes of all that is carried.
     test: the variable of the condition's jaxpr that says so.
     body: the loop's body, an open jaxpr; carried values are its last inputs.
-    num_consts: its first inputs, which stay what they are.
+    consts: of its first inputs, which stay what they are, whether each is made
+      of parameters.
   """
 
   examples: jax.Array
   test: Any
   body: Any
-  num_consts: int
+  consts: tuple[bool, ...]
 
 
 class Loop:
