@@ -113,7 +113,7 @@ def test_preprocessing_decides_size_and_scale(folder):
 
 
 def test_augmentation_before_preprocessing_that_gives_floats(folder):
-  source = split_lib.load(
+  source = load(
     folder, mean=(0.5,), std=(0.5,), preprocess='augreg', augment='crop_flip'
   )['train']
   batch = next(source.batches(16, seed=0))

@@ -121,7 +121,7 @@ def joint(index):
   )
   own = jax.sharding.Mesh(np.array(jax.local_devices()), ('data',))
   x = [b[:16] for b in EVEN[index]]
-  uneven = EVEN[index][: 1 + index]
+  uneven = list(EVEN[index][: 1 + index])
   return {
     'moments': numbers(run(x)),
     'uneven': refusal(lambda: run(uneven)),
