@@ -20,6 +20,8 @@ from benchmarks import results_table
 import benchmarks.__main__
 from benchmarks.shared import record
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = [p for room in ROOMS for p in (ROOT / 'benchmarks' / room).iterdir()]
 MODULES = [p for p in MODULES if p.suffix == '.py' and p.stem != '__init__']

@@ -15,6 +15,8 @@ from utilized_rank.models.resnet import ResNet
 from utilized_rank.models.vit import ViT
 from utilized_rank.tree import paths
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 3
 
 

@@ -18,6 +18,8 @@ from utilized_rank.factorization import methods
 from utilized_rank.linalg import best_pairs
 from utilized_rank.linalg.best_pairs import Pair
 
+pytestmark = pytest.mark.slow
+
 METHODS = [m for m in methods.METHODS if m != 'fisher_rows']
 few_rows = pytest.mark.filterwarnings('ignore:.* was measured on .* rows')
 

@@ -20,8 +20,8 @@ MODELS = {
   'keras cnn': ('keras', 'keras_models', 'cnn'),
   'keras recurrent': ('keras', 'keras_models', 'recurrent'),
   'keras transformer': ('keras', 'keras_models', 'transformer'),
-  'keras-hub bert': ('keras_hub', 'keras_models', 'bert'),
-  'keras-hub llama': ('keras_hub', 'keras_models', 'llama'),
+  'keras-hub bert': ('keras keras_hub', 'keras_models', 'bert'),
+  'keras-hub llama': ('keras keras_hub', 'keras_models', 'llama'),
   'haliax': ('haliax', 'haliax_models', 'transformer'),
   'penzai': ('penzai', 'penzai_models', 'llamalike'),
   'qwix lora': ('qwix', 'nnx_zoo_models', 'qwix_lora'),
@@ -46,10 +46,11 @@ pytestmark = [
 ]
 
 
-def installed(package):
-  """Skips the test without the package."""
-  if importlib.util.find_spec(package) is None:
-    pytest.skip(f'{package} is not installed')
+def installed(packages):
+  """Skips the test where one of the packages is not there."""
+  for package in packages.split():
+    if importlib.util.find_spec(package) is None:
+      pytest.skip(f'{package} is not installed')
 
 
 @functools.cache

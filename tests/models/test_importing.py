@@ -25,6 +25,8 @@ from utilized_rank.models.vgg import VGG
 from utilized_rank.models.vit import ViT
 from utilized_rank.tree import paths
 
+pytestmark = pytest.mark.slow
+
 STATE = checkpoints.timm_state()
 
 

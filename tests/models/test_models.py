@@ -13,6 +13,8 @@ from utilized_rank.models.batch_norm import fold_batch_norm
 from utilized_rank.models.gpt import GPT
 from utilized_rank.models.kwt import KeywordTransformer
 
+pytestmark = pytest.mark.slow
+
 
 def abstract(model, *shape, dtype=jnp.float32):
   x = jax.ShapeDtypeStruct(shape, dtype)

@@ -10,6 +10,8 @@ import references
 import utilized_rank as ur
 from utilized_rank.refit.streams import Streams
 
+pytestmark = pytest.mark.slow
+
 
 def mlp(p, x):
   h = jnp.tanh(x @ p['w'] + p['b'])

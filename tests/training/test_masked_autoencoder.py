@@ -9,6 +9,8 @@ from utilized_rank.models.vit import ViT
 from utilized_rank.training import masked_autoencoder
 from utilized_rank.training import train
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (8, 12, 2)
 MODEL = ViT(
   num_classes=3,
