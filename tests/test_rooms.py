@@ -1,6 +1,7 @@
 """The rooms of the package: their order, their size, what importing costs."""
 
 import ast
+import importlib
 import pathlib
 import re
 import subprocess
@@ -146,13 +147,19 @@ def test_the_public_names_are_said_once():
   assert offered == sorted(offered)
   assert all(hasattr(utilized_rank, name) for name in offered)
   assert dir(utilized_rank) == sorted([*offered, '__version__'])
-  imported = {
-    alias.asname or alias.name
-    for node in ast.walk(ast.parse((ROOT / '__init__.py').read_text()))
+  stub = ast.parse((ROOT / '__init__.pyi').read_text())
+  told = {
+    alias.asname: node.module
+    for node in stub.body
     if isinstance(node, ast.ImportFrom)
     for alias in node.names
   }
-  assert imported == {*offered, '__version__'}
+  assert set(told) == {*offered, '__version__'}
+  for name in offered:
+    module = importlib.import_module(told[name])
+    assert getattr(utilized_rank, name) is getattr(module, name)
+  with pytest.raises(AttributeError, match="no attribute 'measures'"):
+    _ = utilized_rank.measures
 
 
 def test_the_core_imports_jax_and_numpy_alone():

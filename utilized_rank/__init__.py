@@ -9,61 +9,13 @@
 >>> outputs = ur.low_rank(fn)(small, batch)             # doctest: +SKIP
 """
 
-from utilized_rank.attention.factorize_heads import budget_head_ranks
-from utilized_rank.attention.factorize_heads import factorize_heads
-from utilized_rank.attention.factorize_heads import head_damages
-from utilized_rank.attention.factorize_heads import uniform_head_ranks
-from utilized_rank.attention.find_attention import find_attention
-from utilized_rank.attention.heads import Attention
-from utilized_rank.collection.collect import collect
-from utilized_rank.collection.plan import Plan
-from utilized_rank.collection.plan import plan
-from utilized_rank.collection.snapshots import Preempted
-from utilized_rank.compression.compress import compress
-from utilized_rank.factorization.decompose import Families
-from utilized_rank.factorization.decompose import decompose
-from utilized_rank.factorization.factorize import factorize
-from utilized_rank.factorization.project import project
-from utilized_rank.losses.divergence import kl_divergence
-from utilized_rank.losses.divergence import squared_error
-from utilized_rank.losses.sampled import sampled_cross_entropy
-from utilized_rank.lowrank.leaf import LowRank
-from utilized_rank.lowrank.leaf import count_params
-from utilized_rank.lowrank.leaf import merge
-from utilized_rank.lowrank.leaf import write_out
-from utilized_rank.lowrank.low_rank import low_rank
-from utilized_rank.lowrank.narrow_heads import NarrowHeads
-import utilized_rank.lowrank.serialize
-from utilized_rank.lowrank.stack import stack
-from utilized_rank.lowrank.stack import unstack
-from utilized_rank.moments.capture import capture
-from utilized_rank.moments.capture import find_sites
-from utilized_rank.moments.moments import Moment
-from utilized_rank.moments.moments import Moments
-from utilized_rank.moments.moments import merge_moments
-from utilized_rank.moments.sites import Sites
-from utilized_rank.ranks.budget import budget_ranks
-from utilized_rank.ranks.energy import energy_ranks
-from utilized_rank.ranks.latency import LatencyTable
-from utilized_rank.ranks.latency import measure_latency
-from utilized_rank.ranks.predict import predict_loss
-from utilized_rank.ranks.search import SearchedRanks
-from utilized_rank.ranks.search import search_ranks
-from utilized_rank.ranks.tune import TunedRanks
-from utilized_rank.ranks.tune import tune_ranks
-from utilized_rank.ranks.uniform import uniform_ranks
-from utilized_rank.refit.anchor import anchor
-from utilized_rank.refit.refine import refine
-from utilized_rank.report.comparison import Comparison
-from utilized_rank.report.comparison import compare
-from utilized_rank.report.measure import measure
-from utilized_rank.report.report import Report
-from utilized_rank.storage.checkpoint import load
-from utilized_rank.storage.checkpoint import save
-from utilized_rank.storage.recipe import Recipe
-from utilized_rank.tree.layout import Layout
+import importlib
+import pathlib
+import re
+from typing import Any
+
+from utilized_rank.lowrank import serialize
 from utilized_rank.version import __version__
-from utilized_rank.walk.interpret import UnsupportedError
 
 __all__ = [
   'Attention',
@@ -120,8 +72,25 @@ __all__ = [
   'unstack',
   'write_out',
 ]
+# `__init__.pyi` says where they are, to type checkers and here: what is not
+# used is not imported.
+_WHERE = {
+  name: module
+  for module, name in re.findall(
+    r'^from (utilized_rank\.\S+) import (?:\(\s*)?(\w+) as',
+    pathlib.Path(__file__).with_suffix('.pyi').read_text('utf-8'),
+    re.MULTILINE,
+  )
+}
 
-utilized_rank.lowrank.serialize.register()
+serialize.register()
+
+
+def __getattr__(name: str) -> Any:
+  if name not in __all__:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  value = globals()[name] = getattr(importlib.import_module(_WHERE[name]), name)
+  return value
 
 
 def __dir__() -> list[str]:
