@@ -12,6 +12,8 @@ import references
 
 import utilized_rank as ur
 
+pytestmark = pytest.mark.slow
+
 D, M, H, E, N = 9, 7, 2, 4, 64
 SHAPES = {
   'q': (D, H, E), 'k': (D, H, E), 'v': (D, H, E), 'o': (H, E, M),

@@ -8,6 +8,8 @@ import pytest
 import utilized_rank as ur
 from utilized_rank.collection import accumulation
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 
 

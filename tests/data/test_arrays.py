@@ -8,6 +8,8 @@ import pytest
 
 from utilized_rank.data import splits as split_lib
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (40, 6, 6, 3), np.uint8)
 LABELS = np.repeat(np.arange(4), 10).astype(np.uint8)

@@ -8,6 +8,8 @@ import pytest
 
 from utilized_rank.data.preprocess import PREPROCESS
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 SHAPES = [(37, 61), (60, 41), (48, 48), (20, 33)]
 

@@ -18,6 +18,8 @@ from utilized_rank.linalg import eigh
 from utilized_rank.linalg import subspace
 from utilized_rank.refit import anchored_fit
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 
 

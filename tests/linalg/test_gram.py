@@ -10,6 +10,8 @@ import utilized_rank as ur
 from utilized_rank.linalg import gram
 from utilized_rank.products import convolution
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 CONVOLUTIONS = [name for name in forms.FORMS if name.startswith('conv_')]
 

@@ -13,6 +13,8 @@ from utilized_rank.factorization.kernels import kernels
 from utilized_rank.linalg import sketch as sketches
 from utilized_rank.linalg.nystrom import nystrom
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 ALL = [('.*', 4)]
 # Float32 sums of float32 products, against float64: relative to the largest.

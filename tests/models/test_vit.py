@@ -8,6 +8,8 @@ import pytest
 from utilized_rank.models import stacking
 from utilized_rank.models import vit
 
+pytestmark = pytest.mark.slow
+
 # ViT-B/16 at 224 pixels as published, 1,000 classes, written out by hand.
 B16 = {
   'cls': (1, 1, 768),

@@ -8,6 +8,8 @@ import references
 import utilized_rank as ur
 from utilized_rank.linalg import subspace
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 # Factors are float32. Their rounding, 1e-7 of the outputs y, meets the residual
 # e in the squared error: 2e-7 |y| / |e| of it, with |y| / |e| up to 500 here.

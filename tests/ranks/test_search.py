@@ -8,6 +8,8 @@ import pytest
 import utilized_rank as ur
 from utilized_rank.ranks.search import count_evaluations
 
+pytestmark = pytest.mark.slow
+
 
 def model(params, x):
   for name in ('a', 'b', 'c'):

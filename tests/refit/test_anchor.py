@@ -13,6 +13,8 @@ from utilized_rank.linalg import subspace
 from utilized_rank.refit import anchored_fit
 from utilized_rank.refit import blocks
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(7, 10), (10, 7), (8, 8)]
 RANK = 3
 

@@ -12,6 +12,8 @@ from reports import vit
 import utilized_rank as ur
 from utilized_rank.report.report import Report
 
+pytestmark = pytest.mark.slow
+
 ENERGIES = (0.9, 0.95, 0.99)
 
 

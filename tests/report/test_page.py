@@ -10,6 +10,8 @@ from reports import vit
 from utilized_rank.report import page
 from utilized_rank.report import report
 
+pytestmark = pytest.mark.slow
+
 MLU = {0.9: 0.123, 0.95: 0.234, 0.99: 0.352, 0.999: 0.611}
 RUNS = [
   {

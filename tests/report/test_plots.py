@@ -11,6 +11,8 @@ from utilized_rank.report import look
 from utilized_rank.report import plots
 from utilized_rank.report import report
 
+pytestmark = pytest.mark.slow
+
 
 def layer(path, d_in=6, d_out=8, k_in=3, k_out=5, index=(), decay=0.5):
   return report.LayerReport(

@@ -9,6 +9,8 @@ from reports import vit
 
 from utilized_rank.report import tables
 
+pytestmark = pytest.mark.slow
+
 RUNS = [
   {
     'params_fraction': 1.0, 'params': 205_322, 'flops': 6_812_416,

@@ -45,8 +45,8 @@ def pytest_collection_modifyitems(config, items):
   if files is None:
     return
   wanted = lambda item: (
-    (item.path in files or 'quick' in item.keywords)
-    and 'slow' not in item.keywords
+    'quick' in item.keywords
+    or (item.path in files and 'slow' not in item.keywords)
   )
   left_out = [item for item in items if not wanted(item)]
   items[:] = [item for item in items if wanted(item)]
