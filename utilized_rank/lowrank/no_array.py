@@ -22,12 +22,9 @@ _OPERATORS = (
 class NoArray:
   """A leaf that only `low_rank` can run: touched as an array, it says so.
 
-  `shape` and `dtype` it has, those of the kernel that it stands for.
+  Classes of it have `shape` and `dtype`, those of the kernel that they stand
+  for.
   """
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    raise NotImplementedError
 
   def __getattr__(self, name: str) -> Any:
     if name in _NAMES:

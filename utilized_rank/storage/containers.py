@@ -24,8 +24,8 @@ def record(made: dict[Any, Any], where: str) -> dict[str, Any]:
     'name': kind.__qualname__,
     'module': kind.__module__,
   }
-  if kind is collections.defaultdict:
-    factory = made.default_factory  # type: ignore[attr-defined]
+  if type(made) is collections.defaultdict:
+    factory = made.default_factory
     name = None if factory is None else getattr(factory, '__name__', '')
     found['factory'] = name
     if factory is not (None if name is None else _FACTORIES.get(name, made)):
