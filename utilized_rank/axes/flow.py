@@ -26,9 +26,10 @@ from utilized_rank.axes.where import plain
 from utilized_rank.axes.where import token_of
 from utilized_rank.axes.where import whole
 from utilized_rank.walk import compat
+from utilized_rank.walk.analysis import Analysis
 
 
-class Flow:
+class Flow(Analysis[Where]):
   """One analysis of a traced function.
 
   Attributes:
@@ -40,31 +41,17 @@ class Flow:
     self.examples = examples
     self.found: dict[Any, Where] = {}
 
-  def run(self, jaxpr: Any, args: Sequence[Where]) -> list[Where]:
-    """What is known of an open jaxpr's outputs; its constants are plain."""
-    env: dict[Any, Where] = {}
+  def constant(self, atom: Any) -> Where:
+    return plain(getattr(atom.aval, 'shape', ()))
 
-    def read(atom):
-      if isinstance(atom, compat.Literal):
-        return plain(getattr(atom.aval, 'shape', ()))
-      return env[atom]
-
-    def write(var, where):
-      env[var] = where
-      known = self.found.get(var)
-      self.found[var] = (
-        where if known is None else join([known, where], 'two calls')
-      )
-
-    for var in jaxpr.constvars:
-      write(var, plain(var.aval.shape))
-    for var, where in zip(jaxpr.invars, args, strict=True):
-      write(var, where)
-    for eqn in jaxpr.eqns:
-      outs = self._equation(eqn, [read(a) for a in eqn.invars])
-      for var, where in zip(eqn.outvars, outs, strict=True):
-        write(var, self._checked(eqn, where))
-    return [read(a) for a in jaxpr.outvars]
+  def learn(self, var: Any, value: Where, eqn: Any = None) -> Where:
+    if eqn is not None:
+      value = self._checked(eqn, value)
+    known = self.found.get(var)
+    self.found[var] = (
+      value if known is None else join([known, value], 'two calls')
+    )
+    return value
 
   def _checked(self, eqn: Any, where: Where) -> Where:
     """Examples lie on a value once and whole, or it counts as mixed."""
@@ -74,11 +61,8 @@ class Flow:
       return mixed_up(eqn.primitive.name, where)
     return where
 
-  def _equation(self, eqn: Any, ins: list[Where]) -> list[Where]:
+  def equation(self, eqn: Any, ins: list[Where]) -> list[Where]:
     name = eqn.primitive.name
-    inner = _INNER.get(name)
-    if inner is not None:
-      return inner(self, eqn, ins)
     shapes = [v.aval.shape for v in eqn.outvars]
     mixed = next((w.mixed for w in ins if w.mixed), None)
     if mixed is not None:
@@ -101,16 +85,25 @@ class Flow:
 
   # --- computations inside ---
 
-  def _call(self, eqn: Any, ins: list[Where]) -> list[Where]:
-    name = eqn.primitive.name
-    jaxpr, _ = compat.open_jaxpr(eqn.params[compat.CALLS.get(name, 'jaxpr')])
-    return self.run(jaxpr, ins)
+  def join(self, values: Sequence[Where], what: str) -> Where:
+    found = join(values, what)
+    return found.without(EXAMPLE) if found.mixed else found
 
-  def _barrier(self, eqn: Any, ins: list[Where]) -> list[Where]:
-    del eqn
-    return ins
+  def decided(self, by: Where, what: str, values: list[Where]) -> list[Where]:
+    reason = by.mixed
+    if reason and what != 'cond':
+      reason = f'{what} whose length depends on them ({reason})'
+    return [mixed_up(reason, w) for w in values] if reason else values
 
-  def _scan(self, eqn: Any, ins: list[Where]) -> list[Where]:
+  def again(self) -> Callable[[], None]:
+    keep = dict(self.found)
+
+    def start_over():
+      self.found = dict(keep)
+
+    return start_over
+
+  def scan(self, eqn: Any, ins: list[Where]) -> list[Where]:
     jaxpr, _ = compat.open_jaxpr(eqn.params['jaxpr'])
     n_consts, n_carry = compat.scan_split(eqn.params)
     consts, carry = ins[:n_consts], ins[n_consts : n_consts + n_carry]
@@ -120,7 +113,7 @@ class Flow:
     if lead is not None:
       lost = lambda w: dataclasses.replace(w, token='a scan over the tokens')
       carry, slices = [*map(lost, carry)], [*map(lost, slices)]
-    outs, carry = self._repeat(jaxpr, consts, carry, slices)
+    outs, carry = self.repeat(jaxpr, consts, carry, slices)
     over = whole(eqn.params['length']) if lead is None else lead
     ys = [
       dataclasses.replace(w, axes=(over, *w.axes)) for w in outs[len(carry) :]
@@ -130,46 +123,13 @@ class Flow:
       outs = [dataclasses.replace(w, token=None) for w in outs]
     return outs
 
-  def _repeat(self, jaxpr, consts, carry, slices):
-    """Outputs of a loop's body once its carry does not change any more."""
-    keep = dict(self.found)
-    while True:
-      self.found = dict(keep)
-      outs = self.run(jaxpr, [*consts, *carry, *slices])
-      before = carry
-      carry = [
-        join([a, b], 'a loop') for a, b in zip(carry, outs, strict=False)
-      ]
-      carry = [w.without(EXAMPLE) if w.mixed else w for w in carry]
-      if carry == before:
-        return outs, carry
-
-  def _while(self, eqn: Any, ins: list[Where]) -> list[Where]:
-    p = eqn.params
-    nt, nb = p['cond_nconsts'], p['body_nconsts']
-    test, _ = compat.open_jaxpr(p['cond_jaxpr'])
-    jaxpr, _ = compat.open_jaxpr(p['body_jaxpr'])
-    _, carry = self._repeat(jaxpr, ins[nt : nt + nb], ins[nt + nb :], [])
-    (go_on,) = self.run(test, [*ins[:nt], *carry])
-    if go_on.mixed:
-      reason = f'a while loop whose length depends on them ({go_on.mixed})'
-      carry = [mixed_up(reason, w) for w in carry]
-    return carry
-
-  def _cond(self, eqn: Any, ins: list[Where]) -> list[Where]:
-    branches = [
-      self.run(compat.open_jaxpr(b)[0], ins[1:]) for b in eqn.params['branches']
-    ]
-    outs = [join(same, 'cond') for same in zip(*branches, strict=True)]
-    if ins[0].mixed:
-      outs = [mixed_up(ins[0].mixed, w) for w in outs]
-    return outs
-
-  def _opaque(self, eqn: Any, ins: list[Where]) -> list[Where]:
+  def opaque(self, eqn: Any, ins: list[Where]) -> list[Where]:
     outs = [plain(v.aval.shape) for v in eqn.outvars]
     if any(w.mixed or w.has(EXAMPLE) for w in ins):
       outs = [mixed_up(eqn.primitive.name, w) for w in outs]
     return outs
+
+  inner = {**Analysis.inner, 'shard_map': 'opaque'}
 
 
 def in_loop(
@@ -207,14 +167,3 @@ def _without_axis(where: Where, reason: str) -> Where:
   if any(p.name == EXAMPLE for p in first):
     return mixed_up(reason, out)
   return out
-
-
-_INNER: dict[str, Callable[[Flow, Any, list[Where]], list[Where]]] = {
-  **dict.fromkeys(compat.CALLS, Flow._call),
-  **dict.fromkeys(compat.REMAT, Flow._call),
-  'scan': Flow._scan,
-  'while': Flow._while,
-  'cond': Flow._cond,
-  'optimization_barrier': Flow._barrier,
-  'shard_map': Flow._opaque,
-}

@@ -7,6 +7,7 @@
 * `parts`, `pieces`, `scale`: slices of a leaf, and a leaf times a number.
 * `control`, `shard_map`: calls, loops, branches and shards, rebuilt around it.
 * `custom`: functions with a derivative rule of their own.
+* `analysis`: what is known of every value, through calls, loops and branches.
 * `rescaling`: products that only set the size of a parameter.
 * `flatten`: a function as one list of equations, to be cut anywhere.
 * `cost`: what a traced and what a compiled program costs.

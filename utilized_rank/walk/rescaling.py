@@ -18,12 +18,13 @@ that is an argument beside the parameters counts as data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any, NamedTuple
 
 from utilized_rank.walk import compat
+from utilized_rank.walk.analysis import Analysis
 
 # Why such a product is none of the kernel's.
 RESCALES = 'a product that only rescales a parameter'
@@ -115,7 +116,7 @@ class _Value(NamedTuple):
   products: frozenset[_Use] = frozenset()
 
 
-class _Flow:
+class _Flow(Analysis[_Value]):
   """One analysis. Every set only grows, so bodies may be run repeatedly.
 
   Attributes:
@@ -129,27 +130,15 @@ class _Flow:
     self.kept: set[_Use] = set()
     self.by_itself: set[_Use] = set()
 
-  def run(self, jaxpr: Any, args: Sequence[_Value]) -> list[_Value]:
-    env: dict[Any, _Value] = {}
+  def constant(self, atom: Any) -> _Value:
+    return _Value(False, is_number=_size(atom) == 1)
 
-    def read(atom):
-      if isinstance(atom, compat.Literal):
-        return _Value(False, is_number=_size(atom) == 1)
-      return env[atom]
+  def argument(self, var: Any, value: _Value) -> _Value:
+    # What a scan reads one of may be one number.
+    is_one = not value.is_data and _size(var) == 1
+    return value._replace(is_number=True, like=0) if is_one else value
 
-    for var in jaxpr.constvars:
-      env[var] = _Value(False, is_number=_size(var) == 1)
-    for var, value in zip(jaxpr.invars, args, strict=True):
-      # What a scan reads one of may be one number.
-      is_one = not value.is_data and _size(var) == 1
-      env[var] = value._replace(is_number=True, like=0) if is_one else value
-    for eqn in jaxpr.eqns:
-      ins = [read(a) for a in eqn.invars]
-      rule = _INNER.get(eqn.primitive.name, _Flow._equation)
-      env.update(zip(eqn.outvars, rule(self, eqn, ins), strict=True))
-    return [read(a) for a in jaxpr.outvars]
-
-  def _equation(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
+  def equation(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
     leaves = 0
     for value in ins:
       leaves |= value.leaves
@@ -206,8 +195,8 @@ class _Flow:
         for leaf in _bits(value.like & other.leaves):
           self.by_itself.add(_Use(eqn.outvars[0], leaf))
 
-  def _join(self, values: Sequence[_Value]) -> _Value:
-    """A value that is any of these."""
+  def join(self, values: Sequence[_Value], what: str) -> _Value:
+    del what
     first, *others = values
     for other in others:
       first = _Value(
@@ -225,50 +214,24 @@ class _Flow:
 
   # --- computations inside ---
 
-  def _call(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
-    name = eqn.primitive.name
-    jaxpr, _ = compat.open_jaxpr(eqn.params[compat.CALLS.get(name, 'jaxpr')])
-    return self.run(jaxpr, ins)
+  def decided(
+    self, by: _Value, what: str, values: list[_Value]
+  ) -> list[_Value]:
+    del what
+    return [self._as_data(v) for v in values] if by.is_data else values
 
-  def _barrier(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
-    del eqn
-    return ins
-
-  def _repeat(self, jaxpr, consts, carry, slices):
-    """Outputs of a loop's body once its carry does not change any more."""
-    while True:
-      outs = self.run(jaxpr, [*consts, *carry, *slices])
-      before = carry
-      carry = [self._join(both) for both in zip(carry, outs, strict=False)]
-      if carry == before:
-        return outs, carry
-
-  def _scan(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
+  def scan(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
     jaxpr, _ = compat.open_jaxpr(eqn.params['jaxpr'])
     n_consts, n_carry = compat.scan_split(eqn.params)
     n_state = n_consts + n_carry
-    outs, carry = self._repeat(
+    outs, carry = self.repeat(
       jaxpr, ins[:n_consts], ins[n_consts:n_state], ins[n_state:]
     )
     # A number of each step is no number of them all.
     ys = [v._replace(is_number=False) for v in outs[n_carry:]]
     return [*carry, *ys]
 
-  def _while(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
-    p = eqn.params
-    nt, nb = p['cond_nconsts'], p['body_nconsts']
-    test, _ = compat.open_jaxpr(p['cond_jaxpr'])
-    jaxpr, _ = compat.open_jaxpr(p['body_jaxpr'])
-    _, carry = self._repeat(jaxpr, ins[nt : nt + nb], ins[nt + nb :], [])
-    (go_on,) = self.run(test, [*ins[:nt], *carry])
-    return [self._as_data(v) for v in carry] if go_on.is_data else carry
-
-  def _cond(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
-    branches = [
-      self.run(compat.open_jaxpr(b)[0], ins[1:]) for b in eqn.params['branches']
-    ]
-    outs = [self._join(same) for same in zip(*branches, strict=True)]
-    return [self._as_data(v) for v in outs] if ins[0].is_data else outs
+  inner = {**Analysis.inner, 'shard_map': 'call'}
 
 
 def _uses(eqn: Any, ins: list[_Value]) -> frozenset[_Use]:
@@ -283,13 +246,3 @@ def _bits(number: int) -> list[int]:
 
 def _size(atom: Any) -> int:
   return math.prod(getattr(atom.aval, 'shape', ()))
-
-
-_INNER: dict[str, Callable[[_Flow, Any, list[_Value]], list[_Value]]] = {
-  **dict.fromkeys(compat.CALLS, _Flow._call),
-  **dict.fromkeys((*compat.REMAT, 'shard_map'), _Flow._call),
-  'scan': _Flow._scan,
-  'while': _Flow._while,
-  'cond': _Flow._cond,
-  'optimization_barrier': _Flow._barrier,
-}
