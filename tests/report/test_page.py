@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 import re
 
 import pytest
+from reports import RUNS
 from reports import layer
 from reports import vit
 
@@ -13,23 +14,6 @@ from utilized_rank.report import report
 pytestmark = pytest.mark.slow
 
 MLU = {0.9: 0.123, 0.95: 0.234, 0.99: 0.352, 0.999: 0.611}
-RUNS = [
-  {
-    'params_fraction': 1.0, 'params': 205_322, 'flops': 6_812_416,
-    'latency_ms': 1.92, 'test_accuracy': 0.9861,
-    'test_accuracy_before_finetune': None,
-  },
-  {
-    'params_fraction': 0.5, 'params': 108_100, 'flops': 3_512_000,
-    'latency_ms': 1.31, 'test_accuracy': 0.9833, 'method': 'output',
-    'test_accuracy_before_finetune': 0.9611,
-  },
-  {
-    'params_fraction': 0.25, 'params': 59_300, 'flops': None,
-    'latency_ms': None, 'test_accuracy': 0.9806,
-    'test_accuracy_before_finetune': 0.8722,
-  },
-]  # fmt: skip
 META = {
   'title': 'Digits <ViT> & co',
   'config': {'steps': 1500, 'note': '</pre><script>alert(1)</script>'},
