@@ -13,7 +13,6 @@ from utilized_rank.report import tables
 pytestmark = pytest.mark.slow
 
 
-
 @pytest.mark.quick
 def test_layer_table_lines_up_and_fits():
   layers = vit(4)

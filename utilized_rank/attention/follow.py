@@ -46,10 +46,7 @@ class Recorder:
   def product(self, eqn, operands, which, walk):
     del walk
     view = operands[which].view
-    plain = list(operands)
-    plain[which] = operands[which].payload.materialise(view)
-    (out,) = compat.bind(eqn, plain)
-    product = describe.describe(eqn, view, which)
+    out, product = describe.dense(eqn, operands, which)
     if not isinstance(product, str) and (view.flipped or view.scale != 1):
       product = 'a product of it read backwards, or scaled'
     if operands[2:]:

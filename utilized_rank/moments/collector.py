@@ -82,10 +82,7 @@ class Collector:
   def product(self, eqn, operands, which, walk):
     view = operands[which].view
     x = operands[1 - which]
-    plain = list(operands)
-    plain[which] = operands[which].payload.materialise(view)
-    (out,) = compat.bind(eqn, plain)
-    product = describe.describe(eqn, view, which)
+    out, product = describe.dense(eqn, operands, which)
     if isinstance(product, str):
       self.dropped(view, product)
       return out
@@ -131,8 +128,9 @@ class Collector:
       if side == 'output':
         y = out
         if operands[which].payload.bare is not None:
-          plain[which] = operands[which].payload.bare
-          (y,) = compat.bind(eqn, plain)
+          bare = list(operands)
+          bare[which] = operands[which].payload.bare
+          (y,) = compat.bind(eqn, bare)
         found = self.rows.outputs(of, eqn, which, x, y)
       else:
         found = self.rows.inputs(of, eqn, which, x, columns)

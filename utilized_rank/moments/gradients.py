@@ -26,7 +26,6 @@ from utilized_rank.products.factors import Factors
 from utilized_rank.products.product import one_block
 from utilized_rank.tree.layout import Layout
 from utilized_rank.tree.layout import View
-from utilized_rank.walk import compat
 from utilized_rank.walk import tracing
 from utilized_rank.walk.interpret import Walk
 from utilized_rank.walk.values import Dense
@@ -202,10 +201,7 @@ class _Tapper:
   def product(self, eqn, operands, which, walk):
     del walk
     param = operands[which]
-    plain = list(operands)
-    plain[which] = param.payload.materialise(param.view)
-    (out,) = compat.bind(eqn, plain)
-    found = describe.describe(eqn, param.view, which)
+    out, found = describe.dense(eqn, operands, which)
     if isinstance(found, str):
       return out
     where, keep = self.rows.responses(found, eqn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from utilized_rank.products import convolution
@@ -11,6 +12,7 @@ from utilized_rank.products.factors import Factors
 from utilized_rank.products.product import Product
 from utilized_rank.tree.layout import View
 from utilized_rank.tree.layout import pieces_of
+from utilized_rank.walk import compat
 
 _SCALE = (
   'a scale, or one feature for each group: matrices of rank one, nothing to '
@@ -45,6 +47,23 @@ def describe(eqn: Any, view: View, which: int) -> Product | str:
   if product.has_no_rank:
     return _NO_RANK[product.kind]
   return product
+
+
+def dense(
+  eqn: Any, operands: Sequence[Any], which: int
+) -> tuple[Any, Product | str]:
+  """A product's output by the kernel itself, and what `describe` says of it.
+
+  Args:
+    eqn: the product.
+    operands: arrays, and in place of the kernel a `walk.values.Param`.
+    which: the kernel's position.
+  """
+  kernel = operands[which]
+  plain = list(operands)
+  plain[which] = kernel.payload.materialise(kernel.view)
+  (out,) = compat.bind(eqn, plain)
+  return out, describe(eqn, kernel.view, which)
 
 
 def fits(factors: Factors, product: Product) -> bool:

@@ -17,7 +17,6 @@ from utilized_rank.tree.layout import Layout
 from utilized_rank.tree.layout import View
 from utilized_rank.tree.layout import common_atoms
 from utilized_rank.tree.layout import pieces_of
-from utilized_rank.walk import compat
 from utilized_rank.walk.interpret import Walk
 from utilized_rank.walk.rescaling import Rescaling
 from utilized_rank.walk.values import Dense
@@ -137,10 +136,7 @@ class _Reader:
 
   def product(self, eqn, operands, which, walk):
     param, x = operands[which], operands[1 - which]
-    plain = list(operands)
-    plain[which] = param.payload.materialise(param.view)
-    (out,) = compat.bind(eqn, plain)
-    found = describe.describe(eqn, param.view, which)
+    out, found = describe.dense(eqn, operands, which)
     if isinstance(found, str):
       return out
     path = param.view.path
