@@ -112,6 +112,7 @@ def test_the_page_names_every_layer(finished):
   folder, result, _ = finished
   page = (folder / 'report.html').read_text()
   assert page.lstrip().startswith('<!doctype html>')
+  assert 'kernels hold ' in page
   assert page.count('MlpBlock_3') >= 2
 
 

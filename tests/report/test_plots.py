@@ -5,29 +5,24 @@ import re
 
 import numpy as np
 import pytest
+import reports
 
 from utilized_rank.report import depth
 from utilized_rank.report import look
 from utilized_rank.report import plots
-from utilized_rank.report import report
 
 pytestmark = pytest.mark.slow
 
 
-def layer(path, d_in=6, d_out=8, k_in=3, k_out=5, index=(), decay=0.5):
-  return report.LayerReport(
-    path=path,
-    index=index,
+def layer(path, d_in=6, d_out=8, k_in=3, k_out=5, decay=0.5, **options):
+  return reports.layer(
+    path,
     d_in=d_in,
     d_out=d_out,
-    count=1000,
-    energy=0.99,
     k_in=k_in,
     k_out=k_out,
-    spectrum_in=decay ** np.arange(d_in),
-    spectrum_out=decay ** np.arange(d_out),
-    error_projected=0.02,
-    error_bound=0.01,
+    decay=decay,
+    **options,
   )
 
 

@@ -31,7 +31,6 @@ from utilized_rank.lowrank.leaf import count_params
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.low_rank import low_rank
 from utilized_rank.moments.moments import Moments
-from utilized_rank.report import page
 from utilized_rank.report import tables
 from utilized_rank.report.measure import measure
 from utilized_rank.report.report import Report
@@ -314,23 +313,20 @@ class Job:
       'seconds': seconds,
     }
     self.workdir.write('report.json', result)
-    mlu = report.utilization_at(self.compress.energies)
     self.workdir.write_text(
       'report.html',
-      page.html(
-        report.layers,
-        mlu,
+      report.html(
         runs,
         {
           'title': f'Utilized rank: {self.data_config.name}',
           'config': self.config,
           'versions': versions,
           'seconds': seconds,
-          'centered': report.centered,
-          'energy': report.energy,
         },
+        self.compress.energies,
       ),
     )
+    mlu = report.utilization_at(self.compress.energies)
     shares = '  '.join(f'{u:.1%} at {e}' for e, u in mlu.items())
     print(
       f'{report}\n\nmean layer utilization: {shares}\n\n'

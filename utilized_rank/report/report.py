@@ -106,6 +106,7 @@ class Report(Mapping[str, LayerReport]):
     self,
     runs: Sequence[Mapping[str, Any]] = (),
     meta: Mapping[str, Any] | None = None,
+    energies: Sequence[float] = ENERGIES,
   ) -> str:
     """The report as one page that loads nothing; needs matplotlib.
 
@@ -113,6 +114,7 @@ class Report(Mapping[str, LayerReport]):
       runs: size, cost and accuracy of the dense model and of compressed
         ones, as `tables.run_table` takes them.
       meta: what else to say about the run, as `page.html` takes it.
+      energies: shares of the spectra to give the MLU at.
 
     >>> open('report.html', 'w').write(report.html())  # doctest: +SKIP
     """
@@ -122,7 +124,7 @@ class Report(Mapping[str, LayerReport]):
     if self.coverage is not None:
       about['coverage'] = str(self.coverage)
     about |= meta or {}
-    return page.html(self.layers, self.utilization_at(ENERGIES), runs, about)
+    return page.html(self.layers, self.utilization_at(energies), runs, about)
 
   def plot(self) -> Figure:
     """Utilization of every layer along the model; needs matplotlib.
