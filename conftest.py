@@ -24,8 +24,11 @@ import numpy as np
 import pytest
 
 pytest_plugins = ['quick']
-# Models of frameworks that may not be there; they hold no examples.
-collect_ignore_glob = ['tests/frameworks/*_models.py']
+# They need what may not be there, and hold no examples.
+collect_ignore_glob = [
+  'tests/frameworks/*_models.py',
+  'utilized_rank/torch/*.py',
+]
 
 # `UTILIZED_RANK_SETTING=rank_promotion pytest ...`: the suite under a setting
 # that users may have made.

@@ -32,8 +32,8 @@ CORE = [
   'report',
   'compression',
 ]
-# They need flax, optax, TFDS or absl, and are imported by name.
-OUTER = ['models', 'data', 'training', 'experiment']
+# They need flax, optax, TFDS, absl or torch, and are imported by name.
+OUTER = ['models', 'data', 'training', 'experiment', 'torch']
 ROOMS = [*CORE, *OUTER]
 MOST_FILES = 15
 MOST_LINES = 400
