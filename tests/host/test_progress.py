@@ -22,7 +22,6 @@ class Clock:
     monkeypatch.setattr(progress.time, 'monotonic', lambda: self.now)
 
 
-
 @pytest.mark.quick
 def test_quiet_when_short(capsys):
   assert list(progress.track(range(5), total=5, desc='x')) == [0, 1, 2, 3, 4]
@@ -95,7 +94,17 @@ def test_a_loop_that_fails_is_not_said_for_ever(capsys, monkeypatch):
     next(held)
   time.sleep(0.3)
   assert 'broken' not in capsys.readouterr().err
-  assert not progress._steps
+  assert progress._step is None
+  with progress.working('outer'):
+    with progress.working('fit'):
+      held = progress.track(range(3), desc='broken off')
+      next(held)
+    time.sleep(0.3)
+    assert 'outer: 0 s' in capsys.readouterr().err
+    held.close()
+    time.sleep(0.3)
+  said = capsys.readouterr().err
+  assert 'outer: 0 s' in said and 'broken' not in said
 
 
 def test_the_innermost_is_said(capsys, monkeypatch):
@@ -103,7 +112,7 @@ def test_the_innermost_is_said(capsys, monkeypatch):
   with progress.working('outer'):
     worked(clock, [6.0], desc='inner')
     clock.now = 20.0
-    progress._steps[-1].tell()
+    progress._step.tell()
   assert capsys.readouterr().err.splitlines() == [
     'inner: 1 it, 0.167 it/s',
     'outer: 20 s',
@@ -122,9 +131,7 @@ def test_bar_on_a_terminal(monkeypatch):
 
 
 def test_the_end_is_told_where_the_way_was(capsys, monkeypatch):
-  worked(
-    Clock(monkeypatch), [40.0, 43.0], total=2, desc='x', unit='step'
-  )
+  worked(Clock(monkeypatch), [40.0, 43.0], total=2, desc='x', unit='step')
   lines = capsys.readouterr().err.splitlines()
   assert lines[0].startswith('x: 1/2 step')
   assert lines[1] == 'x: 2 step, done in 43 s'

@@ -11,14 +11,17 @@ import jax
 from utilized_rank.collection.collect import collect
 from utilized_rank.collection.one_pass import check_batch
 from utilized_rank.collection.one_pass import several
+from utilized_rank.compression import describe
 from utilized_rank.compression import holdout
 from utilized_rank.compression.candidates import Candidate
 from utilized_rank.compression.candidates import Compressed
 from utilized_rank.compression.candidates import nearest
 from utilized_rank.compression.factor_pairs import factor_pairs
+from utilized_rank.compression.journal import Journal
 from utilized_rank.compression.narrower_heads import narrower_heads
 from utilized_rank.compression.problem import Budget
 from utilized_rank.compression.problem import Problem
+from utilized_rank.host.progress import say
 from utilized_rank.losses.divergence import Divergence
 from utilized_rank.losses.divergence import squared_error
 from utilized_rank.moments.gradients import LossFn
@@ -99,16 +102,17 @@ def compress(
     trial_examples: as many of the first examples are kept in memory, to try
       ranks on and to anchor with.
     energy: share of the spectra that the report's ranks are at.
-    progress: show progress bars.
+    progress: show how far it is, and at the end what is kept, in a line.
 
   Returns:
     The tree for `low_rank(fn)`, and the `Report` of the dense one, whose
-    `recipe` can be written down: it rebuilds the tree's shapes.
+    `recipe` can be written down: it rebuilds the tree's shapes. Its `choice`
+    says what was chosen, why, and what that took.
 
   Raises:
-    ValueError: both moments and rules; several processes, which would each
-      decide on the examples that they see; else as `collect`, `tune_ranks` and
-      `factorize`.
+    ValueError: no batches; both moments and rules; several processes, which
+      would each decide on the examples that they see; else as `collect`,
+      `tune_ranks` and `factorize`.
 
   >>> fn = lambda params, x: x @ params['w']
   >>> params = {'w': jnp.eye(8)}
@@ -120,39 +124,52 @@ def compress(
   """
   _check(moments, select)
   budget = Budget(params_fraction, flops_fraction, multiple_of, gauge)
-  kept, every = _first(batches, trial_examples)
-  if moments is None:
-    moments = collect(
-      fn,
-      params,
-      every,
-      loss=loss,
-      mask=mask,
-      select=select,
-      progress=progress,
-    )
+  unit = ''
   if divergence is None:
     divergence = getattr(loss, 'divergence', squared_error)
-  problem = Problem(
-    fn=fn,
-    params=params,
-    start=params,
-    moments=moments,
-    batches=kept,
-    budget=budget,
-    divergence=divergence,
-    loss=loss,
-    anchored=anchored,
-    progress=progress,
-    compensate_mean=compensate_mean,
-  )
-  if mask is not None:
-    problem = problem.without_padding(mask)
-  report = measure(params, moments, energy=energy, progress=progress)
-  # Tried in this order; what comes later must come closer.
-  kinds: dict[Candidate, bool] = {narrower_heads: heads}
-  best = _choose(problem, [kind for kind, wanted in kinds.items() if wanted])
+    unit = 'nats'
+  if divergence is squared_error:
+    unit = "of the outputs' energy"
+  journal = Journal(progress)
+  with journal.stage('compress'):
+    kept, every = _first(batches, trial_examples)
+    if moments is None:
+      with journal.stage('collect'):
+        moments = collect(
+          fn,
+          params,
+          every,
+          loss=loss,
+          mask=mask,
+          select=select,
+          progress=progress,
+        )
+    problem = Problem(
+      fn=fn,
+      params=params,
+      start=params,
+      moments=moments,
+      batches=kept,
+      budget=budget,
+      divergence=divergence,
+      loss=loss,
+      anchored=anchored,
+      progress=progress,
+      unit=unit,
+      journal=journal,
+      compensate_mean=compensate_mean,
+    )
+    if mask is not None:
+      problem = problem.without_padding(mask)
+    with journal.stage('measure'):
+      report = measure(params, moments, energy=energy, progress=progress)
+    # Tried in this order; what comes later must come closer.
+    kinds: dict[Candidate, bool] = {narrower_heads: heads}
+    best = _choose(problem, [kind for kind, wanted in kinds.items() if wanted])
   report.recipe = best.recipe(moments)
+  report.choice = describe.choice(problem, best)
+  if progress:
+    say(report.choice.line)
   return best.tree, report
 
 
@@ -174,13 +191,22 @@ def _check(moments: Moments | None, select: paths.Rules | None) -> None:
 def _first(
   batches: Iterable[Any], enough: int
 ) -> tuple[list[Any], Iterable[Any]]:
-  """The first batches, of `enough` examples, and all, the first among them."""
+  """The first batches, of `enough` examples, and all, the first among them.
+
+  Raises:
+    ValueError: there is no batch.
+  """
   rest = iter(several(batches))
   kept: list[Any] = []
   examples = 0
   while examples < enough and (batch := next(rest, None)) is not None:
     examples += check_batch(batch, len(kept))
     kept.append(batch)
+  if not kept:
+    raise ValueError(
+      'compress needs at least one batch to try ranks on, got none; moments= '
+      'replaces collecting, not trying'
+    )
   if isinstance(batches, Sized):
     return kept, batches
   return kept, itertools.chain(kept, rest)
@@ -189,7 +215,10 @@ def _first(
 def _choose(problem: Problem, kinds: Sequence[Candidate]) -> Compressed:
   """Pairs of factors, unless another kind is nearer or the rows too few."""
   if problem.is_scarce:
-    blind = holdout.unfitted(problem)
-    if not holdout.generalises(problem, blind.tree, factor_pairs):
+    with problem.journal.stage('hold-out'):
+      blind = holdout.unfitted(problem)
+      pays = holdout.generalises(problem, blind.tree, factor_pairs)
+    if not pays:
       return blind
-  return nearest(factor_pairs(problem), (kind(problem) for kind in kinds))
+  others = (kind(problem) for kind in kinds)
+  return nearest(factor_pairs(problem), others, problem.journal)

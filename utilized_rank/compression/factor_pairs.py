@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 from typing import Any
 
@@ -10,6 +10,7 @@ from utilized_rank.collection.one_pass import check_batch
 from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.candidates import nearest
 from utilized_rank.compression.problem import Problem
+from utilized_rank.factorization.decompose import Families
 from utilized_rank.factorization.factorize import factorize
 from utilized_rank.factorization.kernels import ENOUGH_ROWS
 from utilized_rank.moments.capture import find_sites
@@ -26,8 +27,17 @@ def factor_pairs(problem: Problem) -> Tried:
   Args:
     problem: its `start` is what the tree has at all other leaves.
   """
-  tuned = _tuned(problem)
-  return nearest(tuned, [_anchored(problem, tuned)])
+  with problem.journal.stage('ranks') as at:
+    tuned = _tuned(problem)
+    at.after = float(tuned.divergences.mean())
+  journal = problem.journal
+  journal.compared(tuned.name, None, tuned.divergences, True)
+  with journal.stage('anchor') as at:
+    anchored = _anchored(problem, tuned)
+    if anchored is not None:
+      at.before = float(tuned.divergences.mean())
+      at.after = float(anchored.divergences.mean())
+  return nearest(tuned, [anchored], journal)
 
 
 def _tuned(problem: Problem) -> Tried:
@@ -62,7 +72,21 @@ def _tuned(problem: Problem) -> Tried:
     damping=families.damping,
     compensate_mean=problem.compensate_mean,
     divergences=ranks.divergences,
+    name='pairs',
+    predicted=_predicted(families, ranks),
+    measured=ranks.effects,
   )
+
+
+def _predicted(
+  families: Families, ranks: Mapping[str, int]
+) -> dict[str, float]:
+  """In nats per example, or as shares of the outputs' energy without a loss."""
+  metric = 'loss' if 'loss' in families.metrics else 'relative'
+  return {
+    path: float(families.damages(path, metric)[rank])
+    for path, rank in ranks.items()
+  }
 
 
 def _anchored(problem: Problem, tuned: Tried) -> Tried | None:
@@ -96,7 +120,9 @@ def _anchored(problem: Problem, tuned: Tried) -> Tried | None:
     progress=problem.progress,
   )
   after = problem.divergences(tree, problem.batches)
-  return dataclasses.replace(tuned, tree=tree, divergences=after)
+  return dataclasses.replace(
+    tuned, tree=tree, divergences=after, name='pairs, anchored'
+  )
 
 
 def _can_anchor(

@@ -44,7 +44,11 @@ def unfitted(problem: Problem) -> Compressed:
     progress=False,
   )
   return Compressed(
-    tree=tree, ranks=ranks, method='weight', compensate_mean=False
+    tree=tree,
+    ranks=ranks,
+    method='weight',
+    compensate_mean=False,
+    name='truncated SVD',
   )
 
 

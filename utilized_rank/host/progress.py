@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import sys
+import textwrap
 import threading
 import time
 from typing import TypeVar
 
 T = TypeVar('T')
 
+# Columns of a terminal, for lines that are not about the bars.
+WIDTH = 80
 # Seconds between two lines when stderr is a file or a pipe; from a minute on
 # they grow, to six times as many.
 LINE_INTERVAL = 5.0
@@ -23,6 +26,18 @@ LINE_INTERVAL = 5.0
 def say(text: str) -> None:
   """Shows one line on stderr."""
   print(text, file=sys.stderr, flush=True)
+
+
+def wrapped(text: str) -> str:
+  """A long line as several that fit a terminal.
+
+  >>> print(wrapped('one two three ' * 6))
+  one two three one two three one two three one two three one two three one two
+    three
+  """
+  return textwrap.fill(
+    text, WIDTH, subsequent_indent='  ', break_on_hyphens=False
+  )
 
 
 class _Lines:
@@ -43,7 +58,9 @@ class _Lines:
     try:
       yield
     finally:
-      self._inside.remove(text)
+      # A loop inside may have been broken off, and is closed later or never.
+      if text in self._inside:
+        del self._inside[self._inside.index(text) :]
 
   def tell(self) -> None:
     """Says it if it is time to."""
@@ -62,8 +79,8 @@ class _Lines:
       self.tell()
 
 
-# Of the steps that go on now, the innermost last.
-_steps: list[_Lines] = []
+# Of the outermost step that goes on; a step inside it is said there.
+_step: _Lines | None = None
 
 
 @contextlib.contextmanager
@@ -77,19 +94,23 @@ def working(desc: str) -> Iterator[None]:
   ...   print(sum(range(4)))
   6
   """
+  global _step
   if sys.stderr.isatty():
     yield
     return
   start = time.monotonic()
-  lines = _Lines(lambda: f'{desc}: {time.monotonic() - start:.0f} s')
-  over = threading.Event()
-  threading.Thread(target=lines.keep_telling, args=[over], daemon=True).start()
-  _steps.append(lines)
+  text = lambda: f'{desc}: {time.monotonic() - start:.0f} s'
+  if _step is not None:
+    with _step.about(text):
+      yield
+    return
+  _step, over = _Lines(text), threading.Event()
+  threading.Thread(target=_step.keep_telling, args=[over], daemon=True).start()
   try:
     yield
   finally:
     over.set()
-    _steps.remove(lines)
+    _step = None
 
 
 def track(
@@ -162,8 +183,7 @@ def _said(iterable, total, desc, unit, initial, status):
       text += f', {status()}'
     return text
 
-  # A loop that is broken off is forgotten with the step that it is in.
-  lines = _steps[-1] if _steps else _Lines()
+  lines = _step or _Lines()
   with lines.about(line):
     for item in iterable:
       yield item
