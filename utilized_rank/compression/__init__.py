@@ -5,5 +5,5 @@
 * `candidates`: what a kind of candidate is, and which of several is nearest.
 * `factor_pairs`, `narrower_heads`: the kinds that there are.
 * `journal`: what each stage took; `describe`: what was chosen, for the report.
-* `holdout`: whether what fits few data beats what looks at none.
+* `independence`: whether data are few; `holdout`: what is nearest if they are.
 """

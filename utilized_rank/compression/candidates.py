@@ -40,6 +40,15 @@ class Compressed:
   predicted: Mapping[str, float] = dataclasses.field(default_factory=dict)
   measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
+  def judged(self, divergences: np.ndarray) -> Tried:
+    """The same, with what was seen of it.
+
+    Args:
+      divergences: of every example that judged, (B,).
+    """
+    known = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    return Tried(**{**known, 'divergences': divergences})
+
   def recipe(self, moments: Moments) -> Recipe:
     """What rebuilds the tree's shapes.
 

@@ -15,6 +15,7 @@ from utilized_rank.compression import describe
 from utilized_rank.compression import holdout
 from utilized_rank.compression.candidates import Candidate
 from utilized_rank.compression.candidates import Compressed
+from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.candidates import nearest
 from utilized_rank.compression.factor_pairs import factor_pairs
 from utilized_rank.compression.journal import Journal
@@ -62,9 +63,11 @@ def compress(
   predicted loss are tried with the ranks that several predictions ask for;
   the best are corrected by what is seen at the outputs (`tune_ranks`), and
   their factors fitted one behind the other (`anchor`) where that helps. Where
-  a kernel has fewer than four rows for every feature, that is done for each
-  half of the examples first; if it does not beat the truncated SVD of the
-  weights on the other half, the latter is what is returned.
+  a kernel has fewer than four independent rows for every feature (positions of
+  one example count for less than rows of several, as far as they look alike),
+  ranks are tried on examples that do not make the moments, and what is returned
+  is the nearest there of these pairs, those of a single prediction, and the
+  truncated SVD of the weights.
 
   Args:
     fn: `fn(params, batch) -> outputs`.
@@ -213,12 +216,12 @@ def _first(
 
 
 def _choose(problem: Problem, kinds: Sequence[Candidate]) -> Compressed:
-  """Pairs of factors, unless another kind is nearer or the rows too few."""
+  """Pairs of factors, unless another kind is nearer; with care of few data."""
   if problem.is_scarce:
-    with problem.journal.stage('hold-out'):
-      blind = holdout.unfitted(problem)
-      pays = holdout.generalises(problem, blind.tree, factor_pairs)
-    if not pays:
-      return blind
+    with problem.journal.stage('hold-out') as at:
+      best = holdout.nearest_held_out(problem)
+      if isinstance(best, Tried):
+        at.after = float(best.divergences.mean())
+    return best
   others = (kind(problem) for kind in kinds)
   return nearest(factor_pairs(problem), others, problem.journal)

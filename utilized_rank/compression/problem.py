@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
 
+from utilized_rank.compression import independence
 from utilized_rank.compression.journal import Journal
-from utilized_rank.factorization.kernels import scarce
 from utilized_rank.losses.divergence import Divergence
 from utilized_rank.moments import masks
 from utilized_rank.moments.gradients import LossFn
@@ -105,10 +106,10 @@ class Problem:
   compensate_mean: bool = True
   mask: Mask | None = None
 
-  @property
+  @functools.cached_property
   def is_scarce(self) -> bool:
-    """Whether a kernel has fewer than four rows for every feature."""
-    return bool(scarce(self.moments, self.moments))
+    """Whether a kernel has under four independent rows for a feature."""
+    return independence.few(self.fn, self.params, self.moments, self.batches)
 
   def divergences(self, tree: Any, batches: Sequence[Any]) -> np.ndarray:
     """Of every example, (B,): how far a tree is from the dense parameters.
