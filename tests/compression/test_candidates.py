@@ -1,5 +1,8 @@
 """Kinds of compression that `compress` tries, and which one it keeps."""
 
+import dataclasses
+import time
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import utilized_rank as ur
 from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.candidates import nearest
 from utilized_rank.compression.factor_pairs import factor_pairs
+from utilized_rank.compression.journal import Journal
 from utilized_rank.compression.narrower_heads import narrower_heads
 from utilized_rank.compression.problem import Budget
 from utilized_rank.compression.problem import Problem
@@ -51,6 +55,32 @@ def test_a_later_one_must_come_closer_by_more_than_chance():
   assert nearest(first, []) is first
   assert nearest(first, [None, same, chance]) is first
   assert nearest(first, [chance, closer, None, farther]) is closer
+
+
+def test_comparisons_are_written_down():
+  journal = Journal()
+  two = [tried('b', 1.0, 3.0), tried('c', 9.0, 9.0)]
+  two = [dataclasses.replace(one, name=one.tree) for one in two]
+  nearest(tried('a', 2.0, 5.0), two, journal)
+  first, second = journal.contenders
+  assert (first.name, first.divergence, first.gain) == ('b', 2.0, 1.5)
+  assert first.error == pytest.approx(0.5 / 2**0.5)
+  assert (first.chosen, second.chosen, second.gain) == (True, False, -7.0)
+
+
+def test_stages_have_their_own_time():
+  journal = Journal()
+  with journal.stage('all'), journal.stage('one') as at:
+    with journal.stage('two'):
+      time.sleep(0.1)
+    at.before, at.after = 2.0, 1.0
+  names = [stage.name for stage in journal.stages]
+  assert names == ['one: two', 'one', 'all']
+  two, one, whole = journal.stages
+  assert two.seconds >= 0.1
+  # Not what is inside; starting a thread takes under a tenth of a second.
+  assert one.seconds < 0.1 and whole.seconds < 0.1
+  assert (one.before, one.after, two.after) == (2.0, 1.0, None)
 
 
 def test_others_are_made_one_by_one():

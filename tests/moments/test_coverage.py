@@ -57,7 +57,9 @@ def test_every_number_counts_and_matrices_are_named():
 def test_collect_says_so_and_warns_where_most_is_left_out(capsys):
   with pytest.warns(UserWarning, match='most is not measured.*table, small'):
     ur.collect(fn, PARAMS, [X])
-  assert LINE in capsys.readouterr().err.splitlines()
+  said = capsys.readouterr().err
+  assert ' '.join(s.strip() for s in said.splitlines()[:2]) == LINE
+  assert max(map(len, said.splitlines())) <= 80
   with pytest.warns(UserWarning, match='27.9%'):
     ur.collect(fn, PARAMS, [X], progress=False)
   assert capsys.readouterr() == ('', '')
@@ -93,6 +95,19 @@ def test_selection_is_the_reason():
   assert str(moments.only(['v']).coverage) == (
     'kernels hold 42.9% of the 35 parameters; not measured: w (not selected)'
   )
+
+
+def test_biases_of_several_axes_are_no_holes():
+  """By what they do, not by what is said of them."""
+  heads = lambda p, x: jnp.einsum('nd,dhe->nhe', x, p['w']) + p['b']
+  params = {'w': normal(4, 2, 3), 'b': normal(2, 3)}
+  for select in (None, [('w', True)]):
+    sites = ur.find_sites(heads, params, X, select=select)
+    assert sites.biases == {'b'} and not sites.coverage.left_out
+  shared = lambda p, x: heads(p, x) * jnp.sum(p['b'])
+  sites = ur.find_sites(shared, params, X)
+  assert not sites.biases
+  assert [leaf.path for leaf in sites.coverage.left_out] == ['b']
 
 
 def test_many_leaves_are_counted_and_the_largest_named():
@@ -169,7 +184,8 @@ def test_files_of_before_load(tmp_path):
 def test_the_report_holds_it(tmp_path):
   pytest.importorskip('matplotlib')
   report = ur.measure(PARAMS, collected(), progress=False)
-  assert str(report).splitlines()[-1] == LINE
+  # Folded, as a terminal is 80 columns wide.
+  assert ' '.join(s.strip() for s in str(report).splitlines()[-2:]) == LINE
   kept = json.loads(json.dumps(report.json()))['coverage']
   assert (kept['kernels'], kept['total']) == (24, 86)
   assert kept['left_out'][0]['path'] == 'table'

@@ -21,7 +21,7 @@ def test_layer_table_lines_up_and_fits():
   head, rule, *rows = lines[1:-2]
   assert len(rows) == len(layers)
   assert set(rule) == {'─'}
-  assert max(map(len, lines)) <= 100
+  assert max(map(len, lines)) <= 80
   # Columns end where their titles do.
   for title, key in zip(
     (' d_in', ' d_out', ' k_S', ' k_T', ' r '),
@@ -47,7 +47,7 @@ def test_layer_table_shortens_long_names_and_keeps_them_apart():
     for end in ('query', 'key')
   ]
   rows = tables.layer_table(layers).splitlines()[3:-2]
-  assert max(map(len, rows)) <= 100
+  assert max(map(len, rows)) <= 80
   assert len({row.split()[0] for row in rows}) == len(layers)
   assert all('…' in row for row in rows)
 

@@ -23,12 +23,14 @@ class Narrowed(NamedTuple):
     ranks: of the narrowed kernels, by path.
     rest: moments of the kernels that are in no pair.
     params_fraction: share of their parameters that the budget leaves.
+    damages: predicted nats per example, by the path of each pair's left kernel.
   """
 
   tree: Any
   ranks: dict[str, int]
   rest: Moments
   params_fraction: float
+  damages: dict[str, float]
 
 
 def narrow(
@@ -117,6 +119,10 @@ def narrow(
     rest,
     # Half a number more, so that rounding does not lose one.
     min(1.0, (left + 0.5) / whole) if whole else 1.0,
+    {
+      found[name].left.path: float(damages[name][rank])
+      for name, rank in ranks.items()
+    },
   )
 
 

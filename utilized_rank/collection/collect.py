@@ -20,6 +20,7 @@ from utilized_rank.collection.plan import passes_within
 from utilized_rank.collection.running_sums import RunningSums
 from utilized_rank.host import processes
 from utilized_rank.host.progress import say
+from utilized_rank.host.progress import wrapped
 from utilized_rank.moments.gradients import LossFn
 from utilized_rank.moments.masks import Mask
 from utilized_rank.moments.masks import Masked
@@ -193,7 +194,7 @@ def collect(
     # Who selects a part asked for it.
     warnings.warn(f'most is not measured: {sites.coverage}', stacklevel=2)
   if progress:
-    say(str(sites.coverage))
+    say(wrapped(str(sites.coverage)))
 
   def sums_of(members):
     """The running sums of some kernels."""

@@ -4,5 +4,6 @@
 * `problem`: what is to be compressed, to what share, and what counts as near.
 * `candidates`: what a kind of candidate is, and which of several is nearest.
 * `factor_pairs`, `narrower_heads`: the kinds that there are.
-* `holdout`: whether what fits few data beats what looks at none.
+* `journal`: what each stage took; `describe`: what was chosen, for the report.
+* `independence`: whether data are few; `holdout`: what is nearest if they are.
 """

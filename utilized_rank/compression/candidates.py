@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import dataclasses
 from typing import Any, Protocol
 
 import numpy as np
 
+from utilized_rank.compression.journal import Journal
 from utilized_rank.compression.problem import Problem
 from utilized_rank.factorization import methods
 from utilized_rank.losses.divergence import comes_closer
@@ -25,6 +26,9 @@ class Compressed:
     method: as for `factorize`.
     damping: as for `factorize`.
     compensate_mean: as for `factorize`.
+    name: what it is, in a word or two.
+    predicted: damage that was predicted of each compressed leaf, by path.
+    measured: what trials say of it.
   """
 
   tree: Any
@@ -32,6 +36,18 @@ class Compressed:
   method: str
   damping: float = methods.DAMPING
   compensate_mean: bool = True
+  name: str = ''
+  predicted: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  def judged(self, divergences: np.ndarray) -> Tried:
+    """The same, with what was seen of it.
+
+    Args:
+      divergences: of every example that judged, (B,).
+    """
+    known = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    return Tried(**{**known, 'divergences': divergences})
 
   def recipe(self, moments: Moments) -> Recipe:
     """What rebuilds the tree's shapes.
@@ -67,7 +83,9 @@ class Candidate(Protocol):
     """The best of its kind within the budget; None where there is none."""
 
 
-def nearest(best: Tried, others: Iterable[Tried | None]) -> Tried:
+def nearest(
+  best: Tried, others: Iterable[Tried | None], journal: Journal | None = None
+) -> Tried:
   """The one whose outputs are nearest to the dense ones.
 
   A later one replaces an earlier one only where outputs are closer by more
@@ -78,6 +96,7 @@ def nearest(best: Tried, others: Iterable[Tried | None]) -> Tried:
     others: tried on the same examples, None where there is none of a kind;
       looked at one by one, so that two at a time are in memory if they are
       made so.
+    journal: where the comparisons are written down; None for nowhere.
 
   >>> one, two = (
   ...     Tried(tree=None, ranks={'w': r}, method='loss', divergences=d)
@@ -86,6 +105,11 @@ def nearest(best: Tried, others: Iterable[Tried | None]) -> Tried:
   {'w': 1}
   """
   for other in others:
-    if other is not None and comes_closer(best.divergences, other.divergences):
+    if other is None:
+      continue
+    closer = comes_closer(best.divergences, other.divergences)
+    if journal is not None:
+      journal.compared(other.name, best.divergences, other.divergences, closer)
+    if closer:
       best = other
   return best

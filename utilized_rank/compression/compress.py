@@ -11,14 +11,18 @@ import jax
 from utilized_rank.collection.collect import collect
 from utilized_rank.collection.one_pass import check_batch
 from utilized_rank.collection.one_pass import several
+from utilized_rank.compression import describe
 from utilized_rank.compression import holdout
 from utilized_rank.compression.candidates import Candidate
 from utilized_rank.compression.candidates import Compressed
+from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.candidates import nearest
 from utilized_rank.compression.factor_pairs import factor_pairs
+from utilized_rank.compression.journal import Journal
 from utilized_rank.compression.narrower_heads import narrower_heads
 from utilized_rank.compression.problem import Budget
 from utilized_rank.compression.problem import Problem
+from utilized_rank.host.progress import say
 from utilized_rank.losses.divergence import Divergence
 from utilized_rank.losses.divergence import squared_error
 from utilized_rank.moments.gradients import LossFn
@@ -59,9 +63,11 @@ def compress(
   predicted loss are tried with the ranks that several predictions ask for;
   the best are corrected by what is seen at the outputs (`tune_ranks`), and
   their factors fitted one behind the other (`anchor`) where that helps. Where
-  a kernel has fewer than four rows for every feature, that is done for each
-  half of the examples first; if it does not beat the truncated SVD of the
-  weights on the other half, the latter is what is returned.
+  a kernel has fewer than four independent rows for every feature (positions of
+  one example count for less than rows of several, as far as they look alike),
+  ranks are tried on examples that do not make the moments, and what is returned
+  is the nearest there of these pairs, those of a single prediction, and the
+  truncated SVD of the weights.
 
   Args:
     fn: `fn(params, batch) -> outputs`.
@@ -99,16 +105,17 @@ def compress(
     trial_examples: as many of the first examples are kept in memory, to try
       ranks on and to anchor with.
     energy: share of the spectra that the report's ranks are at.
-    progress: show progress bars.
+    progress: show how far it is, and at the end what is kept, in a line.
 
   Returns:
     The tree for `low_rank(fn)`, and the `Report` of the dense one, whose
-    `recipe` can be written down: it rebuilds the tree's shapes.
+    `recipe` can be written down: it rebuilds the tree's shapes. Its `choice`
+    says what was chosen, why, and what that took.
 
   Raises:
-    ValueError: both moments and rules; several processes, which would each
-      decide on the examples that they see; else as `collect`, `tune_ranks` and
-      `factorize`.
+    ValueError: no batches; both moments and rules; several processes, which
+      would each decide on the examples that they see; else as `collect`,
+      `tune_ranks` and `factorize`.
 
   >>> fn = lambda params, x: x @ params['w']
   >>> params = {'w': jnp.eye(8)}
@@ -120,39 +127,52 @@ def compress(
   """
   _check(moments, select)
   budget = Budget(params_fraction, flops_fraction, multiple_of, gauge)
-  kept, every = _first(batches, trial_examples)
-  if moments is None:
-    moments = collect(
-      fn,
-      params,
-      every,
-      loss=loss,
-      mask=mask,
-      select=select,
-      progress=progress,
-    )
+  unit = ''
   if divergence is None:
     divergence = getattr(loss, 'divergence', squared_error)
-  problem = Problem(
-    fn=fn,
-    params=params,
-    start=params,
-    moments=moments,
-    batches=kept,
-    budget=budget,
-    divergence=divergence,
-    loss=loss,
-    anchored=anchored,
-    progress=progress,
-    compensate_mean=compensate_mean,
-  )
-  if mask is not None:
-    problem = problem.without_padding(mask)
-  report = measure(params, moments, energy=energy, progress=progress)
-  # Tried in this order; what comes later must come closer.
-  kinds: dict[Candidate, bool] = {narrower_heads: heads}
-  best = _choose(problem, [kind for kind, wanted in kinds.items() if wanted])
+    unit = 'nats'
+  if divergence is squared_error:
+    unit = "of the outputs' energy"
+  journal = Journal(progress)
+  with journal.stage('compress'):
+    kept, every = _first(batches, trial_examples)
+    if moments is None:
+      with journal.stage('collect'):
+        moments = collect(
+          fn,
+          params,
+          every,
+          loss=loss,
+          mask=mask,
+          select=select,
+          progress=progress,
+        )
+    problem = Problem(
+      fn=fn,
+      params=params,
+      start=params,
+      moments=moments,
+      batches=kept,
+      budget=budget,
+      divergence=divergence,
+      loss=loss,
+      anchored=anchored,
+      progress=progress,
+      unit=unit,
+      journal=journal,
+      compensate_mean=compensate_mean,
+    )
+    if mask is not None:
+      problem = problem.without_padding(mask)
+    with journal.stage('measure'):
+      report = measure(params, moments, energy=energy, progress=progress)
+    # Tried in this order; what comes later must come closer.
+    kinds: dict[Candidate, bool] = {narrower_heads: heads}
+    best = _choose(problem, [kind for kind, wanted in kinds.items() if wanted])
   report.recipe = best.recipe(moments)
+  report.choice = describe.choice(problem, best)
+  if progress:
+    say(report.choice.line)
   return best.tree, report
 
 
@@ -174,22 +194,34 @@ def _check(moments: Moments | None, select: paths.Rules | None) -> None:
 def _first(
   batches: Iterable[Any], enough: int
 ) -> tuple[list[Any], Iterable[Any]]:
-  """The first batches, of `enough` examples, and all, the first among them."""
+  """The first batches, of `enough` examples, and all, the first among them.
+
+  Raises:
+    ValueError: there is no batch.
+  """
   rest = iter(several(batches))
   kept: list[Any] = []
   examples = 0
   while examples < enough and (batch := next(rest, None)) is not None:
     examples += check_batch(batch, len(kept))
     kept.append(batch)
+  if not kept:
+    raise ValueError(
+      'compress needs at least one batch to try ranks on, got none; moments= '
+      'replaces collecting, not trying'
+    )
   if isinstance(batches, Sized):
     return kept, batches
   return kept, itertools.chain(kept, rest)
 
 
 def _choose(problem: Problem, kinds: Sequence[Candidate]) -> Compressed:
-  """Pairs of factors, unless another kind is nearer or the rows too few."""
+  """Pairs of factors, unless another kind is nearer; with care of few data."""
   if problem.is_scarce:
-    blind = holdout.unfitted(problem)
-    if not holdout.generalises(problem, blind.tree, factor_pairs):
-      return blind
-  return nearest(factor_pairs(problem), (kind(problem) for kind in kinds))
+    with problem.journal.stage('hold-out') as at:
+      best = holdout.nearest_held_out(problem)
+      if isinstance(best, Tried):
+        at.after = float(best.divergences.mean())
+    return best
+  others = (kind(problem) for kind in kinds)
+  return nearest(factor_pairs(problem), others, problem.journal)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 from typing import Any
 
 from utilized_rank.collection.one_pass import check_batch
+from utilized_rank.compression.candidates import Compressed
 from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.candidates import nearest
 from utilized_rank.compression.problem import Problem
+from utilized_rank.factorization.decompose import Families
+from utilized_rank.factorization.decompose import decompose
 from utilized_rank.factorization.factorize import factorize
 from utilized_rank.factorization.kernels import ENOUGH_ROWS
 from utilized_rank.moments.capture import find_sites
+from utilized_rank.ranks.budget import budget_ranks
 from utilized_rank.ranks.tune import tune_ranks
 from utilized_rank.refit.anchor import anchor
 from utilized_rank.refit.streams import Streams
 from utilized_rank.tree import paths
 from utilized_rank.walk.interpret import UnsupportedError
+
+# Names of what there is.
+CLOSED_FORM = 'pairs of one prediction'
+TUNED = 'pairs'
+ANCHORED = 'pairs, anchored'
 
 
 def factor_pairs(problem: Problem) -> Tried:
@@ -26,11 +35,51 @@ def factor_pairs(problem: Problem) -> Tried:
   Args:
     problem: its `start` is what the tree has at all other leaves.
   """
-  tuned = _tuned(problem)
-  return nearest(tuned, [_anchored(problem, tuned)])
+  journal = problem.journal
+  with journal.stage('ranks') as at:
+    found = tuned(problem)
+    at.after = float(found.divergences.mean())
+  journal.compared(found.name, None, found.divergences, True)
+  with journal.stage('anchor') as at:
+    anchored = _anchored(problem, found)
+    if anchored is not None:
+      at.before = float(found.divergences.mean())
+      at.after = float(anchored.divergences.mean())
+  return nearest(found, [anchored], journal)
 
 
-def _tuned(problem: Problem) -> Tried:
+def closed_form(problem: Problem) -> Compressed:
+  """Factors at the ranks of least predicted damage: nothing is tried."""
+  compensate_mean = problem.compensate_mean
+  method = 'output' if problem.moments.grads is None else 'loss'
+  families = decompose(
+    problem.start,
+    problem.moments,
+    method=method,
+    compensate_mean=compensate_mean,
+    progress=False,
+  )
+  ranks = budget_ranks(
+    problem.start,
+    problem.moments,
+    method=method,
+    compensate_mean=compensate_mean,
+    families=families,
+    progress=False,
+    **problem.budget.options(),
+  )
+  return Compressed(
+    tree=_factors(problem, ranks, families),
+    ranks=ranks,
+    method=method,
+    damping=families.damping,
+    compensate_mean=compensate_mean,
+    name=CLOSED_FORM,
+    predicted=_predicted(families, ranks),
+  )
+
+
+def tuned(problem: Problem) -> Tried:
   """The ranks, and the factors of closed form, of least divergence."""
   ranks = tune_ranks(
     problem.fn,
@@ -44,7 +93,45 @@ def _tuned(problem: Problem) -> Tried:
     **problem.budget.options(),
   )
   families = ranks.families
-  tree = factorize(
+  return Tried(
+    tree=_factors(problem, ranks, families),
+    ranks=dict(ranks),
+    method=families.method,
+    damping=families.damping,
+    compensate_mean=problem.compensate_mean,
+    divergences=ranks.divergences,
+    name=TUNED,
+    predicted=_predicted(families, ranks),
+    measured=ranks.effects,
+  )
+
+
+def like(problem: Problem, one: Compressed) -> Compressed:
+  """Factors of the problem's moments, of another tree's ranks and method.
+
+  Args:
+    problem: the problem.
+    one: the other tree.
+  """
+  families = decompose(
+    problem.start,
+    problem.moments,
+    method=one.method,
+    compensate_mean=one.compensate_mean,
+    damping=one.damping,
+    progress=False,
+  )
+  return dataclasses.replace(
+    one,
+    tree=_factors(problem, one.ranks, families),
+    predicted=_predicted(families, one.ranks),
+  )
+
+
+def _factors(
+  problem: Problem, ranks: Mapping[str, int], families: Families
+) -> Any:
+  return factorize(
     problem.start,
     problem.moments,
     ranks,
@@ -55,48 +142,58 @@ def _tuned(problem: Problem) -> Tried:
     gauge=problem.budget.gauge,
     progress=problem.progress,
   )
-  return Tried(
-    tree=tree,
-    ranks=dict(ranks),
-    method=families.method,
-    damping=families.damping,
-    compensate_mean=problem.compensate_mean,
-    divergences=ranks.divergences,
-  )
 
 
-def _anchored(problem: Problem, tuned: Tried) -> Tried | None:
-  """Factors of the same ranks, each fitted behind the others.
+def _predicted(
+  families: Families, ranks: Mapping[str, int]
+) -> dict[str, float]:
+  """In nats per example, or as shares of the outputs' energy without a loss."""
+  metric = 'loss' if 'loss' in families.metrics else 'relative'
+  return {
+    path: float(families.damages(path, metric)[rank])
+    for path, rank in ranks.items()
+  }
+
+
+def _anchored(problem: Problem, found: Tried) -> Tried | None:
+  """Factors of the same ranks, each fitted behind the others, if it can be."""
+  tree = anchored_tree(problem, found)
+  if tree is None:
+    return None
+  after = problem.divergences(tree, problem.batches)
+  return dataclasses.replace(found, tree=tree, divergences=after, name=ANCHORED)
+
+
+def anchored_tree(problem: Problem, found: Compressed) -> Any | None:
+  """Factors fitted on the problem's batches, each behind the others.
 
   Args:
     problem: the problem.
-    tuned: whose ranks and method they have.
+    found: whose ranks and method they have.
 
   Returns:
     None where that is not wanted, or cannot be done on so few examples.
   """
   first = problem.batches[0]
-  size, examples = check_batch(first, 0), len(tuned.divergences)
-  enough = ENOUGH_ROWS * size / examples  # in one batch
+  sizes = [check_batch(batch, i) for i, batch in enumerate(problem.batches)]
+  enough = ENOUGH_ROWS * sizes[0] / sum(sizes)  # in one batch
   if not problem.anchored or not _can_anchor(
-    problem.fn, problem.params, first, tuned.ranks, enough
+    problem.fn, problem.params, first, found.ranks, enough
   ):
     return None
-  tree = anchor(
+  return anchor(
     problem.fn,
     problem.params,
     problem.batches,
-    tuned.ranks,
+    found.ranks,
     moments=problem.moments,
     start=problem.start,
-    method=tuned.method,
+    method=found.method,
     compensate_mean=problem.compensate_mean,
-    damping=tuned.damping,
+    damping=found.damping,
     gauge=problem.budget.gauge,
     progress=problem.progress,
   )
-  after = problem.divergences(tree, problem.batches)
-  return dataclasses.replace(tuned, tree=tree, divergences=after)
 
 
 def _can_anchor(

@@ -15,6 +15,8 @@ from utilized_rank.compression.problem import Problem
 from utilized_rank.lowrank.leaf import merge
 from utilized_rank.walk.interpret import UnsupportedError
 
+_NAME = 'narrower heads'
+
 
 def narrower_heads(problem: Problem) -> Tried | None:
   """Heads as narrow as one budget asks for; pairs at the other kernels.
@@ -24,8 +26,18 @@ def narrower_heads(problem: Problem) -> Tried | None:
     (damages of heads and of pairs have nats alone in common), and where no
     head would be narrower.
   """
+  if problem.is_scarce:
+    return None
+  with problem.journal.stage(_NAME) as at:
+    found = _narrowed(problem)
+    if found is not None:
+      at.after = float(found.divergences.mean())
+  return found
+
+
+def _narrowed(problem: Problem) -> Tried | None:
   share, moments = problem.budget.params_fraction, problem.moments
-  if problem.is_scarce or share is None or moments.grads is None:
+  if share is None or moments.grads is None:
     return None
   less = one_budget.narrow(
     problem.params,
@@ -42,8 +54,13 @@ def narrower_heads(problem: Problem) -> Tried | None:
     found = factor_pairs(
       problem.left(merge(less.tree), less.rest, less.params_fraction)
     )
-    tree = one_budget.put_back(found.tree, less)
-    return dataclasses.replace(found, tree=tree, ranks=found.ranks | less.ranks)
+    return dataclasses.replace(
+      found,
+      tree=one_budget.put_back(found.tree, less),
+      ranks=found.ranks | less.ranks,
+      name=_NAME,
+      predicted={**found.predicted, **less.damages},
+    )
   # Attention's kernels are all there are.
   return Tried(
     tree=less.tree,
@@ -51,6 +68,8 @@ def narrower_heads(problem: Problem) -> Tried | None:
     method='loss',
     compensate_mean=problem.compensate_mean,
     divergences=problem.divergences(less.tree, problem.batches),
+    name=_NAME,
+    predicted=less.damages,
   )
 
 

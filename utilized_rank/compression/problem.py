@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
 
-from utilized_rank.factorization.kernels import scarce
+from utilized_rank.compression import independence
+from utilized_rank.compression.journal import Journal
 from utilized_rank.losses.divergence import Divergence
 from utilized_rank.moments import masks
 from utilized_rank.moments.gradients import LossFn
@@ -16,6 +18,7 @@ from utilized_rank.moments.masks import Mask
 from utilized_rank.moments.masks import Masked
 from utilized_rank.moments.moments import Moments
 from utilized_rank.ranks.budget import one_fraction
+from utilized_rank.ranks.offers import Terms
 from utilized_rank.ranks.trials import divergences
 
 
@@ -43,6 +46,24 @@ class Budget:
     """The share, whatever it is of."""
     return one_fraction(self.params_fraction, self.flops_fraction)
 
+  def terms(self, moments: Moments, compensate_mean: bool) -> Terms:
+    """What pairs of the kernels cost.
+
+    Args:
+      moments: of the kernels.
+      compensate_mean: as for `factorize`.
+    """
+    return Terms(
+      moments,
+      metric='relative',
+      gauge=self.gauge,
+      by_flops=self.flops_fraction is not None,
+      latency=None,
+      compensate_mean=compensate_mean,
+      multiple_of=self.multiple_of,
+      limits={},
+    )
+
   def options(self) -> dict[str, Any]:
     """Keywords of `tune_ranks`."""
     return dataclasses.asdict(self)
@@ -60,9 +81,11 @@ class Problem:
     batches: the examples that are kept, to try ranks on and to anchor with.
     budget: what may be kept of the kernels that have moments.
     divergence: `divergence(dense outputs, outputs, batch) -> (B,)`.
+    unit: of the divergence; '' if it is not known.
     loss: what the gradients are of, if it is known.
     anchored: whether factors may be fitted anew behind compressed kernels.
     progress: whether to show progress bars.
+    journal: where what is done is written down.
     compensate_mean: as for `factorize`.
     mask: which examples or tokens of a batch are real; None if all are. It is
       set by `without_padding`, which hides the others as well.
@@ -78,13 +101,15 @@ class Problem:
   loss: LossFn | None
   anchored: bool
   progress: bool
+  unit: str = ''
+  journal: Journal = dataclasses.field(default_factory=Journal)
   compensate_mean: bool = True
   mask: Mask | None = None
 
-  @property
+  @functools.cached_property
   def is_scarce(self) -> bool:
-    """Whether a kernel has fewer than four rows for every feature."""
-    return bool(scarce(self.moments, self.moments))
+    """Whether a kernel has under four independent rows for a feature."""
+    return independence.few(self.fn, self.params, self.moments, self.batches)
 
   def divergences(self, tree: Any, batches: Sequence[Any]) -> np.ndarray:
     """Of every example, (B,): how far a tree is from the dense parameters.
@@ -123,7 +148,11 @@ class Problem:
       batches: the part.
     """
     return dataclasses.replace(
-      self, moments=moments, batches=batches, progress=False
+      self,
+      moments=moments,
+      batches=batches,
+      progress=False,
+      journal=Journal(),
     )
 
   def left(

@@ -2,7 +2,8 @@
 
 * `files`: files that appear whole or not at all.
 * `options`: typed options out of a config section.
-* `progress`: a bar on a terminal, a rare line elsewhere.
+* `progress`: a bar on a terminal, a line every few seconds elsewhere.
+* `usage`: what a step takes.
 * `threads`: independent decompositions side by side.
 * `meshes`: the mesh that the caller's code runs under.
 * `processes`, `agreement`: what the processes of a job tell each other, and

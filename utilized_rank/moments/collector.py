@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from utilized_rank.moments.assembly import Part
 from utilized_rank.moments.assembly import Use
 from utilized_rank.moments.assembly import assemble
+from utilized_rank.moments.coverage import NOT_SELECTED
 from utilized_rank.moments.moments import Sums
 from utilized_rank.moments.rows import Rows
 from utilized_rank.moments.sides import Chosen
@@ -273,7 +274,7 @@ class Collector:
         continue
       reasons = ', '.join(self.drops[path])
       if self.selected is not None and not self.selected[path]:
-        unseen[path] = 'not selected'
+        unseen[path] = NOT_SELECTED
       elif path in self.holes:
         unseen[path] = f'HOLE: enters {self.holes[path]}, which hides its use'
       elif path in owners:
@@ -301,7 +302,10 @@ class Collector:
           f'(known: {list(sites)[:4]})'
         )
     shapes = {p: tuple(v.shape) for p, v in self.params.items()}
-    return Sites(sites, unseen, shapes, self.holes)
+    added = {p for p in self.added if p not in self.conflicts}
+    belong = {*owners, *(p for p in added if not self.drops[p])}
+    belong -= {*self.holes, *sites}
+    return Sites(sites, unseen, shapes, self.holes, biases=belong)
 
 
 def is_bias(product: Product, view: View, bias: View) -> bool:

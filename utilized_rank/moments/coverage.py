@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 import dataclasses
 import math
 
 # Leaves that a line names, before it says how many there are more.
 _MOST_NAMES = 5
-# How reasons of leaves begin that belong to kernels.
-_BIASES = ('bias of', 'added to products of')
 NOT_SELECTED = 'not selected'
 
 
@@ -48,14 +46,18 @@ class Coverage:
 
   @classmethod
   def of(
-    cls, shapes: dict[str, tuple[int, ...]], unseen: dict[str, str]
+    cls,
+    shapes: dict[str, tuple[int, ...]],
+    unseen: dict[str, str],
+    biases: Collection[str] = (),
   ) -> Coverage:
-    """Of every leaf's shape, and why some are no kernels."""
+    """Of every leaf's shape, why some are no kernels, and which of those
+    belong to kernels."""
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     missed = [
       LeftOut(path, sizes[path], why)
       for path, why in unseen.items()
-      if len(shapes[path]) > 1 and not why.startswith(_BIASES)
+      if len(shapes[path]) > 1 and path not in biases
     ]
     kernels = sum(n for path, n in sizes.items() if path not in unseen)
     return cls(kernels, sum(sizes.values()), _largest_first(missed))

@@ -3,7 +3,7 @@ it takes part in none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 import dataclasses
 from typing import Any
 
@@ -45,6 +45,7 @@ class Sites(Mapping[str, Site]):
     holes: leaves that enter a primitive which hides its computation, and the
       primitive; empty unless `on_opaque='report'`.
     others: leaves that are no arrays, and what they are.
+    biases: leaves that are added to products of kernels.
   """
 
   def __init__(
@@ -54,12 +55,14 @@ class Sites(Mapping[str, Site]):
     shapes: dict[str, tuple[int, ...]],
     holes: dict[str, str],
     others: dict[str, str] | None = None,
+    biases: Collection[str] = (),
   ):
     self._sites = sites
     self.unseen = unseen
     self.shapes = shapes
     self.holes = holes
     self.others = others or {}
+    self.biases = frozenset(biases)
 
   def __getitem__(self, path: str) -> Site:
     if path in self._sites:
@@ -79,7 +82,7 @@ class Sites(Mapping[str, Site]):
   @property
   def coverage(self) -> Coverage:
     """Which share of the parameters the kernels hold."""
-    return Coverage.of(self.shapes, self.unseen)
+    return Coverage.of(self.shapes, self.unseen, self.biases)
 
   def __str__(self) -> str:
     rows = [('leaf', 'shape', 'groups', 'matrix', 'input', 'notes')]

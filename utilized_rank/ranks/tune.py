@@ -72,6 +72,8 @@ class TunedRanks(dict[str, int]):
     families: the factors; pass them to `factorize(families=)`.
     trials: every set of ranks tried, in order.
     divergences: of every example that was tried on, (B,), float64.
+    effects: path to what the directions cut of it cost, by the slopes of the
+      mean divergence; of the kernels of which slopes at these ranks are known.
   """
 
   def __init__(
@@ -80,8 +82,10 @@ class TunedRanks(dict[str, int]):
     families: Families,
     trials: list[Trial],
     divergences: np.ndarray,
+    effects: Mapping[str, float] | None = None,
   ):
     super().__init__(ranks)
+    self.effects = dict(effects or {})
     self.families = families
     self.trials = trials
     self.divergences = divergences
@@ -195,7 +199,13 @@ def tune_ranks(
     next(step)
     if not search.has_slopes() or not search.correct():
       break
-  return TunedRanks(search.ranks, search.families, search.log, search.best)
+  return TunedRanks(
+    search.ranks,
+    search.families,
+    search.log,
+    search.best,
+    search.effects,
+  )
 
 
 class _Search:
@@ -210,6 +220,7 @@ class _Search:
   def __init__(self, trials: Trials, allocate: Callable[..., dict[str, int]]):
     self._trials, self._allocate = trials, allocate
     self.best = np.array([np.inf])
+    self.effects: dict[str, float] = {}
     self.log: list[Trial] = []
 
   def try_predictions(self, families: Families) -> None:
@@ -244,6 +255,7 @@ class _Search:
       path: max(0.0, -float(slopes[path][:, rank:].sum()))
       for path, rank in self.ranks.items()
     }
+    self.effects = effects
     least = _LEAST_EFFECT * sum(effects.values()) / max(len(effects), 1)
     wanted: dict[Any, float] = {}
     for path, rank in self.ranks.items():
@@ -267,6 +279,11 @@ class _Search:
       better = comes_closer(self.best, each)
       self._note(self.families, 'corrected', each, better)
       if better:
+        self.effects = {
+          path: effect
+          for path, effect in effects.items()
+          if ranks.get(path) == self.ranks[path]
+        }
         self.best, self.ranks, self._scale = each, ranks, scale
         return True
     return False

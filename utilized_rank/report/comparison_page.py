@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from utilized_rank.report import look
-from utilized_rank.report import page
+from utilized_rank.report.frame import document
+from utilized_rank.report.frame import escape
+from utilized_rank.report.frame import section
+from utilized_rank.report.frame import table
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -40,23 +43,10 @@ def html(
   (heading, first), *others = tables.items()
   drawn = look.inline(picture, 'depth', 'Layer utilization along the models')
   parts = [
-    f'<header><h1>{page.escape(title)}</h1>\n'
-    f'<p class="sub">{page.escape(" · ".join(facts))}</p></header>',
-    page.section(heading, note + _table(*first)),
-    page.section('By depth', f'<div class="plot">{drawn}</div>'),
+    f'<header><h1>{escape(title)}</h1>\n'
+    f'<p class="sub">{escape(" · ".join(facts))}</p></header>',
+    section(heading, note + table(*first)),
+    section('By depth', f'<div class="plot">{drawn}</div>'),
   ]
-  parts += [page.section(name, _table(*table)) for name, table in others]
-  return page.document(title, '\n'.join(parts))
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  head = ''.join(f'<th scope="col">{page.escape(t)}</th>' for t in titles)
-  body = ''
-  for name, *cells in rows:
-    body += f'<tr><th scope="row">{page.escape(name)}</th>'
-    body += ''.join(f'<td>{page.escape(cell)}</td>' for cell in cells)
-    body += '</tr>\n'
-  return (
-    f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-    f'<tbody>{body}</tbody></table></div>'
-  )
+  parts += [section(name, table(*cells)) for name, cells in others]
+  return document(title, '\n'.join(parts))

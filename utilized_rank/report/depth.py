@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import dataclasses
 import itertools
 import re
-from typing import Any
+from typing import Any, Protocol
 
 from utilized_rank.report.layer import LayerReport
 
@@ -79,7 +79,16 @@ def shared_ends(paths: Iterable[str]) -> tuple[int, int]:
   return front, min(back, room - front)
 
 
-def relative_names(layers: Sequence[LayerReport]) -> tuple[str, str, list[str]]:
+class Named(Protocol):
+  """Something of one leaf; `name` goes on behind the leaf's path."""
+
+  @property
+  def path(self) -> str: ...
+  @property
+  def name(self) -> str: ...
+
+
+def relative_names(layers: Sequence[Named]) -> tuple[str, str, list[str]]:
   """What all paths share at both ends, and what is left of each name."""
   front, back = shared_ends(layer.path for layer in layers)
   parts = layers[0].path.split('/')

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import html as html_lib
-import importlib.resources
 import json
 import re
 from typing import Any
@@ -15,6 +13,9 @@ from utilized_rank.report import depth
 from utilized_rank.report import look
 from utilized_rank.report import plots
 from utilized_rank.report import tables
+from utilized_rank.report.frame import document
+from utilized_rank.report.frame import escape
+from utilized_rank.report.frame import section
 from utilized_rank.report.layer import LayerReport
 
 META_KEYS = (
@@ -47,30 +48,13 @@ _TERMS = (
   ),
 )
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
-
 
 def html(
   layers: Sequence[LayerReport],
   mlu: Mapping[float, float],
   runs: Sequence[Mapping[str, Any]] = (),
   meta: Mapping[str, Any] | None = None,
+  more: Mapping[str, str] | None = None,
 ) -> str:
   """A complete page: headline numbers, tables and plots.
 
@@ -85,6 +69,7 @@ def html(
       `versions` (package to version), `seconds` (stage to seconds),
       `centered` (whether the moments were), `energy` (of the layers),
       `coverage` (which parameters they are, in a line).
+    more: further sections, HTML by title, before those of the layers.
 
   Raises:
     ValueError: there is no layer, a run lacks a key, or `meta` has a key
@@ -110,6 +95,7 @@ def html(
   ]
   if runs:
     sections.append(section('Size and accuracy', _run_section(runs)))
+  sections += [section(name, body) for name, body in (more or {}).items()]
   sections += [
     section('Utilization by depth', _depth_section(layers)),
     section('Spectra', _spectra_section(layers, energy)),
@@ -117,32 +103,6 @@ def html(
   ]
   details = _details(meta)
   return document(title, '\n'.join([*sections, details]))
-
-
-def document(title: str, body: str) -> str:
-  """A page of the report's look around HTML, which must be escaped."""
-  return _PAGE.format(
-    title=escape(title),
-    style=_resource('page.css'),
-    body=body,
-    script=_resource('page.js'),
-  )
-
-
-def _resource(name: str) -> str:
-  """Text of a file that is installed beside this one."""
-  package = importlib.resources.files('utilized_rank.report')
-  return package.joinpath(name).read_text('utf-8')
-
-
-def escape(value: Any) -> str:
-  """Text, with what HTML would read as its own set apart."""
-  return html_lib.escape(str(value), quote=True)
-
-
-def section(title: str, body: str) -> str:
-  """HTML, which must be escaped, under a heading."""
-  return f'<section><h2>{escape(title)}</h2>\n{body}\n</section>'
 
 
 def _heading(

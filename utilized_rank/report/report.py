@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utilized_rank.host import files
+from utilized_rank.host.progress import wrapped
 from utilized_rank.linalg import subspace
 from utilized_rank.linalg.subspace import check_energy
 from utilized_rank.moments import coverage as coverages
 from utilized_rank.moments.coverage import Coverage
 from utilized_rank.report import tables
+from utilized_rank.report.choice import Choice
 from utilized_rank.report.layer import LayerReport
 from utilized_rank.report.layer import utilized
 from utilized_rank.storage.recipe import Recipe
@@ -41,9 +43,11 @@ class Report(Mapping[str, LayerReport]):
       of the others; None where it is not known.
     recipe: how `compress` made the tree that it returned with this report;
       None from `measure`.
+    choice: what `compress` chose, and what that took; None from `measure`.
   """
 
   recipe: Recipe | None = None
+  choice: Choice | None = None
 
   def __init__(
     self,
@@ -92,15 +96,17 @@ class Report(Mapping[str, LayerReport]):
   def __str__(self) -> str:
     about = 'about the mean' if self.centered else 'uncentred'
     least = min(self.layers, key=lambda layer: layer.rows_per_feature)
-    return '\n'.join(
-      [
-        tables.layer_table(self.layers),
-        f'energy {self.energy}, spectra {about}; rows per input feature at '
-        f'least {least.rows_per_feature:.3g} ({least.name})',
-        *tables.how_collected(self.layers),
-        *([] if self.coverage is None else [str(self.coverage)]),
-      ]
-    )
+    said = [
+      f'energy {self.energy}, spectra {about}; rows per input feature at '
+      f'least {least.rows_per_feature:.3g} ({least.name})',
+      *tables.how_collected(self.layers),
+    ]
+    if self.coverage is not None:
+      said.append(str(self.coverage))
+    parts = [tables.layer_table(self.layers), *map(wrapped, said)]
+    if self.choice is not None:
+      parts += ['', str(self.choice)]
+    return '\n'.join(parts)
 
   def html(
     self,
@@ -118,13 +124,18 @@ class Report(Mapping[str, LayerReport]):
 
     >>> open('report.html', 'w').write(report.html())  # doctest: +SKIP
     """
+    from utilized_rank.report import choice_page
     from utilized_rank.report import page
 
     about: dict[str, Any] = {'energy': self.energy, 'centered': self.centered}
     if self.coverage is not None:
       about['coverage'] = str(self.coverage)
     about |= meta or {}
-    return page.html(self.layers, self.utilization_at(energies), runs, about)
+    more = {}
+    if self.choice is not None:
+      more['What compress chose'] = choice_page.html(self.choice)
+    mlu = self.utilization_at(energies)
+    return page.html(self.layers, mlu, runs, about, more)
 
   def plot(self) -> Figure:
     """Utilization of every layer along the model; needs matplotlib.
@@ -140,7 +151,8 @@ class Report(Mapping[str, LayerReport]):
     return {
       'energy': self.energy,
       'centered': self.centered,
-      'coverage': self._kept_coverage,
+      'coverage': _record(self.coverage),
+      'choice': _record(self.choice),
       'mean_layer_utilization': {
         str(e): u for e, u in self.utilization_at(energies).items()
       },
@@ -167,11 +179,6 @@ class Report(Mapping[str, LayerReport]):
       ],
     }
 
-  @property
-  def _kept_coverage(self) -> dict[str, Any] | None:
-    known = self.coverage
-    return None if known is None else dataclasses.asdict(known)
-
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes the report, spectra included, as one JSON file.
 
@@ -180,7 +187,8 @@ class Report(Mapping[str, LayerReport]):
     record = {
       'energy': self.energy,
       'centered': self.centered,
-      'coverage': self._kept_coverage,
+      'coverage': _record(self.coverage),
+      'choice': _record(self.choice),
       'layers': [
         {
           **dataclasses.asdict(layer),
@@ -207,13 +215,22 @@ class Report(Mapping[str, LayerReport]):
         'spectrum_out': np.array(layer['spectrum_out']),
       }
     )
-    make = lambda record: cls(
-      [layer_of(layer) for layer in record['layers']],
-      record['energy'],
-      record['centered'],
-      coverages.from_record(record.get('coverage')),
-    )
+
+    def make(record: Any) -> Report:
+      made = cls(
+        [layer_of(layer) for layer in record['layers']],
+        record['energy'],
+        record['centered'],
+        coverages.from_record(record.get('coverage')),
+      )
+      made.choice = Choice.from_record(record.get('choice'))
+      return made
+
     return files.read_json(path, 'utilization report', make)
+
+
+def _record(known: Coverage | Choice | None) -> dict[str, Any] | None:
+  return None if known is None else dataclasses.asdict(known)
 
 
 def _ranks_at(layer: LayerReport, energy: float) -> tuple[int | None, int, int]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from utilized_rank.host.progress import WIDTH
+from utilized_rank.host.progress import wrapped
 from utilized_rank.report import depth
 from utilized_rank.report.layer import LayerReport
 
@@ -21,15 +23,16 @@ RUN_KEYS = (
 # What stands for a value that is not known.
 MISSING = '–'
 
-_LINE = 100
+# Columns of a terminal.
+LINE = WIDTH
 _BAR = 10
 
 
 def layer_table(layers: Sequence[LayerReport]) -> str:
   """Utilization of every layer as a text table, for terminals and logs.
 
-  What all paths begin and end with is said once, above. Lines take about 100
-  columns: long names lose their middle, but stay different from each other.
+  What all paths begin and end with is said once, above. Lines fit
+  80 columns: long names lose their middle, but stay different from each other.
 
   Args:
     layers: the layers, in the order of the lines.
@@ -55,15 +58,15 @@ def layer_table(layers: Sequence[LayerReport]) -> str:
     )
   ]
   bars = ['', *(_bar(layer.utilization) for layer in layers)]
-  room = _LINE - sum(len(column[0]) + 2 for column in columns) - 2 - _BAR
-  names = ['layer', *_abbreviate(names, room)]
+  room = LINE - sum(len(column[0]) + 2 for column in columns) - 2 - _BAR
+  names = ['layer', *shortened(names, room)]
   width = max(map(len, names))
   rows = zip((n.ljust(width) for n in names), *columns, bars, strict=True)
   lines = ['  '.join(row).rstrip() for row in rows]
   rule = '─' * (max(map(len, lines[1:])))
   mean = float(np.mean([layer.utilization for layer in layers]))
   noun = 'layer' if len(layers) == 1 else 'layers'
-  head = [f'layers: {prefix}…{suffix}'] if prefix or suffix else []
+  head = [wrapped(f'layers: {prefix}…{suffix}')] if prefix or suffix else []
   return '\n'.join(
     [
       *head,
@@ -223,21 +226,50 @@ def percent(value: float | None) -> str:
   return _number(None if value is None else 100 * value, '.2f', '%')
 
 
-def _abbreviate(names: Sequence[str], room: int) -> list[str]:
-  """Shortens long parts of the names until they fit and still differ."""
+def some(names: Sequence[str], most: int = 8) -> str:
+  """The first of the names, and how many there are more.
 
-  def cut(part: str, limit: int) -> str:
-    if len(part) <= limit:
-      return part
-    back = limit // 2
-    return f'{part[: limit - 1 - back]}…{part[len(part) - back :]}'
+  >>> some(['a', 'b', 'c'], most=1)
+  'a and 2 more'
+  """
+  more = len(names) - most
+  said = ', '.join(names[:most])
+  return f'{said} and {more} more' if more > 0 else said
 
+
+def shortened(names: Sequence[str], room: int) -> list[str]:
+  """Names that fit and still differ, their long parts cut in the middle.
+
+  >>> shortened(['block_0/attention/query', 'block_0/attention/key'], 18)
+  ['block_0/att…/query', 'block_0/att…/key']
+  """
+  best = _cut_parts(names, room)
+  if max(map(len, best)) <= room:
+    return best
+  best = [_cut(name, room) for name in best]
+  if len(set(best)) < len(set(names)):
+    # What differs is in the middle: numbers tell them apart.
+    tags = [f'…{i}' for i in range(len(names))]
+    best = [name[: room - len(tag)] + tag for name, tag in zip(names, tags)]
+  return best
+
+
+def _cut(part: str, limit: int) -> str:
+  """At most so many characters, without the middle."""
+  if len(part) <= limit:
+    return part
+  back = limit // 2
+  return f'{part[: limit - 1 - back]}…{part[len(part) - back :]}'
+
+
+def _cut_parts(names: Sequence[str], room: int) -> list[str]:
+  """Shortens long parts of the names until they fit, or would not differ."""
   best = list(names)
   longest = max(len(part) for name in names for part in name.split('/'))
   for limit in range(longest - 1, 6, -1):
     if max(map(len, best)) <= room:
       break
-    shorter = ['/'.join(cut(p, limit) for p in n.split('/')) for n in names]
+    shorter = ['/'.join(_cut(p, limit) for p in n.split('/')) for n in names]
     if len(set(shorter)) < len(set(names)):
       break
     best = shorter
