@@ -1,8 +1,10 @@
 """The best recipe in one call.
 
-* `compress`: the public verb: collect, measure, candidates, choice, recipe.
+* `compress`: the public verb: collect, measure, candidates, choice,
+  training, recipe.
 * `problem`: what is to be compressed, to what share, and what counts as near.
 * `candidates`: what a kind of candidate is, and which of several is nearest.
 * `factor_pairs`, `narrower_heads`: the kinds that there are.
+* `refined`: the chosen tree, trained on the dense outputs.
 * `holdout`: whether what fits few data beats what looks at none.
 """
