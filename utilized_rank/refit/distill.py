@@ -182,7 +182,7 @@ def hold_out(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _rows(tree: Any, rows: Any, size: int) -> Any:
-  """Those examples of a batch, or of its outputs; what leads otherwise stays."""
+  """Those examples of a batch or of its outputs; what leads else stays."""
   return jax.tree.map(
     lambda v: v[rows] if np.shape(v)[:1] == (size,) else v, tree
   )
