@@ -44,6 +44,7 @@ __all__ = [
   'compress',
   'count_params',
   'decompose',
+  'distill',
   'energy_ranks',
   'factorize',
   'factorize_heads',

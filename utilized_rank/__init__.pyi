@@ -56,6 +56,7 @@ from utilized_rank.ranks.tune import TunedRanks as TunedRanks
 from utilized_rank.ranks.tune import tune_ranks as tune_ranks
 from utilized_rank.ranks.uniform import uniform_ranks as uniform_ranks
 from utilized_rank.refit.anchor import anchor as anchor
+from utilized_rank.refit.distill import distill as distill
 from utilized_rank.refit.refine import refine as refine
 from utilized_rank.report.comparison import Comparison as Comparison
 from utilized_rank.report.comparison import compare as compare

@@ -3,9 +3,11 @@
   python -m benchmarks.anchored --data_root=DIR [--networks char_mlp ...]
 
 DIR holds `networks/` and `data/` (see `benchmarks/networks`). Uniform ranks, so
-that only the factors differ. The character MLP, trained here in a minute or two
-unless `--cache` names a file to keep it in, is cut to rank fraction 0.15 with
-512, 2,048 and 8,192 calibration positions; the others to shares of their
+that only the factors differ: of closed form, fitted behind compressed kernels
+(`anchor`), and trained, each block on its own (`refine`), all end to end
+(`distill`), or one after the other. The character MLP, trained here in a minute
+or two unless `--cache` names a file to keep it in, is cut to rank fraction 0.15
+with 512, 2,048 and 8,192 calibration positions; the others to shares of their
 kernels' parameters. Writes `anchored_NAME.json`.
 """
 
@@ -27,16 +29,25 @@ import utilized_rank as ur
 FRACTIONS = (0.35, 0.25, 0.15)
 RANK_FRACTION = 0.15
 POSITIONS = (512, 2048, 8192)
-# Calibration batches: a fifth of them judges what `refine` does.
+# Calibration batches: a fifth of them judges what training does.
 BATCHES = 10
 
 
 class Recipe(NamedTuple):
-  """A method, the ridge of `anchor` (None: `factorize`), and refinement."""
+  """A method, the ridge of `anchor` (None: `factorize`), and training."""
 
   method: str
   ridge: float | None = None
-  refined: bool = False
+  trained: str = ''
+
+  @property
+  def before(self) -> Recipe:
+    """What is trained."""
+    done = 'blocks' if self.trained == BOTH else ''
+    return self._replace(trained=done)
+
+
+BOTH = 'blocks, ends'
 
 
 REFERENCE = Recipe('loss')
@@ -47,10 +58,15 @@ RECIPES = (
   Recipe('output', 0.2),
   Recipe('loss', 0.0),
   Recipe('loss', 0.2),
-  Recipe('output', refined=True),
-  Recipe('loss', refined=True),
-  Recipe('output', 0.2, True),
-  Recipe('loss', 0.2, True),
+  Recipe('output', trained='blocks'),
+  Recipe('loss', trained='blocks'),
+  Recipe('output', 0.2, 'blocks'),
+  Recipe('loss', 0.2, 'blocks'),
+  Recipe('weight', trained='ends'),
+  Recipe('loss', trained='ends'),
+  Recipe('loss', 0.2, 'ends'),
+  Recipe('loss', trained=BOTH),
+  Recipe('loss', 0.2, BOTH),
 )
 GROUPS = {'kwt1': lambda path: path.split('/')[0]}
 
@@ -62,15 +78,23 @@ def batches_of(x: np.ndarray) -> list[dict[str, np.ndarray]]:
 
 
 def make(network, moments, batches, ranks, recipe: Recipe, known: dict):
-  """The tree of a recipe, and the seconds it took; refined from a known one."""
-  start = time.perf_counter()
+  """The tree of a recipe, and CPU seconds; trained from a known one."""
+  start = time.process_time()
   params = network.params
-  if recipe.refined:
-    before = known[recipe._replace(refined=False)]
+  if recipe.trained in ('ends', BOTH):
+    small = ur.distill(
+      network.fn,
+      params,
+      known[recipe.before],
+      batches,
+      divergence=ur.kl_divergence(),
+      progress=False,
+    )
+  elif recipe.trained:
     small = ur.refine(
       network.fn,
       params,
-      before,
+      known[recipe.before],
       batches,
       loss=ur.sampled_cross_entropy() if recipe.method == 'loss' else None,
       group=GROUPS.get(network.name),
@@ -90,7 +114,7 @@ def make(network, moments, batches, ranks, recipe: Recipe, known: dict):
       progress=False,
     )
   known[recipe] = small
-  return small, time.perf_counter() - start
+  return small, time.process_time() - start
 
 
 def measure(network, rows: int | None, choose, asked: float) -> list[dict]:
@@ -128,7 +152,7 @@ def measure(network, rows: int | None, choose, asked: float) -> list[dict]:
   out = [_row(None, base, base, base) | {'asked': 1.0}]
   for recipe in RECIPES:
     row = _row(recipe, pooled[recipe], pooled[REFERENCE], base)
-    out.append(row | {'asked': asked, 'seconds': round(seconds[recipe], 1)})
+    out.append(row | {'asked': asked, 'cpu_s': round(seconds[recipe], 1)})
   for row in out:
     row['examples'] = rows or len(network.folds[0][0]['x'])
   return out
@@ -141,7 +165,7 @@ def _row(recipe: Recipe | None, scores, reference, dense) -> dict:
     'method': recipe.method,
     'anchored': recipe.ridge is not None,
     'ridge': recipe.ridge,
-    'refined': recipe.refined,
+    'trained': recipe.trained,
     **judging.means(scores),
     'increase': judging.excess(scores, dense)[0],
     'over_loss': over,
@@ -155,15 +179,15 @@ def show(rows: list[dict]) -> None:
     "column: cross-entropy over 'loss', paired"
   )
   print(
-    f'{"method":8}{"ridge":>6}{"refined":>8}{"acc %":>8}{"CE":>8}{"KL":>8}'
-    f'{"s":>7}  over'
+    f'{"method":8}{"ridge":>6}{"trained":>14}{"acc %":>8}{"CE":>8}{"KL":>8}'
+    f'{"CPU s":>7}  over'
   )
   for r in rows:
     ridge = '-' if r['ridge'] is None else r['ridge']
     print(
-      f'{r["method"]:8}{ridge:>6}{"yes" if r["refined"] else "-":>8}'
+      f'{r["method"]:8}{ridge:>6}{r["trained"] or "-":>14}'
       f'{100 * r["accuracy"]:8.2f}{r["cross_entropy"]:8.3f}{r["kl"]:8.3f}'
-      f'{r.get("seconds", 0):7.1f}  {r["over_loss"]:+.4f} +- '
+      f'{r.get("cpu_s", 0):7.1f}  {r["over_loss"]:+.4f} +- '
       f'{r["over_loss_error"]:.4f}',
       flush=True,
     )
@@ -212,12 +236,10 @@ def main():
   args = parser.parse_args()
   for name in args.networks:
     result = run(name, args)
-    record.write(
-      args.out / f'anchored_{name}.json',
-      'anchored',
-      result,
-      ['--data_root=DIR', '--networks', name],
-    )
+    argv = ['--data_root=DIR', '--networks', name]
+    if tuple(args.fractions) != FRACTIONS:
+      argv += ['--fractions', *map(str, args.fractions)]
+    record.write(args.out / f'anchored_{name}.json', 'anchored', result, argv)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,11 @@
 """The best recipe in one call.
 
-* `compress`: the public verb: collect, measure, candidates, choice, recipe.
+* `compress`: the public verb: collect, measure, candidates, choice,
+  training, recipe.
 * `problem`: what is to be compressed, to what share, and what counts as near.
 * `candidates`: what a kind of candidate is, and which of several is nearest.
 * `factor_pairs`, `narrower_heads`: the kinds that there are.
+* `refined`: the chosen tree, trained on the dense outputs.
 * `journal`: what each stage took; `describe`: what was chosen, for the report.
 * `independence`: whether data are few; `holdout`: what is nearest if they are.
 """

@@ -22,6 +22,7 @@ from utilized_rank.compression.journal import Journal
 from utilized_rank.compression.narrower_heads import narrower_heads
 from utilized_rank.compression.problem import Budget
 from utilized_rank.compression.problem import Problem
+from utilized_rank.compression.refined import refined
 from utilized_rank.host.progress import say
 from utilized_rank.losses.divergence import Divergence
 from utilized_rank.losses.divergence import squared_error
@@ -53,6 +54,7 @@ def compress(
   compensate_mean: bool = True,
   anchored: bool = True,
   heads: bool = True,
+  refine: int = 300,
   trial_examples: int = 1024,
   energy: float = 0.99,
   progress: bool = True,
@@ -62,7 +64,8 @@ def compress(
   Factors of least error at the kernels' outputs and, with a loss, of least
   predicted loss are tried with the ranks that several predictions ask for;
   the best are corrected by what is seen at the outputs (`tune_ranks`), and
-  their factors fitted one behind the other (`anchor`) where that helps. Where
+  their factors fitted one behind the other (`anchor`) where that helps. Last,
+  factors, biases and norms are trained to give the dense outputs. Where
   a kernel has fewer than four independent rows for every feature (positions of
   one example count for less than rows of several, as far as they look alike),
   ranks are tried on examples that do not make the moments, and what is returned
@@ -102,6 +105,9 @@ def compress(
       same share of parameters, where there is a loss, rows are not few, and
       data flow shows query and key, value and output kernels; kept where
       outputs then are closer. It is a second search.
+    refine: updates of the chosen tree towards the dense outputs (`distill`; 0
+      for none), on all batches where they are a list, else on those kept; a
+      fifth of the examples judges whether outputs are closer then.
     trial_examples: as many of the first examples are kept in memory, to try
       ranks on and to anchor with.
     energy: share of the spectra that the report's ranks are at.
@@ -153,6 +159,7 @@ def compress(
       start=params,
       moments=moments,
       batches=kept,
+      training=list(batches) if isinstance(batches, (list, tuple)) else kept,
       budget=budget,
       divergence=divergence,
       loss=loss,
@@ -169,6 +176,7 @@ def compress(
     # Tried in this order; what comes later must come closer.
     kinds: dict[Candidate, bool] = {narrower_heads: heads}
     best = _choose(problem, [kind for kind, wanted in kinds.items() if wanted])
+    best = refined(problem, best, refine)
   report.recipe = best.recipe(moments)
   report.choice = describe.choice(problem, best)
   if progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,7 @@ class Problem:
     start: the same, but kernels without moments may be compressed already.
     moments: of the kernels to compress.
     batches: the examples that are kept, to try ranks on and to anchor with.
+    training: those that the chosen tree is trained on, more where there are.
     budget: what may be kept of the kernels that have moments.
     divergence: `divergence(dense outputs, outputs, batch) -> (B,)`.
     unit: of the divergence; '' if it is not known.
@@ -96,6 +98,7 @@ class Problem:
   start: Any
   moments: Moments
   batches: list[Any]
+  training: list[Any]
   budget: Budget
   divergence: Divergence
   loss: LossFn | None
@@ -129,11 +132,12 @@ class Problem:
     Args:
       mask: as for `collect`.
     """
-    masked = Masked(mask, 1)
+    masked = lambda batches: list(map(Masked(mask, 1), batches, count()))
     return dataclasses.replace(
       self,
       fn=masks.hidden(self.fn),
-      batches=[masked(batch, i) for i, batch in enumerate(self.batches)],
+      batches=masked(self.batches),
+      training=masked(self.training),
       divergence=masks.of_batch(self.divergence),
       loss=None if self.loss is None else masks.of_batch(self.loss),
       mask=masks.mask_of,

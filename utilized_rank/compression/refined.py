@@ -1,0 +1,38 @@
+"""The chosen tree, trained on the dense outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from utilized_rank.compression.candidates import Compressed
+from utilized_rank.compression.problem import Problem
+from utilized_rank.refit.distill import NoDerivative
+from utilized_rank.refit.distill import distill
+
+
+def refined(problem: Problem, best: Compressed, steps: int) -> Compressed:
+  """The same ranks, trained; as it is where that brings nothing nearer.
+
+  That the function has no derivative is said where ranks are tuned.
+
+  Args:
+    problem: its `training` examples train and judge.
+    best: what was chosen.
+    steps: number of updates; 0 for none.
+  """
+  if not steps:
+    return best
+  try:
+    with problem.journal.stage('refine'):
+      tree = distill(
+        problem.fn,
+        problem.params,
+        best.tree,
+        problem.training,
+        divergence=problem.divergence,
+        steps=steps,
+        progress=problem.progress,
+      )
+  except NoDerivative:
+    return best
+  return dataclasses.replace(best, tree=tree)

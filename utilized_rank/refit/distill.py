@@ -1,0 +1,335 @@
+"""All that is small in a compressed tree, trained on the dense outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from utilized_rank.collection.one_pass import check_batch
+from utilized_rank.collection.one_pass import several
+from utilized_rank.host.progress import track
+from utilized_rank.losses.divergence import Divergence
+from utilized_rank.losses.divergence import comes_closer
+from utilized_rank.losses.divergence import squared_error
+from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.lowrank.low_rank import low_rank
+from utilized_rank.moments.capture import find_sites
+from utilized_rank.refit import descent
+from utilized_rank.tree import paths
+from utilized_rank.walk import compat
+from utilized_rank.walk import tracing
+from utilized_rank.walk.interpret import UnsupportedError
+
+# One batch of so many is held out; of fewer, as large a part of each batch.
+HELD_OUT = 5
+# Fewer examples cannot judge, more need not.
+LEAST_HELD, MOST_HELD = 8, 1024
+# How often the examples held out are looked at.
+LOOKS = 10
+# Dense outputs are kept up to this, and computed anew beyond.
+_MOST_BYTES = 2**30
+
+Leaves = dict[str, Any]
+
+
+class NoDerivative(ValueError):
+  """The function cannot be differentiated in reverse."""
+
+
+@compat.moves_data
+def distill(
+  fn: Callable[[Any, Any], Any],
+  params: Any,
+  small: Any,
+  batches: Iterable[Any],
+  *,
+  divergence: Divergence = squared_error,
+  steps: int = 300,
+  learning_rate: float = 0.01,
+  batch_size: int = 32,
+  progress: bool = True,
+) -> Any:
+  """Trains a compressed tree end to end to give the dense outputs.
+
+  Needs no labels. Factors and their constants are trained, whatever else is
+  not as in the dense tree, and what is no kernel (biases, norms, scales), by
+  Adam in float32; dense kernels stay. A fifth of the examples trains nothing:
+  of ten looks at it the tree is taken that is nearest there, and only if it is
+  nearer than `small` by more than the standard error of the difference.
+
+  Args:
+    fn: `fn(params, batch) -> outputs`.
+    params: dense parameters.
+    small: what `factorize`, `compress` or `anchor` made of them.
+    batches: each a pytree whose arrays lead with the batch axis, as the outputs
+      do; all are held. Every fifth is held out, or the last fifth of each where
+      there are fewer than five.
+    divergence: `divergence(dense outputs, outputs, batch) -> (B,)`.
+    steps: number of updates.
+    learning_rate: its peak, as a share of each array's root mean square; it
+      rises over a tenth of the updates and falls to 0 along a cosine. Of what
+      is above 0 everywhere the logarithm is moved, so that it stays so.
+    batch_size: examples of an update; fewer where a batch has fewer.
+    progress: show a progress bar.
+
+  Returns:
+    The trained tree, of the same ranks, shapes and dtypes; `small` itself where
+    outputs do not come closer, or fewer than eight examples are held out.
+
+  Raises:
+    ValueError: a number is not positive, there is no batch, or `fn` has no
+      reverse derivative.
+
+  >>> fn = lambda params, x: x @ params['w']
+  >>> params = {'w': jnp.diag(jnp.array([2.0, 1.0]))}
+  >>> x = jnp.tile(jnp.eye(2), (40, 1))
+  >>> layout = Layout.of((2, 2), inputs=(0,), outputs=(1,))
+  >>> a, b = jnp.array([[0.8], [0.1]]), jnp.array([[1.5, 0.1]])
+  >>> small = {'w': LowRank(a, b, None, layout)}
+  >>> near = distill(fn, params, small, [x], steps=50, progress=False)
+  >>> error = lambda tree: squared_error(x @ params['w'], x @ tree['w'].dense(),
+  ...                                    x).mean()
+  >>> bool(error(near) < error(small))
+  True
+  """
+  if steps < 1 or batch_size < 1 or not learning_rate > 0:
+    raise ValueError(
+      'steps, batch_size and learning_rate must be positive, got '
+      f'{steps}, {batch_size} and {learning_rate}'
+    )
+  kept = list(several(batches))
+  if not kept:
+    raise ValueError('at least one batch is needed, got none')
+  training, held = hold_out(kept)
+  if sum(check_batch(batch, 0) for batch in held) < LEAST_HELD:
+    return small
+  tree = _Tree.of(fn, params, small, kept[0])
+  dense = _Dense(fn, params)
+  run = low_rank(fn)
+
+  def each(values, rest, batch, outputs):
+    return divergence(outputs, run(tree.joined(values, rest), batch), batch)
+
+  def mean(*args):
+    return jnp.mean(each(*args))
+
+  def step(state, count, rate, *args):
+    gradient = jax.grad(mean)(state.values, *args)
+    return descent.update(state, gradient, count, rate)
+
+  judged = [(batch, dense.outputs(batch)) for batch in held]
+  judge = jax.jit(each)
+
+  def look(values):
+    parts = [judge(values, tree.rest, *pair) for pair in judged]
+    return np.concatenate([np.asarray(part, np.float64) for part in parts])
+
+  state = tree.start()
+  first = training[0], dense.outputs(training[0])
+  if why := _no_gradient(step, state, 1.0, learning_rate, tree.rest, *first):
+    raise NoDerivative(f'the function has no reverse derivative ({why})')
+  update = jax.jit(step)
+  best, before = state.values, look(state.values)
+  nearest = before
+  counts: Iterable[int] = range(1, steps + 1)
+  if progress:
+    counts = track(
+      counts,
+      total=steps,
+      desc='distill',
+      unit='step',
+      status=lambda: f'divergence {nearest.mean():.4g}',
+    )
+  pieces = _pieces(training, dense, batch_size)
+  every = max(1, steps // LOOKS)
+  for count, (batch, outputs) in zip(counts, pieces):
+    rate = descent.rate_at(count, steps, learning_rate)
+    state = update(state, float(count), rate, tree.rest, batch, outputs)
+    if count % every == 0 or count == steps:
+      now = look(state.values)
+      if now.mean() < nearest.mean():
+        best, nearest = state.values, now
+  return tree.stored(best) if comes_closer(before, nearest) else small
+
+
+def hold_out(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+  """Batches to train on and others to judge by.
+
+  Whole batches where there are enough, as what is alike often comes together.
+
+  >>> [[part.tolist() for part in side] for side in hold_out([np.arange(5)])]
+  [[[0, 1, 2, 3]], [[4]]]
+  """
+  training: list[Any] = []
+  judging: list[Any] = []
+  examples = 0
+  for i, batch in enumerate(batches):
+    size = check_batch(batch, i)
+    cut = size - max(1, size // HELD_OUT)
+    if len(batches) >= HELD_OUT:
+      is_held = i % HELD_OUT == HELD_OUT - 1 and examples < MOST_HELD
+      (judging if is_held else training).append(batch)
+      examples += size * is_held
+    elif cut:
+      training.append(_rows(batch, slice(cut), size))
+      judging.append(_rows(batch, slice(cut, None), size))
+  return training, judging
+
+
+def _rows(tree: Any, rows: Any, size: int) -> Any:
+  """Those examples of a batch or of its outputs; what leads else stays."""
+  return jax.tree.map(
+    lambda v: v[rows] if np.shape(v)[:1] == (size,) else v, tree
+  )
+
+
+def _no_gradient(step: Callable[..., Any], *args: Any) -> str | None:
+  """What tracing a step raises, its first line; None where it is traced."""
+  try:
+    jax.eval_shape(step, *args)
+  except Exception as error:  # each primitive's author raises another
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+  return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tree:
+  """A tree as what is trained and what is not.
+
+  Attributes:
+    treedef: its structure.
+    named: all leaves by path.
+    trained: those that are trained.
+    positive: paths of those whose logarithm is.
+  """
+
+  treedef: Any
+  named: Leaves
+  trained: Leaves
+  positive: frozenset[str]
+
+  @classmethod
+  def of(cls, fn: Any, params: Any, small: Any, batch: Any) -> _Tree:
+    named, treedef = paths.flatten(small, is_low_rank)
+    leaves, _ = paths.flatten(params)
+    try:
+      kernels = set(find_sites(fn, params, batch))
+    except UnsupportedError:  # who knows what is one
+      kernels = set(leaves)
+    trained = {
+      path: leaf
+      for path, leaf in named.items()
+      if is_low_rank(leaf)
+      or (
+        tracing.is_array(leaf)
+        and compat.is_floating(leaf.dtype)
+        and (path not in kernels or _differs(leaf, leaves.get(path)))
+      )
+    }
+    positive = frozenset(
+      path
+      for path, leaf in trained.items()
+      if not is_low_rank(leaf) and bool(np.all(np.asarray(leaf) > 0))
+    )
+    return cls(treedef, named, trained, positive)
+
+  @property
+  def rest(self) -> Leaves:
+    """The arrays that are not trained."""
+    return {
+      path: leaf
+      for path, leaf in self.named.items()
+      if path not in self.trained and tracing.is_array(leaf)
+    }
+
+  def start(self) -> descent.State:
+    """The trained leaves in float32, before the first update."""
+    wide = {
+      path: jax.tree.map(
+        lambda v: jnp.array(v, jnp.promote_types(v.dtype, jnp.float32)), leaf
+      )
+      for path, leaf in self.trained.items()
+    }
+    size = lambda v: jnp.sqrt(jnp.mean(jnp.square(v)))
+    sizes = {path: jax.tree.map(size, leaf) for path, leaf in wide.items()}
+    for path in self.positive:
+      wide[path] = jnp.log(wide[path])
+      sizes[path] = jnp.ones((), wide[path].dtype)
+    return descent.start(wide, sizes)
+
+  def _narrow(self, values: Leaves) -> Leaves:
+    """Trained values as leaves, in the leaves' own dtypes."""
+    return {
+      path: jax.tree.map(
+        lambda v, old: v.astype(old.dtype),
+        jnp.exp(values[path]) if path in self.positive else values[path],
+        leaf,
+      )
+      for path, leaf in self.trained.items()
+    }
+
+  def joined(self, values: Leaves, rest: Leaves) -> Any:
+    """The tree of trained values and the other arrays."""
+    return paths.unflatten(
+      self.treedef, self.named | rest | self._narrow(values)
+    )
+
+  def stored(self, values: Leaves) -> Any:
+    """The tree of trained values, its other leaves being what they were."""
+    return self.joined(values, {})
+
+
+def _differs(leaf: Any, old: Any) -> bool:
+  """Whether a leaf is not the dense tree's."""
+  return leaf is not old and (
+    np.shape(leaf) != np.shape(old)
+    or not np.array_equal(np.asarray(leaf), np.asarray(old))
+  )
+
+
+class _Dense:
+  """The dense function, some of whose outputs are remembered."""
+
+  def __init__(self, fn: Callable[[Any, Any], Any], params: Any):
+    self._arrays, join = tracing.split(params)
+    self._run = jax.jit(lambda arrays, batch: fn(join(arrays), batch))
+    self._kept: dict[int, Any] = {}
+    self._left = _MOST_BYTES
+
+  def outputs(self, batch: Any) -> Any:
+    return self._run(self._arrays, batch)
+
+  def remembered(self, i: int, batch: Any) -> Any:
+    """The outputs of batch i, from memory where there is room for them."""
+    if i in self._kept:
+      return self._kept[i]
+    outputs = self.outputs(batch)
+    self._left -= sum(v.nbytes for v in jax.tree.leaves(outputs))
+    if self._left >= 0:
+      self._kept[i] = outputs
+    return outputs
+
+
+def _pieces(
+  batches: Sequence[Any], dense: _Dense, size: int
+) -> Iterator[tuple[Any, Any]]:
+  """(examples, dense outputs) without end, in another order every time.
+
+  A batch is read in pieces, one after the other, so that its outputs are
+  computed once where they are not remembered.
+  """
+  random = np.random.default_rng(0)
+  while True:
+    for i in random.permutation(len(batches)):
+      batch = batches[i]
+      count = check_batch(batch, i)
+      outputs = dense.remembered(int(i), batch)
+      order, some = random.permutation(count), min(size, count)
+      for start in range(0, count - some + 1, some):
+        rows = order[start : start + some]
+        yield _rows(batch, rows, count), _rows(outputs, rows, count)
