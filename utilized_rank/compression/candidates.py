@@ -33,11 +33,12 @@ class Compressed:
   damping: float = methods.DAMPING
   compensate_mean: bool = True
 
-  def recipe(self, moments: Moments) -> Recipe:
+  def recipe(self, moments: Moments, params: Any) -> Recipe:
     """What rebuilds the tree's shapes.
 
     Args:
       moments: all that was collected.
+      params: the dense parameters.
     """
     return Recipe.of(
       self.tree,
@@ -46,6 +47,7 @@ class Compressed:
       method=self.method,
       compensate_mean=self.compensate_mean,
       damping=self.damping,
+      params=params,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Sized
+import functools
 import itertools
 from typing import Any
 
@@ -17,6 +18,7 @@ from utilized_rank.compression.candidates import Compressed
 from utilized_rank.compression.candidates import nearest
 from utilized_rank.compression.factor_pairs import factor_pairs
 from utilized_rank.compression.narrower_heads import narrower_heads
+from utilized_rank.compression.narrower_layers import narrower_layers
 from utilized_rank.compression.problem import Budget
 from utilized_rank.compression.problem import Problem
 from utilized_rank.losses.divergence import Divergence
@@ -49,6 +51,7 @@ def compress(
   compensate_mean: bool = True,
   anchored: bool = True,
   heads: bool = True,
+  layers: bool = True,
   trial_examples: int = 1024,
   energy: float = 0.99,
   progress: bool = True,
@@ -96,6 +99,8 @@ def compress(
       same share of parameters, where there is a loss, rows are not few, and
       data flow shows query and key, value and output kernels; kept where
       outputs then are closer. It is a second search.
+    layers: try narrower hidden layers as well (`narrow_hidden`), alone and with
+      narrower heads, under the same conditions: a search each.
     trial_examples: as many of the first examples are kept in memory, to try
       ranks on and to anchor with.
     energy: share of the spectra that the report's ranks are at.
@@ -150,9 +155,12 @@ def compress(
     problem = problem.without_padding(mask)
   report = measure(params, moments, energy=energy, progress=progress)
   # Tried in this order; what comes later must come closer.
-  kinds: dict[Candidate, bool] = {narrower_heads: heads}
+  kinds: dict[Candidate, bool] = {
+    narrower_heads: heads,
+    functools.partial(narrower_layers, heads=heads): layers,
+  }
   best = _choose(problem, [kind for kind, wanted in kinds.items() if wanted])
-  report.recipe = best.recipe(moments)
+  report.recipe = best.recipe(moments, params)
   return best.tree, report
 
 
