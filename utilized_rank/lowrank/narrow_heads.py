@@ -97,7 +97,9 @@ def _order(layout: Layout, groups: Atoms | None = None) -> Atoms:
 
 
 def _pad(array: Any, axis: int, size: int) -> Any:
-  """Zeros after the end of an axis."""
+  """Zeros after the end of an axis, where it is shorter."""
+  if array.shape[axis] == size:
+    return array
   config = [(0, 0, 0)] * array.ndim
   config[axis] = (0, size - array.shape[axis], 0)
   return jax.lax.pad(array, jnp.zeros((), array.dtype), config)
