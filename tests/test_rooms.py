@@ -28,6 +28,7 @@ CORE = [
   'collection',
   'ranks',
   'attention',
+  'hidden',
   'refit',
   'report',
   'compression',

@@ -26,6 +26,12 @@ from utilized_rank.factorization.decompose import Families as Families
 from utilized_rank.factorization.decompose import decompose as decompose
 from utilized_rank.factorization.factorize import factorize as factorize
 from utilized_rank.factorization.project import project as project
+from utilized_rank.hidden.budget_widths import budget_widths as budget_widths
+from utilized_rank.hidden.find_hidden import find_hidden as find_hidden
+from utilized_rank.hidden.layers import Hidden as Hidden
+from utilized_rank.hidden.layers import HiddenLayer as HiddenLayer
+from utilized_rank.hidden.narrow_hidden import hidden_damages as hidden_damages
+from utilized_rank.hidden.narrow_hidden import narrow_hidden as narrow_hidden
 from utilized_rank.losses.divergence import kl_divergence as kl_divergence
 from utilized_rank.losses.divergence import squared_error as squared_error
 from utilized_rank.losses.sampled import (

@@ -219,16 +219,37 @@ def test_other_products_get_the_padded_kernel():
     draw(T, 2),
     other,
   )
-  layout = ur.Layout.of((3, D, E), inputs=(0, 1), outputs=(2,))
-  convolution = ur.NarrowHeads(draw(3, D, R), None, None, layout, head=2)
-  check_multiplied_out(
-    lambda w, x: lax.conv_general_dilated(
-      x, w, (1,), 'SAME', dimension_numbers=('NWC', 'WIO', 'NWC')
-    ),
-    convolution,
-    draw(1, T, D),
-    'conv_general_dilated of another kind',
+  layout = ur.Layout(
+    (3, D, 2 * E), (3, D, 2, E), groups=(2,), inputs=(0, 1), outputs=(3,)
   )
+  check_multiplied_out(
+    lambda w, x: convolve(x, w, feature_group_count=2),
+    ur.NarrowHeads(draw(2, 3, D, R), None, None, layout, head=3),
+    draw(1, T, 2 * D),
+    'conv_general_dilated over heads, or in groups',
+  )
+
+
+def convolve(x, w, **options):
+  numbers = ('NWC', 'WIO', 'NWC')
+  return lax.conv_general_dilated(
+    x, w, (2,), 'SAME', dimension_numbers=numbers, **options
+  )
+
+
+@pytest.mark.parametrize('side', ['inputs', 'outputs'])
+def test_convolutions_run_with_fewer_channels(side):
+  layout = ur.Layout.of((3, D, E), inputs=(0, 1), outputs=(2,))
+  shape, head = ((3, R, E), 1) if side == 'inputs' else ((3, D, R), 2)
+  leaf, x = (
+    ur.NarrowHeads(draw(*shape), None, None, layout, head=head),
+    draw(2, T, D),
+  )
+  got = ur.low_rank(lambda w, x: convolve(x, w))(leaf, x)
+  np.testing.assert_allclose(got, convolve(x, leaf.dense()), **CLOSE)
+  jaxpr = str(jax.make_jaxpr(ur.low_rank(lambda w, x: convolve(x, w)))(leaf, x))
+  assert jaxpr.count('conv_general_dilated[') == 1
+  assert jaxpr.count(' pad[') == (side == 'outputs')
 
 
 def test_products_that_say_how_they_are_sharded_get_the_padded_kernel():

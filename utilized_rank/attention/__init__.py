@@ -5,5 +5,4 @@
 * `heads`: what a pair is, head by head.
 * `joint`: one head's factors of every rank.
 * `factorize_heads`: narrower heads, and their ranks.
-* `one_budget`: narrower heads and pairs of factors within one share.
 """

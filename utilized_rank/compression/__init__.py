@@ -4,7 +4,8 @@
   training, recipe.
 * `problem`: what is to be compressed, to what share, and what counts as near.
 * `candidates`: what a kind of candidate is, and which of several is nearest.
-* `factor_pairs`, `narrower_heads`: the kinds that there are.
+* `factor_pairs`, `narrower_heads`, `narrower_layers`: the kinds that there are.
+* `narrowed`: what is narrower within a budget, and pairs for the rest of it.
 * `refined`: the chosen tree, trained on the dense outputs.
 * `journal`: what each stage took; `describe`: what was chosen, for the report.
 * `independence`: whether data are few; `holdout`: what is nearest if they are.

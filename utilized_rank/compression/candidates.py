@@ -29,6 +29,7 @@ class Compressed:
     name: what it is, in a word or two.
     predicted: damage that was predicted of each compressed leaf, by path.
     measured: what trials say of it.
+    units: paths of kernels whose narrow leaves are of a hidden layer.
   """
 
   tree: Any
@@ -39,6 +40,7 @@ class Compressed:
   name: str = ''
   predicted: Mapping[str, float] = dataclasses.field(default_factory=dict)
   measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  units: frozenset[str] = frozenset()
 
   def judged(self, divergences: np.ndarray) -> Tried:
     """The same, with what was seen of it.
@@ -49,11 +51,12 @@ class Compressed:
     known = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     return Tried(**{**known, 'divergences': divergences})
 
-  def recipe(self, moments: Moments) -> Recipe:
+  def recipe(self, moments: Moments, params: Any) -> Recipe:
     """What rebuilds the tree's shapes.
 
     Args:
       moments: all that was collected.
+      params: the dense parameters.
     """
     return Recipe.of(
       self.tree,
@@ -62,6 +65,7 @@ class Compressed:
       method=self.method,
       compensate_mean=self.compensate_mean,
       damping=self.damping,
+      params=params,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Sized
+import functools
 import itertools
 from typing import Any
 
@@ -20,6 +21,7 @@ from utilized_rank.compression.candidates import nearest
 from utilized_rank.compression.factor_pairs import factor_pairs
 from utilized_rank.compression.journal import Journal
 from utilized_rank.compression.narrower_heads import narrower_heads
+from utilized_rank.compression.narrower_layers import narrower_layers
 from utilized_rank.compression.problem import Budget
 from utilized_rank.compression.problem import Problem
 from utilized_rank.compression.refined import refined
@@ -54,6 +56,7 @@ def compress(
   compensate_mean: bool = True,
   anchored: bool = True,
   heads: bool = True,
+  layers: bool = True,
   refine: int = 300,
   trial_examples: int = 1024,
   energy: float = 0.99,
@@ -105,6 +108,8 @@ def compress(
       same share of parameters, where there is a loss, rows are not few, and
       data flow shows query and key, value and output kernels; kept where
       outputs then are closer. It is a second search.
+    layers: try narrower hidden layers as well (`narrow_hidden`), alone and with
+      narrower heads, under the same conditions: a search each.
     refine: updates of the chosen tree towards the dense outputs (`distill`; 0
       for none), on all batches where they are a list, else on those kept; a
       fifth of the examples judges whether outputs are closer then.
@@ -174,10 +179,13 @@ def compress(
     with journal.stage('measure'):
       report = measure(params, moments, energy=energy, progress=progress)
     # Tried in this order; what comes later must come closer.
-    kinds: dict[Candidate, bool] = {narrower_heads: heads}
+    kinds: dict[Candidate, bool] = {
+      narrower_heads: heads,
+      functools.partial(narrower_layers, heads=heads): layers,
+    }
     best = _choose(problem, [kind for kind, wanted in kinds.items() if wanted])
     best = refined(problem, best, refine)
-  report.recipe = best.recipe(moments)
+  report.recipe = best.recipe(moments, params)
   report.choice = describe.choice(problem, best)
   if progress:
     say(report.choice.line)

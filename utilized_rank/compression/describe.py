@@ -65,7 +65,7 @@ def _kept(
 ) -> Kept:
   layout = problem.moments[path].layout
   before = math.prod(layout.shape)
-  kind = _kind(leaf, path in lefts, layout.shape)
+  kind = _kind(leaf, path in lefts, path in best.units)
   if kind == 'dense':
     return Kept(path, kind, before, before, why=_why_dense(problem, path))
   rank, most = best.ranks.get(path), layout.full_rank
@@ -83,15 +83,17 @@ def _kept(
   )
 
 
-def _kind(leaf: Any, gives_left: bool, shape: tuple[int, ...]) -> str:
+def _kind(leaf: Any, gives_left: bool, of_units: bool) -> str:
   """What stands in a kernel's place, a key of `choice.KINDS`."""
+  if of_units:
+    return 'narrower hidden layer'
   if isinstance(leaf, NarrowHeads):
     return 'narrower heads'
   if isinstance(leaf, LowRank):
     if leaf.left is not None or gives_left:
       return 'shared left factor'
     return 'pair' if leaf.order is None else 'identity pair'
-  return 'dense' if tuple(leaf.shape) == shape else 'narrower hidden layer'
+  return 'dense'
 
 
 def _why_dense(problem: Problem, path: str) -> str:

@@ -1,8 +1,9 @@
-"""Kernels of attention whose heads are narrower than the function's.
+"""Kernels whose heads, or hidden layers, are narrower than the function's.
 
 Logits depend on W_q W_k^T alone, outputs of attention on W_v W_o. Of rank r,
 both are made by heads of r features instead of e; padded with zeros to e they
 have the kernels' own shapes, and the unmodified function computes the same.
+The units of a hidden layer are the features of a single head.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ def _order(layout: Layout, groups: Atoms | None = None) -> Atoms:
 
 
 def _pad(array: Any, axis: int, size: int) -> Any:
-  """Zeros after the end of an axis."""
+  """Zeros after the end of an axis, where it is shorter."""
+  if array.shape[axis] == size:
+    return array
   config = [(0, 0, 0)] * array.ndim
   config[axis] = (0, size - array.shape[axis], 0)
   return jax.lax.pad(array, jnp.zeros((), array.dtype), config)
@@ -171,7 +174,10 @@ class Narrowed:
     """
     f, view, layout = self.grouped.factors, product.view, product.layout
     name = eqn.primitive.name
-    if name != 'dot_general' or eqn.params.get('out_sharding') is not None:
+    is_conv = name == 'conv_general_dilated'
+    if not (is_conv or name == 'dot_general') or (
+      eqn.params.get('out_sharding') is not None
+    ):
       return f'{name} of another kind than narrow heads run in'
     pieces = pieces_of(f.layout.atoms, layout.atoms)
     fine = f.layout.refine(layout.atoms)
@@ -190,6 +196,10 @@ class Narrowed:
       sizes=_put(view.sizes, axis, cut.before * rank * cut.after),
     )
     kernel = self._laid_out(f.a, _put(f.layout.atoms, self.head, rank), narrow)
+    if is_conv:
+      if (cut.before, cut.after, len(product.present)) != (1, 1, 0):
+        return f'{name} over heads, or in groups'
+      return _convolved(eqn, x, kernel, axis)
     kernel = cut.split(kernel, axis)
     contract, batch = (
       [list(pair[side]) for side in (which, 1 - which)]
@@ -224,6 +234,28 @@ class Narrowed:
   def _axis(self) -> int:
     f = self.grouped.factors
     return _order(f.layout, f.present).index(self.head)
+
+
+def _convolved(eqn: Any, x: Any, kernel: Any, axis: int) -> Any:
+  """A convolution with fewer input or output channels than the function's."""
+  p = eqn.params
+  numbers = p['dimension_numbers']
+  if axis == numbers.rhs_spec[1]:
+    at = numbers.lhs_spec[1]
+    x = jax.lax.slice_in_dim(x, 0, kernel.shape[axis], axis=at)
+  out = jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    p['window_strides'],
+    p['padding'],
+    p['lhs_dilation'],
+    p['rhs_dilation'],
+    numbers,
+    precision=p['precision'],
+    preferred_element_type=p['preferred_element_type'],
+  )
+  channels = numbers.out_spec[1]
+  return _pad(out, channels, eqn.outvars[0].aval.shape[channels])
 
 
 def _put(sizes: tuple[int, ...], i: int, size: int) -> tuple[int, ...]:

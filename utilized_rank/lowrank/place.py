@@ -55,10 +55,18 @@ def place(leaf: L, kernel: Any) -> L:
 
 
 def place_like(array: Any, old: Any) -> jax.Array:
-  """A host array in place of another of its shape, where that one was."""
+  """A host array in place of another, where that one was.
+
+  Of a narrower one, an axis that no longer divides among its devices is on all
+  of them.
+  """
   sharding = getattr(old, 'sharding', None)
   if not isinstance(sharding, NamedSharding):
     return jnp.asarray(array, old.dtype)
+  if array.shape != old.shape:
+    names = [_names(entry) for entry in sharding.spec]
+    names += [()] * (array.ndim - len(names))
+    return _put(array.astype(old.dtype), sharding.mesh, names)
   return jax.device_put(array.astype(old.dtype), sharding)
 
 

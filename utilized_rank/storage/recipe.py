@@ -94,6 +94,8 @@ class Recipe:
     calibration: `fingerprint` of the moments.
     versions: of utilized_rank, jax and numpy.
     leaves: for each factored leaf's path, what is static in it.
+    narrowed: path to shape of leaves that are narrower than the dense tree's
+      (`narrow_hidden`).
 
   >>> import tempfile, utilized_rank as ur
   >>> fn = lambda p, x: x @ p['w']
@@ -116,6 +118,9 @@ class Recipe:
   calibration: str
   versions: Mapping[str, str]
   leaves: Mapping[str, FactoredLeaf]
+  narrowed: Mapping[str, tuple[int, ...]] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
   def gauge(self) -> str | None:
@@ -133,6 +138,7 @@ class Recipe:
     method: str = 'output',
     compensate_mean: bool = True,
     damping: float = methods.DAMPING,
+    params: Any = None,
   ) -> Recipe:
     """The recipe of a tree that `factorize` made with these arguments.
 
@@ -143,6 +149,8 @@ class Recipe:
       method: as for `factorize`.
       compensate_mean: as for `factorize`.
       damping: as for `factorize`.
+      params: the dense parameters, or their shapes; needed where leaves of
+        the tree are narrower than theirs.
     """
 
     methods.check_method(method)
@@ -176,6 +184,7 @@ class Recipe:
         'numpy': np.__version__,
       },
       leaves,
+      {} if params is None else _narrowed(named, paths.flatten(params)[0]),
     )
 
   def abstract(self, params: Any) -> Any:
@@ -199,13 +208,16 @@ class Recipe:
       else leaf
       for path, leaf in named.items()
     }
-    for path, leaf in self.leaves.items():
+    for path in (*self.leaves, *self.narrowed):
       if path not in named:
         raise ValueError(
           'the recipe is of other parameters: these lack '
           + paths.unknown(path, named)
         )
-      found = getattr(named[path], 'shape', None)
+    for path, shape in self.narrowed.items():
+      shapes[path] = jax.ShapeDtypeStruct(shape, named[path].dtype)
+    for path, leaf in self.leaves.items():
+      found = getattr(shapes[path], 'shape', None)
       if found != leaf.layout.shape or is_low_rank(named[path]):
         raise ValueError(
           f'the recipe is of other parameters: it wants a dense {path!r} of '
@@ -231,6 +243,7 @@ class Recipe:
         for key, rank in self.ranks.items()
       ],
       'leaves': {name: _record(leaf) for name, leaf in self.leaves.items()},
+      'narrowed': {name: list(v) for name, v in self.narrowed.items()},
     }
     files.write_text(path, json.dumps(record, indent=1) + '\n')
 
@@ -255,6 +268,7 @@ class Recipe:
         record['calibration'],
         record['versions'],
         {name: _leaf(leaf) for name, leaf in record['leaves'].items()},
+        {name: tuple(v) for name, v in record.get('narrowed', {}).items()},
       )
 
     return files.read_json(path, 'recipe', make)
@@ -275,6 +289,22 @@ def fingerprint(moments: Moments) -> str:
       digest.update(f'{array.dtype.name}{array.shape}'.encode())
       digest.update(array.tobytes())
   return digest.hexdigest()
+
+
+def _narrowed(
+  small: dict[str, Any], dense: dict[str, Any]
+) -> dict[str, tuple[int, ...]]:
+  """Shapes of leaves that are not those of the dense tree."""
+  shapes = {
+    path: tuple(leaf.shape)
+    for path, leaf in small.items()
+    if tracing.is_array(leaf) or is_low_rank(leaf)
+  }
+  return {
+    path: shape
+    for path, shape in shapes.items()
+    if path in dense and shape != tuple(dense[path].shape)
+  }
 
 
 def _record(leaf: FactoredLeaf) -> dict[str, Any]:
