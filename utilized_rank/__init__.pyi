@@ -31,6 +31,9 @@ from utilized_rank.losses.divergence import squared_error as squared_error
 from utilized_rank.losses.sampled import (
   sampled_cross_entropy as sampled_cross_entropy,
 )
+from utilized_rank.losses.sampled import (
+  sampled_squared_error as sampled_squared_error,
+)
 from utilized_rank.lowrank.leaf import LowRank as LowRank
 from utilized_rank.lowrank.leaf import count_params as count_params
 from utilized_rank.lowrank.leaf import merge as merge

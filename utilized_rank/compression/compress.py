@@ -19,6 +19,7 @@ from utilized_rank.compression.factor_pairs import factor_pairs
 from utilized_rank.compression.narrower_heads import narrower_heads
 from utilized_rank.compression.problem import Budget
 from utilized_rank.compression.problem import Problem
+from utilized_rank.compression.unlabelled import unlabelled
 from utilized_rank.losses.divergence import Divergence
 from utilized_rank.losses.divergence import squared_error
 from utilized_rank.moments.gradients import LossFn
@@ -55,13 +56,13 @@ def compress(
 ) -> tuple[Any, Report]:
   """Collects, measures, chooses ranks and factorizes.
 
-  Factors of least error at the kernels' outputs and, with a loss, of least
-  predicted loss are tried with the ranks that several predictions ask for;
-  the best are corrected by what is seen at the outputs (`tune_ranks`), and
-  their factors fitted one behind the other (`anchor`) where that helps. Where
-  a kernel has fewer than four rows for every feature, that is done for each
-  half of the examples first; if it does not beat the truncated SVD of the
-  weights on the other half, the latter is what is returned.
+  Factors of least error at the kernels' outputs and of least predicted loss
+  are tried with the ranks that several predictions ask for; the best are
+  corrected by what is seen at the outputs (`tune_ranks`), and their factors
+  fitted one behind the other (`anchor`) where that helps. Where a kernel has
+  fewer than four rows for every feature, that is done for each half of the
+  examples first; if it does not beat the truncated SVD of the weights on the
+  other half, the latter is what is returned.
 
   Args:
     fn: `fn(params, batch) -> outputs`.
@@ -74,7 +75,11 @@ def compress(
     params_fraction: share of the kernels' parameters to keep, in (0, 1]; or
     flops_fraction: share of their multiplications.
     loss: `loss(outputs, batch) -> (B,)`, nats per example, such as
-      `sampled_cross_entropy()`; the one that given moments are of.
+      `sampled_cross_entropy()`, if outputs are logits; the one that given
+      moments are of. Default, where there are no moments either, the squared
+      error (`sampled_squared_error`): embeddings, features and regression
+      need no more. Where the function has no reverse derivative it is done
+      without.
     divergence: how far outputs are from the dense ones, see `tune_ranks`;
       default the KL divergence of the loss's logits for
       `sampled_cross_entropy`, else `squared_error`.
@@ -93,8 +98,8 @@ def compress(
       kept give four rows for every input feature; kept where outputs then
       are closer by more than the standard error of the difference.
     heads: try narrower attention heads as well (`factorize_heads`), within the
-      same share of parameters, where there is a loss, rows are not few, and
-      data flow shows query and key, value and output kernels; kept where
+      same share of parameters, where moments have gradients, rows are not few,
+      and data flow shows query and key, value and output kernels; kept where
       outputs then are closer. It is a second search.
     trial_examples: as many of the first examples are kept in memory, to try
       ranks on and to anchor with.
@@ -122,6 +127,7 @@ def compress(
   budget = Budget(params_fraction, flops_fraction, multiple_of, gauge)
   kept, every = _first(batches, trial_examples)
   if moments is None:
+    loss = loss or unlabelled(fn, params, kept, mask)
     moments = collect(
       fn,
       params,

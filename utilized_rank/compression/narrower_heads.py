@@ -20,9 +20,9 @@ def narrower_heads(problem: Problem) -> Tried | None:
   """Heads as narrow as one budget asks for; pairs at the other kernels.
 
   Returns:
-    None where rows are few, where there is no share of parameters or no loss
-    (damages of heads and of pairs have nats alone in common), and where no
-    head would be narrower.
+    None where rows are few, where there is no share of parameters or no
+    gradient (damages of heads and of pairs have the loss alone in common), and
+    where no head would be narrower.
   """
   share, moments = problem.budget.params_fraction, problem.moments
   if problem.is_scarce or share is None or moments.grads is None:
