@@ -69,6 +69,7 @@ __all__ = [
   'project',
   'refine',
   'sampled_cross_entropy',
+  'sampled_squared_error',
   'save',
   'search_ranks',
   'squared_error',

@@ -37,6 +37,9 @@ from utilized_rank.losses.divergence import squared_error as squared_error
 from utilized_rank.losses.sampled import (
   sampled_cross_entropy as sampled_cross_entropy,
 )
+from utilized_rank.losses.sampled import (
+  sampled_squared_error as sampled_squared_error,
+)
 from utilized_rank.lowrank.leaf import LowRank as LowRank
 from utilized_rank.lowrank.leaf import count_params as count_params
 from utilized_rank.lowrank.leaf import merge as merge
@@ -47,9 +50,9 @@ from utilized_rank.lowrank.stack import stack as stack
 from utilized_rank.lowrank.stack import unstack as unstack
 from utilized_rank.moments.capture import capture as capture
 from utilized_rank.moments.capture import find_sites as find_sites
+from utilized_rank.moments.merging import merge_moments as merge_moments
 from utilized_rank.moments.moments import Moment as Moment
 from utilized_rank.moments.moments import Moments as Moments
-from utilized_rank.moments.moments import merge_moments as merge_moments
 from utilized_rank.moments.sites import Sites as Sites
 from utilized_rank.ranks.budget import budget_ranks as budget_ranks
 from utilized_rank.ranks.energy import energy_ranks as energy_ranks

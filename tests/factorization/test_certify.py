@@ -159,6 +159,7 @@ def problem(shape, dtype=jnp.float32, seed=0, n=400):
     [{'x': jnp.asarray(x), 'g': jnp.asarray(g)}],
     loss=lambda out, b: jnp.sum(out * b['g'], axis=1),
     fisher_rows=True,
+    coupled=True,
     progress=False,
   )
   return params, moments

@@ -70,6 +70,7 @@ def problem():
     loss=ur.sampled_cross_entropy(),
     select=SELECT,
     fisher_rows=True,
+    coupled=True,
     progress=False,
   )
   return (

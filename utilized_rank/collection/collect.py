@@ -41,6 +41,7 @@ def collect(
   *,
   loss: LossFn | None = None,
   fisher_rows: bool = False,
+  coupled: bool = False,
   mask: Mask | str | None = None,
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
@@ -73,6 +74,9 @@ def collect(
     fisher_rows: add the squared gradients of every kernel's rows, which
       `method='fisher_rows'` needs; one example at a time, so it takes about
       three more forward passes.
+    coupled: add the second moments of inputs weighed by |g|^2, g the gradient
+      at the same row of outputs, and of gradients weighed by |x|^2, which
+      `method='coupled'` needs: as many products as all other sums together.
     mask: which examples, (B,), or tokens, (B, T), are real and not padding:
       a function of the batch, or the batch's key for it. What is padding is
       left out of every sum and count, of the gradients' too, exactly: the loss
@@ -133,7 +137,8 @@ def collect(
       their leading axis; parameters that do not fit the function; a checkpoint
       of another collection, or of other passes; a mask where a kernel's input
       mixes examples, or where its rows could not be followed to tokens.
-    ValueError: `fisher_rows` without a loss; an unknown way to accumulate;
+    ValueError: `fisher_rows` or `coupled` without a loss; an unknown way to
+      accumulate;
       two arguments that do not go together.
     ValueError: the batches are an iterator and have to be run through twice;
       the limit is too low for one kernel.
@@ -158,7 +163,7 @@ def collect(
   3
   """
   sides = Sides(from_outputs, sketch)
-  what = Measurement(fn, loss, fisher_rows, select, on_opaque, sides)
+  what = Measurement(fn, loss, fisher_rows, coupled, select, on_opaque, sides)
   accumulation.check(accumulate)
   values, tree_of = tracing.split(params)
   place = placement(values, mesh, batch_axes, pmap_axis)
@@ -210,7 +215,7 @@ def collect(
     )
 
   masked = Masked(mask, spread.shares, 0 if pmap_axis is None else 1)
-  with_sums = loss is not None, fisher_rows
+  with_sums = loss is not None, fisher_rows, coupled
   feeding = Feeding(
     batches, masked, everywhere, joint, *with_sums, checkpoint_every, progress
   )

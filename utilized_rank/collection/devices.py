@@ -280,7 +280,12 @@ class Sharded(Devices):
     )
     grads = moments.grads and tuple(map(panels, moments.grads))
     rows = moments.row_grads and tuple(front(g, 1) for g in moments.row_grads)
-    return Moments(moments.table, sums, grads, moments.examples, rows)
+    coupled = moments.coupled and jax.tree.map(
+      lambda a: front(a, 2), moments.coupled
+    )
+    return Moments(
+      moments.table, sums, grads, moments.examples, rows, coupled=coupled
+    )
 
   def shapes(self, fn: Callable[..., Any], batch: Any) -> Any:
     batch = self.split(batch)[0][0]

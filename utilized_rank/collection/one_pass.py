@@ -48,6 +48,7 @@ class Feeding:
     joint: they make every step together.
     with_loss: gradients' sums are taken.
     with_fisher: squared gradients of rows are.
+    with_coupled: sums of inputs and gradients together are.
     checkpoint_every: batches between two snapshots.
     progress: show a progress bar.
   """
@@ -58,6 +59,7 @@ class Feeding:
   joint: bool
   with_loss: bool
   with_fisher: bool
+  with_coupled: bool
   checkpoint_every: int
   progress: bool
 
@@ -87,7 +89,7 @@ class Feeding:
     done, place = 0, None
     if snapshots is not None:
       done, place = sums.restore(
-        snapshots, sites, self.with_loss, self.with_fisher
+        snapshots, sites, self.with_loss, self.with_fisher, self.with_coupled
       )
     if place is not None:
       go_to(stream.rest, place)

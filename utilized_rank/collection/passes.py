@@ -135,6 +135,7 @@ def join(parts: Sequence[Moments], kernels: dict[str, SitePlan]) -> Moments:
   table: list[Entry] = []
   sums: list[Sums] = []
   grads: list[Any] = []
+  coupled: list[Any] = []
   rows: list[Any] = []
   places: dict[int, int] = {}
   for path, kernel in kernels.items():
@@ -149,6 +150,7 @@ def join(parts: Sequence[Moments], kernels: dict[str, SitePlan]) -> Moments:
       Entry(**{**entry, 'index': places[site.index], 'number': kernel.number})
     )
     grads.append(moment.grad_panels)
+    coupled.append(moment.coupled)
     rows.append(moment.row_grad)
   if len(counts) > 1:
     raise ValueError(
@@ -162,4 +164,5 @@ def join(parts: Sequence[Moments], kernels: dict[str, SitePlan]) -> Moments:
     None if one.grads is None else tuple(grads),
     one.examples,
     None if one.row_grads is None else tuple(rows),
+    coupled=None if one.coupled is None else tuple(coupled),
   )

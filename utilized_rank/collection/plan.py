@@ -157,6 +157,7 @@ def plan(
   *,
   loss: LossFn | None = None,
   fisher_rows: bool = False,
+  coupled: bool = False,
   mask: Any = None,
   select: paths.Rules | None = None,
   on_opaque: str = 'error',
@@ -176,6 +177,7 @@ def plan(
     batch: one batch, or its shapes; with several devices, one device's share.
     loss: as in `collect`.
     fisher_rows: as in `collect`.
+    coupled: as in `collect`.
     mask: the batch's mask, or its shape; None without.
     select: as in `collect`.
     on_opaque: as in `collect`.
@@ -199,12 +201,12 @@ def plan(
   """
   accumulation.check(accumulate)
   sides = Sides(from_outputs, sketch)
-  what = Measurement(fn, loss, fisher_rows, select, on_opaque, sides)
+  what = Measurement(fn, loss, fisher_rows, coupled, select, on_opaque, sides)
   sites = what.sites(params, batch)
   peak = functools.partial(
     _step_bytes, what, params, (batch, mask), sites, accumulate
   )
-  with_sums = loss is not None, fisher_rows
+  with_sums = loss is not None, fisher_rows, coupled
   kernels, pass_bytes = passes_within(sites, *with_sums, peak, memory_limit)
   plain = _plain_bytes(fn, params, batch)
   forward = cost.forward_flops(fn, params, batch)
@@ -228,6 +230,7 @@ def passes_within(
   sites: Sites,
   with_loss: bool,
   with_fisher: bool,
+  with_coupled: bool,
   peak: Callable[[list[str]], int],
   memory_limit: int | None,
 ) -> tuple[dict[str, SitePlan], tuple[int, ...]]:
@@ -237,6 +240,7 @@ def passes_within(
     sites: the kernels.
     with_loss: whether gradients' sums are taken.
     with_fisher: whether squared gradients of rows are.
+    with_coupled: whether those of inputs and gradients together are.
     peak: bytes on one device of the step that sums some kernels, by path.
     memory_limit: bytes on one device; None for one pass of any size.
 
@@ -246,7 +250,7 @@ def passes_within(
   Raises:
     ValueError: the limit is too low for some kernel.
   """
-  costs = _site_costs(sites, with_loss, with_fisher)
+  costs = _site_costs(sites, with_loss, with_fisher, with_coupled)
   inputs: dict[int, list[str]] = {}
   for path, site in sites.items():
     inputs.setdefault(site.index, []).append(path)
@@ -295,7 +299,7 @@ def members_of(
 
 
 def _site_costs(
-  sites: Sites, with_loss: bool, with_fisher: bool
+  sites: Sites, with_loss: bool, with_fisher: bool, with_coupled: bool
 ) -> dict[str, tuple[int, int, int, int]]:
   """Bytes of sums, of gradient sums, FLOPs and least FLOPs of each kernel."""
   costs: dict[str, tuple[int, int, int, int]] = {}
@@ -310,13 +314,22 @@ def _site_costs(
     if site.columns:
       kept = d * (site.columns + 1)
       flop = least = sketches.flops(site.rows, d, site.columns)
+    grads, own = gram.panel_entries(m), kept + d
     first = site.index not in paid
     paid.add(site.index)
     costs[path] = (
       first * groups * 4 * (kept + d + 1),
-      groups * 4 * (with_loss * gram.panel_entries(m) + with_fisher * d),
-      first * groups * flop + with_loss * _gradient_flops(site),
-      groups * (first * least + with_loss * site.rows * m * (m + 1)),
+      groups
+      * 4
+      * (with_loss * grads + with_fisher * d + with_coupled * (grads + own)),
+      first * groups * flop
+      + (with_loss + with_coupled) * _gradient_flops(site)
+      + with_coupled * groups * flop,
+      groups
+      * (
+        (first + with_coupled) * least
+        + (with_loss + with_coupled) * site.rows * m * (m + 1)
+      ),
     )
   return costs
 

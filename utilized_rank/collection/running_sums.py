@@ -162,6 +162,7 @@ class RunningSums:
     sites: Mapping[str, Site],
     with_loss: bool,
     with_fisher: bool = False,
+    with_coupled: bool = False,
   ) -> tuple[int, Any]:
     """Takes up a snapshot: how many batches it has, and where they end.
 
@@ -180,6 +181,7 @@ class RunningSums:
       have != want
       or (state.grads is not None) != with_loss
       or (state.row_grads is not None) != with_fisher
+      or (state.coupled is not None) != with_coupled
       or (low is not None) != (self._accumulate == 'compensated')
       or parts != self.spread.parts
     ):

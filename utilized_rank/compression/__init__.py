@@ -3,6 +3,7 @@
 * `compress`: the public verb: collect, measure, candidates, choice,
   training, recipe.
 * `problem`: what is to be compressed, to what share, and what counts as near.
+* `unlabelled`: the loss where none is given.
 * `candidates`: what a kind of candidate is, and which of several is nearest.
 * `factor_pairs`, `narrower_heads`, `narrower_layers`: the kinds that there are.
 * `narrowed`: what is narrower within a budget, and pairs for the rest of it.

@@ -25,6 +25,7 @@ from utilized_rank.compression.narrower_layers import narrower_layers
 from utilized_rank.compression.problem import Budget
 from utilized_rank.compression.problem import Problem
 from utilized_rank.compression.refined import refined
+from utilized_rank.compression.unlabelled import unlabelled
 from utilized_rank.host.progress import say
 from utilized_rank.losses.divergence import Divergence
 from utilized_rank.losses.divergence import squared_error
@@ -64,8 +65,8 @@ def compress(
 ) -> tuple[Any, Report]:
   """Collects, measures, chooses ranks and factorizes.
 
-  Factors of least error at the kernels' outputs and, with a loss, of least
-  predicted loss are tried with the ranks that several predictions ask for;
+  Factors of least error at the kernels' outputs and of least predicted loss
+  are tried with the ranks that several predictions ask for;
   the best are corrected by what is seen at the outputs (`tune_ranks`), and
   their factors fitted one behind the other (`anchor`) where that helps. Last,
   factors, biases and norms are trained to give the dense outputs. Where
@@ -86,7 +87,11 @@ def compress(
     params_fraction: share of the kernels' parameters to keep, in (0, 1]; or
     flops_fraction: share of their multiplications.
     loss: `loss(outputs, batch) -> (B,)`, nats per example, such as
-      `sampled_cross_entropy()`; the one that given moments are of.
+      `sampled_cross_entropy()`, if outputs are logits; the one that given
+      moments are of. Default, where there are no moments either, the squared
+      error (`sampled_squared_error`): embeddings, features and regression
+      need no more. Where the function has no reverse derivative it is done
+      without.
     divergence: how far outputs are from the dense ones, see `tune_ranks`;
       default the KL divergence of the loss's logits for
       `sampled_cross_entropy`, else `squared_error`.
@@ -105,8 +110,8 @@ def compress(
       kept give four rows for every input feature; kept where outputs then
       are closer by more than the standard error of the difference.
     heads: try narrower attention heads as well (`factorize_heads`), within the
-      same share of parameters, where there is a loss, rows are not few, and
-      data flow shows query and key, value and output kernels; kept where
+      same share of parameters, where moments have gradients, rows are not few,
+      and data flow shows query and key, value and output kernels; kept where
       outputs then are closer. It is a second search.
     layers: try narrower hidden layers as well (`narrow_hidden`), alone and with
       narrower heads, under the same conditions: a search each.
@@ -138,17 +143,12 @@ def compress(
   """
   _check(moments, select)
   budget = Budget(params_fraction, flops_fraction, multiple_of, gauge)
-  unit = ''
-  if divergence is None:
-    divergence = getattr(loss, 'divergence', squared_error)
-    unit = 'nats'
-  if divergence is squared_error:
-    unit = "of the outputs' energy"
   journal = Journal(progress)
   with journal.stage('compress'):
     kept, every = _first(batches, trial_examples)
     if moments is None:
       with journal.stage('collect'):
+        loss = loss or unlabelled(fn, params, kept, mask)
         moments = collect(
           fn,
           params,
@@ -158,6 +158,7 @@ def compress(
           select=select,
           progress=progress,
         )
+    divergence, unit = _judge(divergence, loss)
     problem = Problem(
       fn=fn,
       params=params,
@@ -205,6 +206,18 @@ def _check(moments: Moments | None, select: paths.Rules | None) -> None:
       'select= chooses the kernels to collect, and moments= has kernels '
       'already: give one of them'
     )
+
+
+def _judge(
+  divergence: Divergence | None, loss: LossFn | None
+) -> tuple[Divergence, str]:
+  """How far outputs are from the dense ones, and its unit if it is known."""
+  given = divergence
+  if divergence is None:
+    divergence = getattr(loss, 'divergence', squared_error)
+  if divergence is squared_error:
+    return divergence, "of the outputs' energy"
+  return divergence, 'nats' if given is None else ''
 
 
 def _first(

@@ -15,8 +15,8 @@ def narrower_heads(problem: Problem) -> Tried | None:
   """Heads as narrow as one budget asks for; pairs at the other kernels.
 
   Returns:
-    None where rows are few, where there is no share of parameters or no loss
-    (damages of heads and of pairs have nats alone in common), and where no
-    head would be narrower.
+    None where rows are few, where there is no share of parameters or no
+    gradient (damages of heads and of pairs have the loss alone in common), and
+    where no head would be narrower.
   """
   return narrowed(problem, _NAME, attention(problem), Hidden({}, {}))

@@ -192,6 +192,7 @@ class Job:
       batches,
       loss=self._loss if self.compress.method in methods.OF_LOSS else None,
       fisher_rows=self.compress.method == 'fisher_rows',
+      coupled=self.compress.method == 'coupled',
       select=self.compress.select,
       checkpoint_dir=self.workdir.file('collect'),
       memory_limit=self.compress.memory_limit or None,

@@ -25,8 +25,8 @@ class CompressConfig:
     energies: shares of energy to give the mean layer utilization at.
     energy: the one that the table of layers is at.
     centered: take the spectra about the mean.
-    method: see `factorize`; 'loss' and 'fisher_rows' collect gradients too, of
-      labels drawn from the model itself.
+    method: see `factorize`; 'loss', 'fisher_rows' and 'coupled' collect
+      gradients too, of labels drawn from the model itself.
     compensate_mean: see `factorize`.
     allocation: 'uniform' (`uniform_ranks`), 'budget' (`budget_ranks`, in nats
       of loss where the method is 'loss'), or 'compress' (`ur.compress`, which

@@ -69,6 +69,9 @@ def factorize(
       'output': the least error at the kernel's outputs, W U U^T.
       'loss': the least loss, by the second moments of its gradient; needs
         moments that were collected with a loss.
+      'coupled': the same, with inputs weighed by their row's squared gradient
+        and gradients by their row's squared input; needs moments collected
+        with `coupled=True`.
     compensate_mean: give the mean of what is discarded, mu (W - W'), back as
       a constant: in the kernel's bias where the function adds one and uses it
       for nothing else (behind a residual sum or a number as well, or taken

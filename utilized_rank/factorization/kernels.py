@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 import warnings
 
 import jax
@@ -20,6 +20,7 @@ from utilized_rank.linalg.nystrom import Nystrom
 from utilized_rank.linalg.overflow import not_finite
 from utilized_rank.linalg.sketch import Sketch
 from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.moments.moments import Coupled
 from utilized_rank.moments.moments import Moment
 from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.moments import unknown_inputs
@@ -29,6 +30,14 @@ from utilized_rank.walk import compat
 
 # Rows per input feature below which moments are mostly noise.
 ENOUGH_ROWS = 4
+
+
+class Weighed(NamedTuple):
+  """Of one matrix: E[|g|^2 x] (d,), E[|g|^2 x x^T] and E[|x|^2 g g^T]."""
+
+  mean: np.ndarray
+  inputs: np.ndarray
+  gradients: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +57,9 @@ class Kernel:
     row_fisher: (d,) squared gradients of the rows of W; None without.
     from_outputs: whether T was measured and S is not known.
     sketched: makes what S is taken for, of a kernel with a sketch; else None.
+    coupled: makes moments of inputs and gradients weighed by each other; None
+      where they were not summed.
+    centered: whether `second` is about the mean.
   """
 
   path: str
@@ -59,9 +71,11 @@ class Kernel:
   row_fisher: np.ndarray | None
   _second: Callable[[], np.ndarray]
   _gradient: Callable[[], np.ndarray] | None
-  _in_basis: _Once
+  _in_basis: Callable[[], subspace.Basis]
   from_outputs: bool = False
   sketched: Callable[[], Nystrom] | None = None
+  coupled: Callable[[], Weighed] | None = None
+  centered: bool = False
 
   @property
   def name(self) -> str:
@@ -173,7 +187,7 @@ def _check_finite(path: str, moment: Moment) -> None:
   if not is_finite((sums.total, sums.panels)):
     if moment.entry.side != 'output':
       why = f': what it reads {not_finite(sums.total)}'
-  elif is_finite((moment.grad_panels, moment.row_grad)):
+  elif is_finite((moment.grad_panels, moment.row_grad, moment.coupled)):
     return
   raise ValueError(f'the moments of {path!r} hold NaN or infinite values{why}')
 
@@ -218,6 +232,7 @@ def _members(
       center, panels = basis.mean @ w if centered else None, moment.sums.panels
       assert not isinstance(panels, Sketch)
       make = functools.partial(_second, panels, index, n, center)
+    coupled = moment.coupled
     yield Kernel(
       path,
       index,
@@ -233,7 +248,17 @@ def _members(
       basis,
       from_outputs,
       basis.sketched,
+      None
+      if coupled is None
+      else functools.partial(_coupled, coupled, index, n),
+      centered,
     )
+
+
+def _coupled(sums: Coupled, index: tuple[int, ...], count: int) -> Weighed:
+  total = np.asarray(sums.total)[index][0].astype(np.float64) / count
+  of = functools.partial(_second, index=index, count=count, mean=None)
+  return Weighed(total, of(sums.inputs), of(sums.grads))
 
 
 def _bases(moment: Moment, centered: bool) -> list[_Once]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utilized_rank.factorization.coupled import coupled
 from utilized_rank.factorization.kernels import Kernel
 from utilized_rank.linalg import best_pairs
 from utilized_rank.linalg import subspace
@@ -119,12 +120,14 @@ _METHODS: dict[str, Callable[[Kernel, float], Solution]] = {
 }
 # Its W' of one rank is no truncation of that of another.
 UTILIZED = 'utilized'
-FAMILIES = tuple(_METHODS)
+FAMILIES = (*_METHODS, 'coupled')
 METHODS = (*FAMILIES, UTILIZED)
 # Their optimum takes spectra about the mean when the mean is given back.
-CENTERED = ('output', 'loss')
+CENTERED = ('output', 'loss', 'coupled')
 # They need moments that were collected with a loss.
-OF_LOSS = ('fisher_rows', 'loss')
+OF_LOSS = ('fisher_rows', 'loss', 'coupled')
+# Kernels that share a left factor have no form of theirs in common.
+ALONE = (UTILIZED, 'coupled')
 
 
 def check_method(method: str, known: tuple[str, ...] = METHODS) -> None:
@@ -138,15 +141,27 @@ def family(kernel: Kernel, method: str, damping: float = DAMPING) -> Family:
 
   Args:
     kernel: the kernel with its moments.
-    method: 'weight', 'scaled', 'fisher_rows', 'output' or 'loss'.
+    method: 'weight', 'scaled', 'fisher_rows', 'output', 'loss' or 'coupled'.
     damping: share of the mean of G's diagonal that is added to it.
   """
+  if method == 'coupled':
+    return _coupled_family(kernel, damping)
   factors, cross = solve(kernel, method, damping)
   return Family(factors, costs(kernel, cross, factors.b))
 
 
+def _coupled_family(kernel: Kernel, damping: float) -> Family:
+  """The loss is what the weighed moments say; what else there is, S says."""
+  together = coupled(kernel)
+  factors, cross = _loss(together, damping)
+  known = costs(kernel, factors.a.T @ kernel.second @ factors.a, factors.b)
+  known['loss'] = costs(together, cross, factors.b)['loss']
+  known['geometric'] = np.sqrt(known['loss'] * known['relative'])
+  return Family(factors, known)
+
+
 def solve(kernel: Kernel, method: str, damping: float) -> Solution:
-  check_method(method, FAMILIES)
+  check_method(method, tuple(_METHODS))
   return _METHODS[method](kernel, damping)
 
 

@@ -129,14 +129,15 @@ def family(group: Sequence[Kernel], method: str, damping: float) -> Family:
 
   Raises:
     ValueError: the method is 'utilized', whose pairs are no truncations of
-      one another and have no joint form.
+      one another, or 'coupled', for which each kernel weighs their input by
+      its own gradients: neither has a joint form.
   """
   if len(group) == 1:
     return methods.family(group[0], method, damping)
-  if method == methods.UTILIZED:
+  if method in methods.ALONE:
     raise ValueError(
       f'{[k.path for k in group]} cannot share a left factor by the method '
-      "'utilized': its projections are each kernel's own"
+      f"{method!r}: its subspaces are each kernel's own"
     )
   together = joint(group, damping if method == 'loss' else 0.0)
   (a, b), cross = methods.solve(together, method, 0.0)

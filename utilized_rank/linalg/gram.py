@@ -200,6 +200,36 @@ def sharded_total(
   return over_blocks(total, x, blocks)
 
 
+def coupled_panels(
+  rows: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]],
+  x: jax.Array,
+  g: jax.Array,
+  blocks: Blocks,
+) -> tuple[jax.Array, Panels, Panels]:
+  """Sums over rows x and g of |g|^2 x, |g|^2 x x^T and |x|^2 g g^T.
+
+  Args:
+    rows: `rows(x, g, i)` reads the i-th block of both, (*groups, n, d) and
+      (*groups, n, m), row by row.
+    x: what a product reads.
+    g: an array like its output.
+    blocks: as in `sharded_panels`.
+
+  Returns:
+    (*groups, 1, d), and panels of (*groups, d, d) and (*groups, m, m).
+  """
+
+  def read(i, both):
+    x, g = (v.astype(accumulator_dtype(v.dtype)) for v in rows(*both, i))
+    by_g, by_x = (
+      jnp.sum(jnp.square(v), axis=-1, keepdims=True) for v in (g, x)
+    )
+    total = jnp.sum(by_g * x, axis=-2, keepdims=True)
+    return total, panels(by_g**0.5 * x)[1], panels(by_x**0.5 * g)[1]
+
+  return over_blocks(read, (x, g), blocks)
+
+
 def row_counts(
   features: Callable[[jax.Array, Any], jax.Array],
   shape: Sequence[int],
@@ -234,7 +264,7 @@ def over_blocks(read: Callable[[Any, jax.Array], Any], x: Any, blocks: Blocks):
     add = lambda i, so_far: jax.tree.map(jnp.add, so_far, read(i, x))
     return jax.lax.fori_loop(1, blocks, add, read(0, x))
 
-  if not compat.has_explicit_axes(x):
+  if not any(map(compat.has_explicit_axes, jax.tree.leaves(x))):
     return sums(x)
   return jax.sharding.auto_axes(sums, out_sharding=PartitionSpec())(x)
 

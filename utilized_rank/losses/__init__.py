@@ -2,5 +2,5 @@
 
 * `divergence`: how far outputs are from the dense ones.
 * `logits`: cross-entropy and distillation of logits.
-* `sampled`: the loss of labels drawn from the model's own distribution.
+* `sampled`: losses without labels: each example draws what it is judged by.
 """

@@ -63,18 +63,35 @@ def squared_error(dense: Any, outputs: Any, batch: Any) -> jax.Array:
   [1.0, 1.0]
   """
   del batch
-  parts = []
-  for y, z in zip(jax.tree.leaves(dense), jax.tree.leaves(outputs)):
-    if jnp.issubdtype(y.dtype, jnp.floating):
-      y, z = (v.astype(jnp.float32).reshape(len(v), -1) for v in (y, z))
-      energy = jnp.mean(jnp.sum(jnp.square(y), axis=1))
-      error = jnp.sum(jnp.square(y - z), axis=1)
-      parts.append(error / jnp.where(energy > 0, energy, 1.0))
-  if not parts:
+  dense, outputs = floating(dense), floating(outputs)
+  if not dense:
     raise ValueError(
       'the function has no floating output to compare; pass divergence='
     )
+  errors = [_squares(z - y) for y, z in zip(dense, outputs)]
+  parts = [e / s for e, s in zip(errors, energies(dense), strict=True)]
   return sum(parts[1:], parts[0])
+
+
+def energies(dense: Any) -> list[jax.Array]:
+  """What `squared_error` divides by: for each floating array of dense outputs
+  the mean of an example's sum of squares; 1 in place of 0."""
+  means = [jnp.mean(_squares(y)) for y in floating(dense)]
+  return [jnp.where(mean > 0, mean, 1.0) for mean in means]
+
+
+def floating(outputs: Any) -> list[jax.Array]:
+  """The floating arrays among outputs, float32, in order."""
+  return [
+    jnp.asarray(y, jnp.float32)
+    for y in jax.tree.leaves(outputs)
+    if jnp.issubdtype(y.dtype, jnp.floating)
+  ]
+
+
+def _squares(y: jax.Array) -> jax.Array:
+  """(B,): an example's sum of squares."""
+  return jnp.sum(jnp.square(y.reshape(len(y), -1)), axis=1)
 
 
 def comes_closer(before: np.ndarray, after: np.ndarray) -> bool:

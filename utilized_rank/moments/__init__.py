@@ -1,6 +1,7 @@
 """What is summed over one batch, for which rows, and what the sums say.
 
 * `moments`: sums, means and second moments of every kernel.
+* `merging`: the moments of two data sets, added.
 * `sites`: the products of every leaf, or why there is none.
 * `coverage`: which share of the parameters kernels hold.
 * `capture`: a function with what its kernels read beside its outputs.

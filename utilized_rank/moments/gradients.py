@@ -1,5 +1,7 @@
 """Second moments of the loss's gradient at every kernel's output.
 
+With `coupled` also those of its inputs and gradients weighed by each other.
+
 An identity with a derivative rule of its own sits at the output of each
 product. Going backwards it turns the cotangent g into the sum of g g^T over
 rows and returns that as the gradient of a dummy argument, so that nothing is
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 from utilized_rank.linalg import gram
 from utilized_rank.moments.counting import EVERY
 from utilized_rank.moments.counting import Counting
+from utilized_rank.moments.moments import Coupled
 from utilized_rank.moments.rows import Rows
 from utilized_rank.products import describe
 from utilized_rank.products.factored import Factored
@@ -40,7 +43,8 @@ def gradient_sums(
   loss: LossFn,
   layouts: dict[str, Layout],
   counting: Counting = EVERY,
-) -> Callable[[Any, Any], tuple[dict[str, gram.Panels], jax.Array]]:
+  coupled: bool = False,
+) -> Callable[[Any, Any], tuple[dict[str, gram.Panels], jax.Array, Any]]:
   """Makes a function that sums g g^T at every kernel's output.
 
   Args:
@@ -49,11 +53,13 @@ def gradient_sums(
       sees zeros in place of outputs that do not count.
     layouts: kernels by path, as `find_sites` or `capture` found them.
     counting: which examples and rows count; default all.
+    coupled: add the sums of inputs and gradients of one row each.
 
   Returns:
-    `sums(params, batch) -> (sums, examples)`: per path the sum over examples
-    and rows of g g^T, float32 panels of (*groups, m, m), where g is the
-    gradient of the example's loss with respect to the row of outputs; and B.
+    `sums(params, batch) -> (sums, examples, coupled)`: per path the sum over
+    examples and rows of g g^T, float32 panels of (*groups, m, m), where g is
+    the gradient of the example's loss with respect to the row of outputs; B;
+    and per path `Coupled`, or None where that was not asked for.
 
   Raises (when called):
     ValueError: the loss is not one number per example, or there is no
@@ -66,14 +72,14 @@ def gradient_sums(
     rows = Rows(counting, traced)
     taps = {
       path: tuple(
-        rows.zeros(y.group_shape, shape)
-        for shape in gram.panel_shapes(y.matrix_shape[1])
+        rows.zeros(y.group_shape, shape) for shape in _shapes(y, coupled)
       )
       for path, y in layouts.items()
     }
 
     def total(taps):
-      losses = loss(_tapped(traced, layouts, taps, rows), batch)
+      outputs = _tapped(traced, layouts, taps, rows, coupled)
+      losses = loss(outputs, batch)
       if losses.shape != (examples,):
         raise ValueError(
           f'loss(outputs, batch) must return one number per example, shape '
@@ -81,9 +87,33 @@ def gradient_sums(
         )
       return jnp.sum(rows.losses(losses))
 
-    return _gradient(total, taps), rows.examples(examples)
+    found, examples = _gradient(total, taps), rows.examples(examples)
+    if not coupled:
+      return found, examples, None
+    parts = {p: _parts(layouts[p], sums) for p, sums in found.items()}
+    return (
+      {path: grads for path, (grads, _) in parts.items()},
+      examples,
+      {path: together for path, (_, together) in parts.items()},
+    )
 
   return sums
+
+
+def _shapes(layout: Layout, coupled: bool) -> list[tuple[int, int]]:
+  """Of all that is summed at one kernel's output, over its groups."""
+  d, m = layout.matrix_shape
+  grads = gram.panel_shapes(m)
+  return grads + coupled * [(1, d), *gram.panel_shapes(d), *grads]
+
+
+def _parts(
+  layout: Layout, sums: tuple[Any, ...]
+) -> tuple[gram.Panels, Coupled]:
+  """What of the sums is what, as `_shapes` has them."""
+  d, m = (len(gram.panel_shapes(size)) for size in layout.matrix_shape)
+  grads, total, rest = sums[:m], sums[m], sums[m + 1 :]
+  return grads, Coupled(total, rest[:d], rest[d:])
 
 
 def _gradient(total: Callable[[Any], jax.Array], taps: Any) -> Any:
@@ -111,7 +141,7 @@ def _examples(batch: Any) -> int:
   return jax.tree.leaves(batch)[0].shape[0]
 
 
-def _tapped(traced, layouts, taps, rows):
+def _tapped(traced, layouts, taps, rows, coupled):
   values = []
   for path, leaf in traced.params.items():
     if path not in layouts:
@@ -121,7 +151,7 @@ def _tapped(traced, layouts, taps, rows):
     view = View.of_leaf(path, leaf.shape, leaf.dtype, layout.atoms)
     grouped = Factored(Factors(taps[path], None, None, layout, layout.groups))
     values.append(Param(view, _Tapped(Dense(leaf), grouped)))
-  walk = Walk(_Tapper(rows), traced.rescaling)
+  walk = Walk(_Tapper(rows, coupled), traced.rescaling)
   outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
   outs = [walk.materialise(v, 'output') for v in outs]
   return jax.tree.unflatten(
@@ -185,8 +215,9 @@ class _Tapper:
 
   is_differentiated = True  # rules of `custom_vjp` are kept
 
-  def __init__(self, rows: Rows):
+  def __init__(self, rows: Rows, coupled: bool):
     self.rows = rows
+    self.coupled = coupled
 
   def wants(self, view: View) -> bool:
     del view
@@ -210,10 +241,15 @@ class _Tapper:
       tiles = found.output_blocks(out.shape, *operands[2:])
 
     def panels(g, kept):
-      keep, tiles = kept
+      keep, tiles, x = kept
       blocks = one_block if tiles is None else lambda shape: tiles
       present = len(found.present)
-      return self.rows.sums(found.responses, g, where, keep, present, blocks)[1]
+      sums = self.rows.sums(found.responses, g, where, keep, present, blocks)
+      if x is None:
+        return sums[1]
+      blocks = found.blocks(x.shape) if tiles is None else tiles
+      total, of_x, of_g = self.rows.coupled(found, x, g, keep, blocks)
+      return *sums[1], total, *of_x, *of_g
 
     groups = found.layout.sizes(found.present)
     tap = param.payload.tap.factors
@@ -223,7 +259,8 @@ class _Tapper:
       ),
       tap.a,
     )
-    return _tap(panels, out, dummy, (keep, tiles))
+    x = operands[1 - which] if self.coupled else None
+    return _tap(panels, out, dummy, (keep, tiles, x))
 
   def biased(self, output: Output, bias: Param) -> bool:
     raise AssertionError('no outputs are followed when taps are set')

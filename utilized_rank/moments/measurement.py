@@ -34,6 +34,7 @@ class Measurement:
   fn: Callable[[Any, Any], Any]
   loss: LossFn | None = None
   fisher_rows: bool = False
+  coupled: bool = False
   select: paths.Rules | None = None
   on_opaque: str = 'error'
   sides: Sides = INPUTS
@@ -42,6 +43,14 @@ class Measurement:
     if self.fisher_rows and self.loss is None:
       raise ValueError(
         'fisher_rows=True squares gradients of a loss: give loss='
+      )
+    if self.coupled and self.loss is None:
+      raise ValueError(
+        'coupled=True weighs inputs by gradients of a loss: give loss='
+      )
+    if self.coupled and self.sides != INPUTS:
+      raise ValueError(
+        'coupled=True sums inputs as they are: not from_outputs=, sketch='
       )
 
   def only(self, members: Iterable[str]) -> Measurement:
@@ -89,8 +98,10 @@ class Measurement:
       moments = count(self.fn, counting, params, batch, *rules)
       if self.loss is None:
         return moments
-      gradients = gradient_sums(self.fn, self.loss, layouts, counting)
-      grads, examples = gradients(params, batch)
+      gradients = gradient_sums(
+        self.fn, self.loss, layouts, counting, self.coupled
+      )
+      grads, examples, coupled = gradients(params, batch)
       rows = None
       if self.fisher_rows:
         fisher = row_fisher_sums(self.fn, self.loss, layouts, counting)
@@ -103,6 +114,7 @@ class Measurement:
         examples,
         rows,
         moments.coverage,
+        coupled and tuple(coupled[path] for path in moments),
       )
 
     return sums

@@ -93,6 +93,23 @@ class Entry:
     return self.layout, self.side, self.columns
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Coupled:
+  """Sums over the rows of one kernel of its inputs x and the gradients g at
+  its outputs, of one row each: what S and G, summed apart, do not know.
+
+  Attributes:
+    total: sum |g|^2 x.  # shape=(*groups, 1, d), dtype=float32
+    inputs: sum |g|^2 x x^T, as panels of (*groups, d, d).
+    grads: sum |x|^2 g g^T, as panels of (*groups, m, m).
+  """
+
+  total: Any
+  inputs: gram.Panels
+  grads: gram.Panels
+
+
 @dataclasses.dataclass(frozen=True)
 class Moment:
   """Moments of one kernel's inputs. Rows are x, of d features.
@@ -106,6 +123,7 @@ class Moment:
   grad_panels: gram.Panels | None = None
   examples: Any = None
   row_grad: Any = None
+  coupled: Coupled | None = None
 
   @property
   def layout(self) -> Layout:
@@ -270,6 +288,7 @@ class Moments(Mapping[str, Moment]):
     examples: Any = None,
     row_grads: tuple[Any, ...] | None = None,
     coverage: Coverage | None = None,
+    coupled: tuple[Coupled, ...] | None = None,
   ):
     """Made by `capture` and `collect`.
 
@@ -283,6 +302,8 @@ class Moments(Mapping[str, Moment]):
         (*groups, d); None unless they were asked for.
       coverage: which share of the parameters the kernels hold; not looked at
         where moments are compared or merged. None where it is not known.
+      coupled: for each entry the sums of inputs and gradients together; None
+        unless they were asked for.
     """
     self.table = table
     self.sums = sums
@@ -290,25 +311,32 @@ class Moments(Mapping[str, Moment]):
     self.examples = examples
     self.row_grads = row_grads
     self.coverage = coverage
+    self.coupled = coupled
     self._places = {entry.path: i for i, entry in enumerate(table)}
 
   def tree_flatten(self):
-    children = self.sums, self.grads, self.examples, self.row_grads
-    return children, _Static(self.table, self.coverage)
+    sums = self.sums, self.grads, self.examples, self.row_grads, self.coupled
+    return sums, _Static(self.table, self.coverage)
 
   @classmethod
   def tree_unflatten(cls, static, children) -> Moments:
-    sums, grads, examples, rows = children
-    return cls(static.table, sums, grads, examples, rows, static.coverage)
+    *children, coupled = children
+    return cls(static.table, *children, static.coverage, coupled)
 
   def __getitem__(self, path: str) -> Moment:
     if path not in self._places:
       raise KeyError('no moments for ' + paths.unknown(path, self._places))
     place = self._places[path]
     entry = self.table[place]
-    grad = None if self.grads is None else self.grads[place]
-    rows = None if self.row_grads is None else self.row_grads[place]
-    return Moment(entry, self.sums[entry.index], grad, self.examples, rows)
+    at = lambda of: None if of is None else of[place]
+    return Moment(
+      entry,
+      self.sums[entry.index],
+      at(self.grads),
+      self.examples,
+      at(self.row_grads),
+      at(self.coupled),
+    )
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._places)
@@ -327,8 +355,15 @@ class Moments(Mapping[str, Moment]):
 
   def covering(self, coverage: Coverage | None) -> Moments:
     """The same, with what is known of the other parameters."""
-    sums = self.sums, self.grads, self.examples, self.row_grads
-    return Moments(self.table, *sums, coverage)
+    *sums, coupled = self.tree_flatten()[0]
+    return Moments(self.table, *sums, coverage, coupled)
+
+  def in_order_of(self, other: Moments) -> Moments:
+    """The same with the table of moments of the same kernels."""
+    *sums, coupled = self._at(
+      [self._places[path] for path in other]
+    ).tree_flatten()[0]
+    return Moments(other.table, *sums, other.coverage, coupled)
 
   def _at(self, places: Sequence[int]) -> Moments:
     pick = lambda v: None if v is None else tuple(v[i] for i in places)
@@ -338,61 +373,8 @@ class Moments(Mapping[str, Moment]):
       pick(self.grads),
       self.examples,
       pick(self.row_grads),
+      coupled=pick(self.coupled),
     )
 
   def __repr__(self) -> str:
     return f'Moments({len(self)} kernels, {len(self.sums)} distinct inputs)'
-
-
-def merge_moments(a: Moments, b: Moments) -> Moments:
-  """Adds the moments of two data sets.
-
-  Raises:
-    ValueError: they are of different kernels, or of different shapes.
-
-  >>> import utilized_rank as ur
-  >>> one = ur.capture(lambda p, x: x @ p)(jnp.eye(2), jnp.ones((3, 2)))[1]
-  >>> int(merge_moments(one, one)[''].count)
-  6
-  """
-  ours, theirs = ({e.path: e for e in m.table} for m in (a, b))
-  for path in [*ours, *theirs]:
-    if path not in ours or path not in theirs:
-      has, lacks = ('first', 'second') if path in ours else ('second', 'first')
-      raise ValueError(
-        f'moments of {path!r} are in the {has} argument and not in the '
-        f'{lacks}; merge moments collected with one function and selection'
-      )
-    if ours[path].layout != theirs[path].layout:
-      raise ValueError(
-        f'moments of {path!r} are over {ours[path].layout.shape} in the '
-        f'first argument and {theirs[path].layout.shape} in the second'
-      )
-    if ours[path].columns != theirs[path].columns:
-      raise ValueError(
-        f'the sketch of {path!r} has {ours[path].columns} columns in the first '
-        f'argument and {theirs[path].columns} in the second (0: none)'
-      )
-    if ours[path].side != theirs[path].side:
-      raise ValueError(
-        f'moments of {path!r} are of its {ours[path].side}s in the first '
-        f'argument and of its {theirs[path].side}s in the second'
-      )
-  if [e.index for e in a.table] != [theirs[e.path].index for e in a.table]:
-    raise ValueError(
-      'the two moments share inputs differently; they come from different '
-      'functions'
-    )
-  for name, what, option in (
-    ('grads', 'gradient moments', 'loss'),
-    ('row_grads', 'squared gradients of rows', 'fisher_rows'),
-  ):
-    if (getattr(a, name) is None) != (getattr(b, name) is None):
-      raise ValueError(
-        f'one of the two has {what} and the other has none; collect both with '
-        f'the same {option}='
-      )
-  a = a.covering(a.coverage or b.coverage)
-  in_order, _ = b._at([b._places[path] for path in a]).tree_flatten()
-  b = Moments(a.table, *in_order)
-  return jax.tree.map(lambda x, y: x + y, a, b)

@@ -153,6 +153,39 @@ class Rows:
     where = self._of(eqn.outvars[0])
     return where, self.keep(where)
 
+  def coupled(
+    self,
+    product: Product,
+    x: Any,
+    g: Any,
+    keep: Any,
+    blocks: gram.Blocks,
+  ) -> tuple[Any, ...]:
+    """`gram.coupled_panels` of the rows that count, (*groups, [parts], ...).
+
+    Args:
+      product: whose rows they are.
+      x: what it reads.
+      g: like its output.
+      keep: which of g counts, as `responses` has it.
+      blocks: of its rows.
+    """
+
+    def sums(x, g, keep):
+      g = _counted(g, keep)
+      found = gram.coupled_panels(product.paired, x, g, blocks)
+      if not self.parts:
+        return found
+      # One sum of all, at the first part: rows are read in blocks of all.
+      return jax.tree.map(lambda a: first_part(a, 2, self.parts), found)
+
+    x = jax.lax.stop_gradient(x)
+    if not self.parts or not compat.has_explicit_axes(x):
+      return sums(x, g, keep)
+    assert self._counting.over is not None
+    spec = PartitionSpec(*[None] * len(product.present), self._counting.over[1])
+    return jax.sharding.auto_axes(sums, out_sharding=spec)(x, g, keep)
+
   def sums(
     self,
     matrix: Callable[[Any, Any], Any],

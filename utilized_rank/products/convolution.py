@@ -175,6 +175,21 @@ def convolution(eqn: Any, view: View, which: int) -> Product | str:
   def blocks(shape):
     return _num_blocks((shape[x_batch], *rows_shape[1:]), bool(x_space))
 
+  def aligned(rows, i):
+    lead, m = rows.shape[:-2], rows.shape[-1]
+    at, mine = len(lead), [o_batch, *o_space]
+    rows = rows.reshape(*lead, *(out_shape[a] for a in sorted(mine)), m)
+    order = [at + sorted(mine).index(a) for a in mine]
+    rows = rows.transpose(*range(at), *order, rows.ndim - 1)
+    if _num_blocks(rows_shape, bool(x_space)) > 1:
+      images, strip = _block_shape(rows_shape, bool(x_space))
+      across = rows_shape[1] // strip if x_space else 1
+      cut = jax.lax.dynamic_slice_in_dim
+      rows = cut(rows, i // across * images, images, at)
+      if x_space:
+        rows = cut(rows, i % across * strip, strip, at + 1)
+    return rows.reshape(*lead, -1, m)
+
   return Product(
     'conv',
     view,
@@ -186,6 +201,7 @@ def convolution(eqn: Any, view: View, which: int) -> Product | str:
     output,
     factored,
     blocks,
+    aligned,
   )
 
 

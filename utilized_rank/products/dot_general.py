@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import numpy as np
 
 from utilized_rank.products import gauge
 from utilized_rank.products.factors import Factors
@@ -19,6 +20,7 @@ from utilized_rank.products.product import ROW
 from utilized_rank.products.product import Label
 from utilized_rank.products.product import Product
 from utilized_rank.products.product import roles
+from utilized_rank.products.product import same_rows
 from utilized_rank.tree.layout import View
 
 
@@ -132,8 +134,28 @@ def dot(eqn: Any, view: View, which: int) -> Product | str:
       y = y + as_output(pair.c, output).astype(y.dtype)
     return y
 
+  # Rows of outputs are in the order of the output's axes.
+  in_output = [i for i in x_batch if labels[i] is ROW] + x_free
+
+  def aligned(rows, block):
+    del block
+    lead = rows.shape[:-2]
+    rows = rows.reshape(*lead, *(x_shape[i] for i in in_output), rows.shape[-1])
+    order = [len(lead) + i for i in np.argsort(in_output)]
+    rows = rows.transpose(*range(len(lead)), *order, rows.ndim - 1)
+    return rows.reshape(*lead, -1, rows.shape[-1])
+
   return Product(
-    'dot', view, layout, lambda x, i: x, labels, x_shape, (), output, factored
+    'dot',
+    view,
+    layout,
+    lambda x, i: x,
+    labels,
+    x_shape,
+    (),
+    output,
+    factored,
+    aligned=same_rows if in_output == sorted(in_output) else aligned,
   )
 
 

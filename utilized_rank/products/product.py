@@ -29,6 +29,12 @@ def one_block(shape: Sequence[int], *others: Any) -> int:
   return 1
 
 
+def same_rows(rows: Any, block: Any) -> Any:
+  """Rows of outputs that are those of the inputs already."""
+  del block
+  return rows
+
+
 @dataclasses.dataclass(frozen=True)
 class Product:
   """A product of an activation and a kernel.
@@ -49,6 +55,8 @@ class Product:
     blocks: how many blocks the rows are read in, of an operand of this shape;
       it may have fewer examples than the product's own. `Tiles` where data
       say which rows are of which kernel; it reads operands but for the two.
+    aligned: `aligned(responses, i)`: of all outputs' rows those that answer to
+      the i-th block of the inputs', in its order.
   """
 
   kind: str
@@ -61,6 +69,7 @@ class Product:
   output: View
   factored: Callable[..., Any]
   blocks: Callable[..., Any] = one_block
+  aligned: Callable[[Any, Any], Any] = same_rows
 
   @property
   def present(self) -> Atoms:
@@ -133,6 +142,11 @@ class Product:
     del block
     labels = [atoms or ROW for atoms in self.output.axes]
     return self._matrices(y, labels, self.layout.outputs)
+
+  def paired(self, x: Any, y: Any, block: Any = 0) -> tuple[Any, Any]:
+    """`features` of a block, and the responses to them row by row."""
+    rows = self.aligned(self.responses(y, block), block)
+    return self.features(x, block), rows
 
   def _matrices(self, array: Any, labels: Sequence[Label], atoms: Atoms):
     split, order = self._arrangement(array.shape, labels, atoms)

@@ -114,7 +114,7 @@ def anchor(
   >>> bool(jnp.allclose(ur.low_rank(fn)(small, x), fn(params, x), atol=1e-5))
   True
   """
-  methods.check_method(method, methods.CENTERED)
+  methods.check_method(method, ('output', 'loss'))
   if not 0 <= ridge < math.inf:
     raise ValueError(f'ridge must be a number from 0, got {ridge!r}')
   check_gauge(gauge)

@@ -27,6 +27,7 @@ from utilized_rank.lowrank.leaf import LowRank
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.narrow_heads import NarrowHeads
 from utilized_rank.moments import coverage
+from utilized_rank.moments.moments import Coupled
 from utilized_rank.moments.moments import Entry
 from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.moments import Sums
@@ -245,6 +246,17 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
       arrays['examples'] = tree.examples
     if tree.row_grads is not None:
       arrays['row_grads'] = _numbered(tree.row_grads)
+    if tree.coupled is not None:
+      arrays['coupled'] = _numbered(
+        [
+          {
+            'total': c.total,
+            'inputs': _numbered(c.inputs),
+            'grads': _numbered(c.grads),
+          }
+          for c in tree.coupled
+        ]
+      )
     table = [dataclasses.asdict(entry) for entry in tree.table]
     kept = tree.coverage and dataclasses.asdict(tree.coverage)
     return arrays, {'kind': 'moments', 'table': table, 'coverage': kept}
@@ -325,7 +337,13 @@ def _decode(arrays: Any, structure: Any) -> Any:
       return Moments(table, sums, coverage=known)
     grads = tuple(map(_panels, _in_order(arrays['grads'])))
     rows = _in_order(arrays['row_grads']) if 'row_grads' in arrays else None
-    return Moments(table, sums, grads, arrays['examples'], rows, known)
+    coupled = None
+    if 'coupled' in arrays:
+      coupled = tuple(
+        Coupled(c['total'], _panels(c['inputs']), _panels(c['grads']))
+        for c in _in_order(arrays['coupled'])
+      )
+    return Moments(table, sums, grads, arrays['examples'], rows, known, coupled)
   items = {
     k: _decode((arrays or {}).get(k), s) for k, s in structure['items'].items()
   }
