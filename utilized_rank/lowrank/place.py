@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import numpy as np
 
 from utilized_rank.lowrank.leaf import LowRank
 from utilized_rank.tree.layout import pieces_of
@@ -58,7 +59,8 @@ def place_like(array: Any, old: Any) -> jax.Array:
   """A host array in place of another of its shape, where that one was."""
   sharding = getattr(old, 'sharding', None)
   if not isinstance(sharding, NamedSharding):
-    return jnp.asarray(array, old.dtype)
+    # Cast on the host, where no program has to be compiled for it.
+    return jnp.asarray(np.asarray(array).astype(old.dtype))
   return jax.device_put(array.astype(old.dtype), sharding)
 
 
