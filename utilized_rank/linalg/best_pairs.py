@@ -111,6 +111,22 @@ def input_side_factors(
   )
 
 
+def rooted_factors(
+  w: np.ndarray, root: np.ndarray, g: np.ndarray | None, damping: float
+) -> Pair:
+  """`input_side_factors` for S = F F^T with an F that is inverted.
+
+  Q are the eigenvectors of F^T W G W^T F, and W' = F^-T Q Q^T F^T W: where S
+  shares its F with no other kernel, one decomposition less.
+  """
+  inner = w @ w.T
+  if g is not None:
+    inner = (w @ g) @ w.T + _damping(g, damping) * inner
+  _, q = eigh.symmetric_eigh(root.T @ inner @ root)
+  q = q[:, ::-1]
+  return Pair(np.linalg.solve(root.T, q), (root @ q).T @ w)
+
+
 def input_side_pair(
   w: np.ndarray, s: np.ndarray, rank: int
 ) -> tuple[Pair, float, float]:

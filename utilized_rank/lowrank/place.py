@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import numpy as np
 
 from utilized_rank.lowrank.leaf import LowRank
 from utilized_rank.tree.layout import pieces_of
@@ -62,7 +63,8 @@ def place_like(array: Any, old: Any) -> jax.Array:
   """
   sharding = getattr(old, 'sharding', None)
   if not isinstance(sharding, NamedSharding):
-    return jnp.asarray(array, old.dtype)
+    # Cast on the host, where no program has to be compiled for it.
+    return jnp.asarray(np.asarray(array).astype(old.dtype))
   if array.shape != old.shape:
     names = [_names(entry) for entry in sharding.spec]
     names += [()] * (array.ndim - len(names))

@@ -94,6 +94,39 @@ def stored_pairs(leaf: LowRank) -> list[Pair]:
   return [Stored(*v).pair() for v in zip(a, b, orders, strict=True)]
 
 
+def multiplied_out(
+  w: np.ndarray, constant: np.ndarray | None, layout: Layout, kernel: Any
+) -> Any:
+  """Matrices in a kernel's place, for programs that know no ranks.
+
+  Args:
+    w: (groups, d, m).
+    constant: (groups, m) that the product adds, or None.
+    layout: of the kernel.
+    kernel: the dense kernel, whose dtype and place they have.
+
+  Returns:
+    An array like the kernel; with a constant a `LowRank`, W before or behind
+    the identity, that of the smaller side.
+  """
+  groups = layout.group_shape
+  if constant is None:
+    w = w.reshape(groups + layout.matrix_shape)
+    return place_like(layout.from_matrices(w), kernel)
+  eye = np.broadcast_to(np.eye(n := layout.full_rank), (len(w), n, n))
+  a, b = (eye, w) if layout.is_wide else (w, eye)
+  shapes = (
+    groups + layout.input_shape + (n,),
+    groups + (n,) + layout.output_shape,
+    groups + layout.output_shape,
+  )
+  a, b, c = (
+    v.astype(kernel.dtype).reshape(shape)
+    for v, shape in zip((a, b, constant), shapes, strict=True)
+  )
+  return place(LowRank(a, b, c, layout), kernel)
+
+
 def give_back(
   named: dict[str, Any],
   path: str,

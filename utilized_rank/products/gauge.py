@@ -67,6 +67,10 @@ class Order:
     return f'Order(shape={self.array.shape}, {self.digest})'
 
 
+# Columns that are eliminated one by one before all behind them are.
+_PANEL = 32
+
+
 def check_gauge(gauge: str | None) -> None:
   """Raises ValueError for a gauge that there is not."""
   if gauge not in GAUGES:
@@ -127,12 +131,8 @@ def to_identity(
   r, m = b.shape
   # The rows' space alone matters, not how the pair's scale is divided.
   basis = np.linalg.qr(b.T)[0].T
-  # Columns of zeros come last in an elimination and change nothing before: a
-  # width that many ranks share is compiled once.
-  padded = np.zeros((m, min(m, 1 << (r - 1).bit_length())), np.float32)
-  padded[:, :r] = basis.T
   # float32 is enough to choose by: what it gets wrong is exchanged.
-  pivots = np.array(jax.lax.linalg.lu(padded)[2])[:r]
+  pivots = _pivots(basis.T.astype(np.float32))
   share = np.linalg.solve(basis[:, pivots], basis)
   if _exchange(share, pivots):
     share = np.linalg.solve(basis[:, pivots], basis)
@@ -166,6 +166,30 @@ def widen(a: Any, b: Any, rank: int) -> tuple[Any, Any]:
     array.concatenate([a, a @ moved], -1),
     array.concatenate([rest, zeros], -2),
   )
+
+
+def _pivots(rows: np.ndarray) -> np.ndarray:
+  """The rows that an elimination of (m, r), r <= m, takes as pivots, in order.
+
+  LAPACK's own is not in numpy, and JAX compiles it for every shape anew.
+  """
+  left, (m, r) = rows.copy(), rows.shape
+  order = np.arange(m)
+  for start in range(0, r, _PANEL):
+    end = min(start + _PANEL, r)
+    for k in range(start, end):
+      best = k + int(np.argmax(np.abs(left[k:, k])))
+      for array in (left, order):
+        array[[k, best]] = array[[best, k]]
+      if left[k, k] != 0:
+        left[k + 1 :, k] /= left[k, k]
+        under, right = left[k + 1 :, k], left[k, k + 1 : end]
+        left[k + 1 :, k + 1 : end] -= np.outer(under, right)
+    lower = np.tril(left[start:end, start:end], -1) + np.eye(end - start)
+    top = np.linalg.solve(lower, left[start:end, end:])
+    left[start:end, end:] = top
+    left[end:, end:] -= left[end:, start:end] @ left[start:end, end:]
+  return order[:r]
 
 
 def _exchange(share: np.ndarray, pivots: np.ndarray) -> bool:

@@ -29,7 +29,6 @@ from utilized_rank.losses.divergence import comes_closer
 from utilized_rank.moments.gradients import first_line
 from utilized_rank.moments.moments import Moments
 from utilized_rank.ranks.budget import budget_ranks
-from utilized_rank.ranks.trials import OnDevice
 from utilized_rank.ranks.trials import Trials
 from utilized_rank.walk import compat
 
@@ -40,6 +39,9 @@ DAMPINGS = (0.01, 0.1, 1.0)
 METRICS = ('loss', 'geometric', 'relative')
 # Shares of the correction that are tried, the boldest first.
 _STEPS = (1.0, 0.5, 0.25)
+# Standard errors of the difference beyond which a set of ranks that is further
+# off on the first quarter of the examples is not tried on the rest.
+_FAR = 2.0
 # No kernel counts for less than this share of the mean effect: a slope at one
 # point says little about a kernel that seems not to matter there.
 _LEAST_EFFECT = 0.02
@@ -208,6 +210,19 @@ def tune_ranks(
   )
 
 
+def _key(ranks: dict[str, int], families: Families) -> Any:
+  """The same for what need not be tried twice."""
+  return families.method, families.damping, frozenset(ranks.items())
+
+
+def _is_far(each: np.ndarray, nearest: np.ndarray) -> bool:
+  """Whether some examples tell that a set of ranks is not the nearest one."""
+  if not np.all(np.isfinite(nearest)):
+    return False
+  over = each - nearest
+  return bool(over.mean() > _FAR * over.std() / len(over) ** 0.5)
+
+
 class _Search:
   """The best set of ranks so far, and how to look for a better one."""
 
@@ -215,31 +230,64 @@ class _Search:
   ranks: dict[str, int]
   families: Families
   _metric: str
-  _family: OnDevice  # the same on the device
 
   def __init__(self, trials: Trials, allocate: Callable[..., dict[str, int]]):
     self._trials, self._allocate = trials, allocate
     self.best = np.array([np.inf])
     self.effects: dict[str, float] = {}
+    self._tried: set[Any] = set()
     self.log: list[Trial] = []
 
   def try_predictions(self, families: Families) -> None:
     """Tries the allocations that each prediction of damage asks for."""
-    metrics = [m for m in METRICS if m in families.metrics]
-    candidates = [self._spend(families, metric) for metric in metrics]
-    family = self._trials.on_device(families)
-    found = self._trials.measure(candidates, family)
-    for metric, ranks, each in zip(metrics, candidates, found, strict=True):
-      better = each.mean() < self.best.mean()
+    allocations: dict[Any, tuple[str, dict[str, int]]] = {}
+    for metric in METRICS:
+      if metric in families.metrics:
+        ranks = self._spend(families, metric)
+        # Predictions that agree are tried once.
+        allocations.setdefault(_key(ranks, families), (metric, ranks))
+    tried = list(allocations.values())
+    for (metric, ranks), each in zip(
+      tried, self._measured([r for _, r in tried], families), strict=True
+    ):
+      self._tried.add(_key(ranks, families))
+      better = self._is_whole(each) and each.mean() < self.best.mean()
       self._note(families, metric, each, better)
       if better:
         self.best, self.ranks, self.families = each, ranks, families
-        self._family, self._metric = family, metric
+        self._metric = metric
         self._scale = dict.fromkeys(families, 0.0)
+
+  def _measured(
+    self, candidates: Sequence[dict[str, int]], families: Families
+  ) -> list[np.ndarray]:
+    """The divergences of sets of ranks.
+
+    Returns:
+      Of each, those of every example; or of the first examples alone, where
+      they tell already that it is not the best one.
+    """
+    trials = self._trials
+    first = list(trials.measure(candidates, families, trials.few))
+    if not trials.others:
+      return first
+    nearest = min([*first, self.best[: len(first[0])]], key=np.mean)
+    near = [i for i, each in enumerate(first) if not _is_far(each, nearest)]
+    if near:
+      rest = trials.measure(
+        [candidates[i] for i in near], families, trials.others
+      )
+      for i, each in zip(near, rest, strict=True):
+        first[i] = np.append(first[i], each)
+    return first
+
+  def _is_whole(self, each: np.ndarray) -> bool:
+    """Whether it was tried on all examples."""
+    return len(each) == self._trials.examples
 
   def has_slopes(self) -> bool:
     """Whether the outputs have a derivative; a warning where they have not."""
-    why = self._trials.no_slopes(self.ranks, self._family)
+    why = self._trials.no_slopes(self.ranks, self.families)
     if why is not None:
       warnings.warn(
         'ranks are chosen by predictions and trials alone, without slopes: '
@@ -250,7 +298,7 @@ class _Search:
 
   def correct(self) -> bool:
     """Scales the predictions to what is seen; whether that helped."""
-    slopes = self._trials.slopes(self.ranks, self._family)
+    slopes = self._trials.slopes(self.ranks, self.families)
     effects = {
       path: max(0.0, -float(slopes[path][:, rank:].sum()))
       for path, rank in self.ranks.items()
@@ -273,10 +321,12 @@ class _Search:
       }
       factors = {p: float(np.exp(v)) for p, v in scale.items()}
       ranks = self._spend(self.families.scaled(factors), self._metric)
-      if ranks == self.ranks:
+      key = _key(ranks, self.families)
+      if key in self._tried:
         continue
-      (each,) = self._trials.measure([ranks], self._family)
-      better = comes_closer(self.best, each)
+      self._tried.add(key)
+      (each,) = self._measured([ranks], self.families)
+      better = self._is_whole(each) and comes_closer(self.best, each)
       self._note(self.families, 'corrected', each, better)
       if better:
         self.effects = {

@@ -21,13 +21,14 @@ from utilized_rank.factorization.shared_left import check_ranks
 from utilized_rank.factorization.shared_left import per_member
 from utilized_rank.host.progress import track
 from utilized_rank.linalg import best_pairs
-from utilized_rank.linalg import subspace
 from utilized_rank.linalg.best_pairs import Pair
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.place import place
+from utilized_rank.lowrank.place import place_like
 from utilized_rank.lowrank.store import Stored
 from utilized_rank.lowrank.store import assemble
 from utilized_rank.lowrank.store import give_back
+from utilized_rank.lowrank.store import multiplied_out
 from utilized_rank.lowrank.store import store
 from utilized_rank.moments.capture import find_sites
 from utilized_rank.moments.moments import Moments
@@ -172,9 +173,10 @@ def anchor(
         known[places] = anchored_fit.inputs(parts, compensate_mean, path)
       fits[path].fit(matrix, known[places], ridge)
     for path in block.paths:
-      small |= fits[path].leaves()
+      small |= fits[path].running()
     if number < count - 1:
-      streams.advance(number, small, streams.small)
+      streams.through(number, dense, streams.dense)
+      streams.through(number, small, streams.small)
   done = dict(named)
   for fit in fits.values():
     done |= fit.finish()
@@ -315,6 +317,7 @@ class _Fit:
     self._dtype = named[site.path].dtype
     # Of all matrices, as their leaf holds them; None until one is fitted.
     self._stored: list[Stored | None] = [None] * layout.num_groups
+    self._product = np.zeros((layout.num_groups, d, m), self._dtype)
     self._constants = np.zeros((layout.num_groups, m))
 
   def fit(self, matrix: int, inputs: Inputs, ridge: float) -> None:
@@ -327,6 +330,7 @@ class _Fit:
     stored = self._store(best_pairs.balanced(pair))
     self._stored[matrix] = stored
     pair = stored.pair()
+    self._product[matrix] = pair.a @ pair.b
     cross = factors.a.T @ target.metric @ factors.a
     (tails,) = best_pairs.tails(cross, factors.b, gradient)
     if self._compensate_mean:
@@ -362,17 +366,38 @@ class _Fit:
       return {path: place(leaf, self._named[path])}
     constants = self._constants
     if bias is not None:
-      given = self._given.setdefault(bias, {})
-      given[path] = self._site.bias_scale * constants
-      constants = sum(each.reshape(-1) for each in given.values())
+      constants = self._of_bias(bias)
     return give_back(self._named, path, bias, leaf, constants)
+
+  def running(self) -> dict[str, Any]:
+    """The same function as `leaves`, of the kernel's own shape: blocks that
+    differ in their ranks are one program."""
+    path, layout, bias = self._site.path, self._site.layout, self._site.bias
+    if not self._compensate_mean:
+      return {
+        path: multiplied_out(self._product, None, layout, self._named[path])
+      }
+    constants = None if bias is not None else self._constants
+    found = {
+      path: multiplied_out(self._product, constants, layout, self._named[path])
+    }
+    if bias is not None:
+      old = self._named[bias]
+      new = np.asarray(old, np.float64) + self._of_bias(bias).reshape(old.shape)
+      found[bias] = place_like(new, old)
+    return found
+
+  def _of_bias(self, bias: str) -> np.ndarray:
+    """What all kernels that end in a bias add to it."""
+    given = self._given.setdefault(bias, {})
+    given[self._site.path] = self._site.bias_scale * self._constants
+    return sum(each.reshape(-1) for each in given.values())
 
   def finish(self) -> dict[str, Any]:
     """The leaves, a matrix that no product read being cut by its SVD."""
     d, m = self._site.layout.matrix_shape
     zeros = np.zeros((d, d))
-    basis = subspace.input_basis(zeros)
-    unseen = Inputs(zeros, zeros, np.zeros(d), np.zeros(d), basis)
+    unseen = Inputs(zeros, zeros, np.zeros(d), np.zeros(d))
     for matrix, stored in enumerate(self._stored):
       if stored is None:
         self.fit(matrix, unseen, 0.0)

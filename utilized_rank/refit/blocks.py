@@ -51,6 +51,8 @@ class Block:
 
   Attributes:
     piece: its equations.
+    params: paths of the parameters that it uses, in the order of their use:
+      blocks that are alike have them in one order.
     reads: its kernels' products in order, without activations.
     needs: values that come in.
     gives: values that go out.
@@ -58,6 +60,7 @@ class Block:
   """
 
   piece: Piece
+  params: Sequence[str]
   reads: Sequence[Read]
   needs: Sequence[Any]
   gives: Sequence[Any]
@@ -76,22 +79,22 @@ class Program:
   """A function cut into blocks.
 
   Attributes:
-    params: names of the parameters' array leaves, in order.
     consts: values of the function's constants.
     args: variables of the arrays of the batch.
     blocks: in order of execution; the first is what comes before any kernel.
     rests: for each block, all that comes after it; gives the outputs.
     out_tree: pytree structure of the outputs.
     rescaling: what the function does to its parameters.
+    compiled: what was compiled of its blocks, by whoever did.
   """
 
-  params: Sequence[str]
   consts: Sequence[Any]
   args: Sequence[Any]
   blocks: Sequence[Block]
   rests: Sequence[Block]
   out_tree: Any
   rescaling: Rescaling
+  compiled: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
   def run(
     self, block: Block, params: dict[str, Any], values: Sequence[Any]
@@ -107,7 +110,7 @@ class Program:
     kernels: Iterable[str],
   ) -> tuple[list[Any], list[Read]]:
     """What a block gives, and what the products of some kernels read."""
-    named = {path: params[path] for path in self.params}
+    named = {path: params[path] for path in block.params}
     return readings.read(
       block.piece,
       list(self.consts),
@@ -163,6 +166,7 @@ def cut(
   starts = [place[id(reads[first].eqn)] for first, _ in ranges]
   cuts = [0, *starts, len(jaxpr.eqns)]
   param_vars = jaxpr.invars[: len(names)]
+  name_of = dict(zip(param_vars, names, strict=True))
   args = jaxpr.invars[len(names) :]
   fixed = _fixed(jaxpr, param_vars, {id(r.eqn) for r in reads})
   made = {var: -1 for var in args}
@@ -177,19 +181,21 @@ def cut(
   }
 
   def part(begin, end, gives, reads=()) -> Block:
-    own = [
+    here = [
       eqn
       for i, eqn in enumerate(jaxpr.eqns[:end])
       if i >= begin or fixed.issuperset(eqn.outvars)
     ]
-    eqns = _needed(own, _variables(gives))
+    eqns = _needed(here, _variables(gives))
     inner = {v for eqn in eqns for v in eqn.outvars}
-    read = {v for eqn in eqns for v in _variables(eqn.invars)}
-    read.update(_variables(gives))
+    read = dict.fromkeys(v for eqn in eqns for v in _variables(eqn.invars))
+    read.update(dict.fromkeys(_variables(gives)))
     needs = [v for v in made if v in read and v not in inner]
-    piece = Piece(jaxpr.constvars, [*param_vars, *needs], eqns, gives)
+    own = [v for v in read if v in name_of]
+    piece = Piece(jaxpr.constvars, [*own, *needs], eqns, gives)
+    params = [name_of[v] for v in own]
     kept = frozenset(v for v, at in last.items() if made[v] < end <= at)
-    return Block(piece, reads, needs, gives, kept)
+    return Block(piece, params, reads, needs, gives, kept)
 
   parts, rests = [], []
   for n, (begin, end) in enumerate(zip(cuts, cuts[1:])):
@@ -197,9 +203,7 @@ def cut(
     gives = [v for v, at in last.items() if begin <= made[v] < end <= at]
     parts.append(part(begin, end, gives, reads[first:stop]))
     rests.append(part(end, len(jaxpr.eqns), jaxpr.outvars))
-  return Program(
-    names, flat.consts, args, parts, rests, flat.out_tree, flat.rescaling
-  )
+  return Program(flat.consts, args, parts, rests, flat.out_tree, flat.rescaling)
 
 
 def _variables(atoms: Iterable[Any]) -> list[Any]:

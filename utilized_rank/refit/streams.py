@@ -8,23 +8,31 @@ all blocks costs about two runs of the function.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank.host import meshes
 from utilized_rank.linalg import gram
+from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.low_rank import low_rank
 from utilized_rank.moments.gradients import LossFn
 from utilized_rank.refit import blocks
 from utilized_rank.refit import readings
+from utilized_rank.refit.alike import Compiled
+from utilized_rank.refit.alike import compiled
 from utilized_rank.refit.blocks import Block
 from utilized_rank.refit.blocks import Group
 from utilized_rank.refit.blocks import Program
 from utilized_rank.refit.blocks import State
 from utilized_rank.refit.readings import PairSums
 from utilized_rank.tree.layout import Layout
+from utilized_rank.walk import tracing
+from utilized_rank.walk.kept import kept
+from utilized_rank.walk.tracing import Form
 
 Leaves = dict[str, Any]
 
@@ -57,15 +65,14 @@ class Streams:
       layouts: the kernels by path.
       group: see `blocks.cut`.
     """
-    cuts: dict[str, Program] = {}
+    self._known: Compiled = kept([fn], 'blocks', lambda fn: {})
+    cuts = _Cuts(fn, params, layouts, group)
     self.programs: list[Program] = []
     self.dense: list[State] = []
     for batch in batches:
-      shapes = str(jax.tree.map(np.shape, batch))
-      if shapes not in cuts:
-        cuts[shapes] = blocks.cut(fn, params, batch, layouts, group)
-      self.programs.append(cuts[shapes])
-      self.dense.append(cuts[shapes].start(batch))
+      program = cuts.of(batch)
+      self.programs.append(program)
+      self.dense.append(program.start(batch))
     self.small = list(self.dense)
 
   @property
@@ -74,10 +81,10 @@ class Streams:
     return self.programs[0].blocks
 
   def measure(self, number: int, params: Leaves, small: Leaves):
-    """Takes the dense run through a block, and sums what its kernels read.
+    """Sums what the kernels of a block read in the two runs before it.
 
     Args:
-      number: the next block of the dense run.
+      number: the next block of both.
       params: dense leaves by path.
       small: leaves of the compressed run, the block's own kernels dense still.
 
@@ -86,27 +93,49 @@ class Streams:
       by `Read.key` of the first batch's block, in order.
     """
 
-    def make(program: Program, block: Block):
-      first = distinct(block)
-
-      def step(params, small, values, values_hat):
-        given, reads = program.read(block, params, values, block.paths)
-        _, hats = program.read(block, small, values_hat, block.paths)
-        return given, [
-          readings.pair_sums(reads[i].rows(), hats[i].rows()) for i in first
-        ]
-
-      return step
-
     sums: list[PairSums] = []
-    for i, block, run in self.each(number, make):
+    for i, program in enumerate(self.programs):
+      block = program.blocks[number]
+      if not block.reads:
+        return sums
+      step = functools.partial(_pair_sums, program, block)
+      own, own_hat = (_own(block, leaves) for leaves in (params, small))
       values, hats = (
         blocks.needs_of(block, s[i]) for s in (self.dense, self.small)
       )
-      given, new = run(params, small, values, hats)
-      self.dense[i] = blocks.after(block, self.dense[i], jax.device_get(given))
-      sums = jax.tree.map(jnp.add, sums, new) if sums else new
-    return jax.device_get(sums)
+      args = own, own_hat, values, hats
+      new = jax.device_get(self._alike(program, number, 'sums', step, args))
+      # Of counts in int32; what is added on the host compiles nothing.
+      sums = jax.tree.map(np.add, sums, new) if sums else new
+    return sums
+
+  def through(self, number: int, leaves: Leaves, states: list[State]) -> None:
+    """As `advance`, for leaves that are as large as the dense ones.
+
+    Blocks that compute the same are one program then.
+    """
+    for i, program in enumerate(self.programs):
+      block = program.blocks[number]
+      step = functools.partial(_outputs, program, block)
+      args = _own(block, leaves), blocks.needs_of(block, states[i])
+      given = self._alike(program, number, 'outputs', step, args)
+      states[i] = blocks.after(block, states[i], jax.device_get(given))
+
+  def _alike(
+    self,
+    program: Program,
+    number: int,
+    what: str,
+    step: Callable[..., Any],
+    args: Any,
+  ) -> Any:
+    """What a block's step makes of arguments, compiled once for all alike."""
+    leaves, treedef = jax.tree.flatten(args)
+    places = [str(getattr(v, 'sharding', None)) for v in leaves]
+    key = number, what, treedef, *(_type(v) for v in leaves), *places
+    if key not in program.compiled:
+      program.compiled[key] = compiled(step, args, self._known)
+    return program.compiled[key](*args)
 
   def advance(self, number: int, leaves: Leaves, states: list[State]) -> None:
     """Takes a run through a block.
@@ -185,6 +214,69 @@ class Streams:
       if id(program) not in runs:
         runs[id(program)] = jax.jit(make(program, block))
       yield i, block, runs[id(program)]
+
+
+class _Cuts:
+  """A function cut into blocks, for each shape of batch once."""
+
+  def __init__(
+    self,
+    fn: Callable[[Any, Any], Any],
+    params: Any,
+    layouts: dict[str, Layout],
+    group: Group | None,
+  ):
+    self._fn, self._params = fn, params
+    self._layouts, self._group = layouts, group
+    self._made: dict[Any, Program] = {}
+    self._key = (
+      Form(params),
+      tuple(map(_type, filter(tracing.is_array, jax.tree.leaves(params)))),
+      tuple(layouts.items()),
+      meshes.ambient(),
+    )
+
+  def of(self, batch: Any) -> Program:
+    """Where it is cut for batches like this."""
+    types = tuple(map(_type, filter(tracing.is_array, jax.tree.leaves(batch))))
+    key = Form(batch), types
+    if key not in self._made:
+      make = lambda fn: blocks.cut(
+        fn, self._params, batch, self._layouts, self._group
+      )
+      self._made[key] = (
+        kept([self._fn], ('cuts', self._key, key), make)
+        if self._group is None
+        else make(self._fn)
+      )
+    return self._made[key]
+
+
+def _type(array: Any) -> Any:
+  """What a trace knows of an array."""
+  return jax.typeof(array)
+
+
+def _own(block: Block, leaves: Leaves) -> list[Any]:
+  """The leaves that a block uses, in its own order."""
+  return [leaves[path] for path in block.params]
+
+
+def _outputs(program: Program, block: Block, own, values):
+  run = lambda named, values: program.run(block, named, values)
+  if any(map(is_low_rank, own)):
+    run = low_rank(run)
+  return run(dict(zip(block.params, own, strict=True)), values)
+
+
+def _pair_sums(program: Program, block: Block, own, own_hat, values, hats):
+  def rows(own, values):
+    named = dict(zip(block.params, own, strict=True))
+    reads = program.read(block, named, values, block.paths)[1]
+    return [reads[i].rows() for i in distinct(block)]
+
+  pairs = zip(rows(own, values), rows(own_hat, hats), strict=True)
+  return [readings.pair_sums(*pair) for pair in pairs]
 
 
 def _rows(array: Any) -> Any:

@@ -267,6 +267,12 @@ class Layout:
   def full_rank(self) -> int:
     return min(self.matrix_shape)
 
+  @property
+  def is_wide(self) -> bool:
+    """Whether there are more outputs than inputs."""
+    d, m = self.matrix_shape
+    return d < m
+
   def to_matrices(self, leaf: Any) -> Any:
     """Reads a leaf as an array of shape (*group_shape, d, m)."""
     order = self.groups + self.inputs + self.outputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -75,6 +75,50 @@ def split(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     return paths.unflatten(treedef, named | new)
 
   return [named[path] for path in moving], join
+
+
+class Form:
+  """A tree without its arrays: a static argument of `jax.jit`.
+
+  Two are equal where the trees have one structure and equal leaves among those
+  that are no arrays.
+
+  >>> tree = {'w': jnp.ones(2), 'act': 'gelu'}
+  >>> Form(tree) == Form({'w': jnp.zeros(3), 'act': 'gelu'})
+  True
+  >>> Form(tree).filled({'w': 1})
+  {'w': 1, 'act': 'gelu'}
+  """
+
+  def __init__(self, tree: Any, is_leaf: Callable[[Any], bool] | None = None):
+    named, self._treedef = paths.flatten(tree, is_leaf)
+    array = lambda v: is_array(v) or (is_leaf is not None and is_leaf(v))
+    self._leaves = {p: None if array(v) else (v,) for p, v in named.items()}
+    try:
+      self._hash = hash((self._treedef, tuple(self._leaves.items())))
+    except TypeError:  # known again by itself alone
+      self._hash = id(self)
+
+  def filled(self, arrays: Mapping[str, Any]) -> Any:
+    """The tree with arrays at its paths."""
+    named = {
+      path: arrays[path] if leaf is None else leaf[0]
+      for path, leaf in self._leaves.items()
+    }
+    return paths.unflatten(self._treedef, named)
+
+  def __hash__(self) -> int:
+    return self._hash
+
+  def __eq__(self, other: object) -> bool:
+    if self is other:
+      return True
+    return (
+      isinstance(other, Form)
+      and self._hash == other._hash
+      and self._treedef == other._treedef
+      and self._leaves == other._leaves
+    )
 
 
 def trace(
