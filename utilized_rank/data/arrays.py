@@ -14,9 +14,12 @@ import re
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from utilized_rank.data.tfds import Opened
+from utilized_rank.host.extras import extra
+
+with extra('data'):
+  from PIL import Image
 
 # A sorted file would give a slice few of the classes.
 ORDER_SEED = 0

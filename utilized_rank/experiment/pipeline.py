@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 from utilized_rank import version
 from utilized_rank.collection.collect import collect
@@ -26,6 +25,7 @@ from utilized_rank.experiment.shrink import shrink
 from utilized_rank.experiment.workdir import Workdir
 from utilized_rank.factorization import methods
 from utilized_rank.host import options
+from utilized_rank.host.extras import extra
 from utilized_rank.losses.sampled import sampled_cross_entropy
 from utilized_rank.lowrank.leaf import count_params
 from utilized_rank.lowrank.leaf import is_low_rank
@@ -39,6 +39,9 @@ from utilized_rank.storage.checkpoint import save
 from utilized_rank.training import batch_statistics
 from utilized_rank.training import train
 from utilized_rank.tree import paths
+
+with extra('all'):
+  import ml_collections
 
 # A run with a checkpoint has 'restore' in place of the first.
 STAGES = (

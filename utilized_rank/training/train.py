@@ -13,16 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from utilized_rank.host import options
 from utilized_rank.host import progress
+from utilized_rank.host.extras import extra
 from utilized_rank.storage import resume
 from utilized_rank.training import metrics
 from utilized_rank.training import objectives
 from utilized_rank.training.evaluate import Forward
 from utilized_rank.training.evaluate import evaluate
 from utilized_rank.training.metrics import DivergedError
+
+with extra('train'):
+  import optax
 
 __all__ = [
   'DivergedError',
