@@ -4,6 +4,7 @@
 * `extras`: what an installation may lack, and which extra has it.
 * `options`: typed options out of a config section.
 * `progress`: a bar on a terminal, a rare line elsewhere.
+* `stopping`: Ctrl-C and SIGTERM, after which what is done is kept.
 * `threads`: independent decompositions side by side.
 * `meshes`: the mesh that the caller's code runs under.
 * `processes`, `agreement`: what the processes of a job tell each other, and
