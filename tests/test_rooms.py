@@ -33,7 +33,7 @@ CORE = [
   'compression',
 ]
 # They need flax, optax, TFDS or absl, and are imported by name.
-OUTER = ['models', 'data', 'training', 'experiment']
+OUTER = ['models', 'data', 'training', 'experiment', 'command']
 ROOMS = [*CORE, *OUTER]
 MOST_FILES = 15
 MOST_LINES = 400

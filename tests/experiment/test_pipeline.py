@@ -325,7 +325,7 @@ def test_the_launcher_says_what_is_wrong_in_one_line(
       'ignore',
       '-m',
       'launch.main',
-      '--config=configs/digits_vit.py:testing',
+      '--config=digits_vit:testing',
       f'--workdir={tmp_path / "run"}',
       argument,
     ],

@@ -182,12 +182,12 @@ class Job:
     return {'model': repr(model)}
 
   def collect(self) -> dict[str, Any]:
-    examples, batches = self._calibration()
+    examples, batches = self.calibration()
     moments = collect(
-      self._of_batch,
+      self.of_batch,
       self.dense,
       batches,
-      loss=self._loss if self.compress.method in methods.OF_LOSS else None,
+      loss=self.loss,
       fisher_rows=self.compress.method == 'fisher_rows',
       select=self.compress.select,
       checkpoint_dir=self.workdir.file('collect'),
@@ -196,14 +196,18 @@ class Job:
     save(self.workdir.file('moments'), moments, overwrite=True)
     return {'examples': examples, 'kernels': len(moments)}
 
-  def _of_batch(self, params: Any, batch: Mapping[str, Any]) -> jax.Array:
+  def of_batch(self, params: Any, batch: Mapping[str, Any]) -> jax.Array:
+    """The dense model on a batch."""
     return self.forward(params, batch['image'])
 
   @property
-  def _loss(self) -> Any:
+  def loss(self) -> Any:
+    """What moments of gradients are of; None where there are none."""
+    if self.compress.method not in methods.OF_LOSS:
+      return None
     return sampled_cross_entropy(seed=self.settings.seed)
 
-  def _calibration(self) -> tuple[int, Any]:
+  def calibration(self) -> tuple[int, Any]:
     """How many images there are to calibrate on, and they in batches."""
     source = self.sources['calibration']
     size = self.compress.batch_size
@@ -234,11 +238,11 @@ class Job:
 
   def _factorize(self, fraction: float) -> dict[str, int]:
     small, ranks = shrink(
-      self._of_batch,
+      self.of_batch,
       self.dense,
       self.moments,
-      lambda: self._calibration()[1],
-      self._loss,
+      lambda: self.calibration()[1],
+      self.loss,
       fraction,
       self.compress,
     )
