@@ -11,6 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/venv.sh
-make_venv .venv "${PYTHON:-python3}" -c requirements.txt -e .
+make_venv .venv "${PYTHON:-python3}" -c requirements.txt \
+  -e '.[all]'
 exec .venv/bin/python -m launch.main --config=configs/digits_vit.py \
   --workdir=runs/digits "$@"

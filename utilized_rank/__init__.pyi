@@ -20,7 +20,6 @@ from utilized_rank.attention.heads import Attention as Attention
 from utilized_rank.collection.collect import collect as collect
 from utilized_rank.collection.plan import Plan as Plan
 from utilized_rank.collection.plan import plan as plan
-from utilized_rank.collection.snapshots import Preempted as Preempted
 from utilized_rank.compression.compress import compress as compress
 from utilized_rank.factorization.decompose import Families as Families
 from utilized_rank.factorization.decompose import decompose as decompose
@@ -32,6 +31,7 @@ from utilized_rank.hidden.layers import Hidden as Hidden
 from utilized_rank.hidden.layers import HiddenLayer as HiddenLayer
 from utilized_rank.hidden.narrow_hidden import hidden_damages as hidden_damages
 from utilized_rank.hidden.narrow_hidden import narrow_hidden as narrow_hidden
+from utilized_rank.host.stopping import Preempted as Preempted
 from utilized_rank.losses.divergence import kl_divergence as kl_divergence
 from utilized_rank.losses.divergence import squared_error as squared_error
 from utilized_rank.losses.sampled import (

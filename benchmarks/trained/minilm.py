@@ -149,8 +149,8 @@ def run(root: str) -> dict:
   sizes = {name: len(x) for name, x in texts.items()}
   return {
     'protocol': f'encoder kernels at {FRACTION:.0%}, calibrated on '
-    f'{sizes["calibration"]} windows of {minilm.LENGTH} tokens of {IN}, judged '
-    f'on {sizes["in"]} others and {sizes["out"]} of {OUT}; cosines to the dense '
+    f'{sizes["calibration"]} windows of {minilm.LENGTH} tokens of {IN}, '
+    f'judged on {sizes["in"]} others and {sizes["out"]} of {OUT}; cosines to the dense '
     'embeddings',
     'seeds': {'windows': 0, 'sampled_squared_error': 0},
     'collect_cpu_seconds': {

@@ -2,15 +2,19 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 
+import utilized_rank as ur
 from utilized_rank.data import splits
 from utilized_rank.experiment import pipeline
+from utilized_rank.experiment import settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -103,7 +107,7 @@ def test_the_report_has_what_it_promises(finished, config):
     assert run['latency_ms'] > 0
     for name in ('test_accuracy', 'test_accuracy_before_finetune'):
       assert 0 <= run[name] <= 1
-  assert set(report['seconds']) == set(pipeline.STAGES) - {'report'}
+  assert set(report['seconds']) == set(settings.STAGES) - {'report'}
   assert report['versions']['jax']
   assert report['config']['model']['width'] == config.model.width
 
@@ -150,16 +154,84 @@ def test_only_the_evaluation_sees_the_test_split(finished):
     'evaluate'
   }
   assert seen['collect'] == {'calibration'}
-  assert 'calibration' not in seen['train'] | seen['finetune']
+  assert 'calibration' not in seen['train'] | seen['finetune/0.5']
 
 
-def test_a_second_start_does_nothing_again(finished, config, monkeypatch):
+def test_a_second_start_shows_the_result_again(
+  finished, config, monkeypatch, capsys
+):
   folder, result, _ = finished
-  for name in pipeline.STAGES:
+  for name in settings.STAGES:
     monkeypatch.setattr(
       pipeline.Job, name, lambda self: pytest.fail('ran again')
     )
   assert pipeline.run(config, folder) == json.loads(json.dumps(result))
+  shown = capsys.readouterr().out
+  assert f'report: {folder / "report.html"}' in shown
+  assert 'mean layer utilization: ' in shown
+
+
+def test_a_report_that_was_deleted_is_made_again(finished, config, tmp_path):
+  folder, result, _ = finished
+  copy = tmp_path / 'copy'
+  shutil.copytree(folder, copy)
+  (copy / 'report.html').unlink()
+  again = pipeline.run(config, copy)
+  assert (copy / 'report.html').exists()
+  assert again['compressed'] == json.loads(json.dumps(result['compressed']))
+
+
+def test_another_fraction_keeps_what_is_there(
+  finished, digits, tmp_path, monkeypatch
+):
+  folder, result, _ = finished
+  copy = tmp_path / 'copy'
+  shutil.copytree(folder, copy)
+  made = []
+  shrink = pipeline.shrink
+  monkeypatch.setattr(
+    pipeline, 'shrink', lambda *a: made.append(a[5]) or shrink(*a)
+  )
+  for name in ('train', 'collect', 'measure'):
+    monkeypatch.setattr(
+      pipeline.Job, name, lambda self: pytest.fail('ran again')
+    )
+  config = get_config(
+    **{'data.data_dir': digits, 'compress.fractions': (0.4, 0.25)}
+  )
+  again = pipeline.run(config, copy)
+  assert made == [0.4]
+  shares = [run['params_fraction'] for run in again['compressed']]
+  assert shares == [0.4, 0.25]
+  there = result['compressed'][1]
+  for key in ('params', 'test_correct', 'test_accuracy_before_finetune'):
+    assert again['compressed'][1][key] == there[key]
+
+
+def test_a_run_that_is_stopped_goes_on_at_the_next_step(
+  config, tmp_path, monkeypatch, capsys
+):
+  """The signal comes with the second batch, in training and in collection."""
+  batches = splits.Source.batches
+
+  def interrupting(self, *args, **kwargs):
+    for number, batch in enumerate(batches(self, *args, **kwargs), 1):
+      if number == 2 and self is not None and armed:
+        armed.pop()
+        os.kill(os.getpid(), signal.SIGTERM)
+      yield batch
+
+  monkeypatch.setattr(splits.Source, 'batches', interrupting)
+  armed = [True]
+  with pytest.raises(ur.Preempted, match='train is stopped after step 2 of 6'):
+    pipeline.run(config, tmp_path / 'run')
+  monkeypatch.setattr(pipeline.Job, 'measure', lambda self: 1 / 0)
+  armed = [True]
+  with pytest.raises(ur.Preempted, match='train is stopped after step 4 of 6'):
+    pipeline.run(config, tmp_path / 'run')
+  assert 'train: resuming at step 3 of 6' in capsys.readouterr().err
+  with pytest.raises(ZeroDivisionError):
+    pipeline.run(config, tmp_path / 'run')
 
 
 def test_a_run_goes_on_after_its_last_finished_stage(
@@ -253,7 +325,7 @@ def test_the_launcher_says_what_is_wrong_in_one_line(
       'ignore',
       '-m',
       'launch.main',
-      '--config=configs/digits_vit.py:testing',
+      '--config=digits_vit:testing',
       f'--workdir={tmp_path / "run"}',
       argument,
     ],

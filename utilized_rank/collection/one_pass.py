@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from utilized_rank.collection.running_sums import RunningSums
-from utilized_rank.collection.snapshots import Preempted
 from utilized_rank.collection.snapshots import Snapshots
 from utilized_rank.collection.snapshots import go_to
 from utilized_rank.collection.snapshots import place_of
 from utilized_rank.host import processes
 from utilized_rank.host.progress import track
+from utilized_rank.host.stopping import Preempted
 from utilized_rank.moments.masks import Masked
 from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.sites import Site
@@ -83,7 +83,7 @@ class Feeding:
     Raises:
       ValueError: a batch is none; a snapshot of another collection.
       FloatingPointError: NaN or infinity.
-      Preempted: the scheduler takes the machines away; all is saved.
+      Preempted: the machines are taken away, or a signal asked; all is saved.
     """
     snapshots = None if folder is None else Snapshots(folder)
     done, place = 0, None

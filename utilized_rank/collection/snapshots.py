@@ -27,10 +27,6 @@ from utilized_rank.storage import checkpoint
 _GONE = 'finished-'
 
 
-class Preempted(RuntimeError):
-  """The machine is about to be taken away; what was done is saved."""
-
-
 class Snapshots:
   """The snapshots of this process's part of one collection.
 

@@ -14,9 +14,12 @@ import re
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from utilized_rank.data.tfds import Opened
+from utilized_rank.host.extras import extra
+
+with extra('data'):
+  from PIL import Image
 
 # A sorted file would give a slice few of the classes.
 ORDER_SEED = 0
@@ -115,24 +118,39 @@ def open_splits(
     taken[name][split] = indices
     keys = (image_key, label_key)
     records[split] = Arrays(images, offsets, labels, indices, keys)
-  shapes = {split: _shape(part) for split, part in records.items()}
+  shapes = {split: shape_of(part) for split, part in records.items()}
   if len(set(shapes.values())) > 1:
     raise ValueError(f'the images of the splits differ in shape: {shapes}')
   classes = 1 + max(int(labels.max()) for _, _, labels in files.values())
   return Opened(records, next(iter(shapes.values())), classes)
 
 
+def open_images(path: str, image_key: str = 'image') -> Arrays:
+  """All images of one file, whether it has labels or not.
+
+  Raises:
+    FileNotFoundError: there is no file.
+    ValueError: it has no such array, or one of another shape or type.
+  """
+  images, offsets, labels = _read(path, image_key, None)
+  keys = (image_key, 'label')
+  return Arrays(images, offsets, labels, np.arange(len(labels)), keys)
+
+
 def _read(
-  path: str, image_key: str, label_key: str
+  path: str, image_key: str, label_key: str | None
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
   with np.load(path, allow_pickle=False) as file:
     for key in (image_key, label_key):
+      if key is None:
+        continue
       if key not in file:
         raise ValueError(
           f'{path} has the arrays {", ".join(file)}; {key!r} is none of them. '
           'Set config.data.image_key and config.data.label_key.'
         )
-    images, labels = file[image_key], file[label_key]
+    images = file[image_key]
+    labels = None if label_key is None else file[label_key]
     offsets = file[OFFSETS] if images.ndim == 1 else None
   if images.dtype != np.uint8 or images.ndim not in (1, 3, 4):
     raise ValueError(
@@ -140,6 +158,8 @@ def _read(
       f'be uint8, (N, H, W), (N, H, W, C), or bytes with {OFFSETS!r}.'
     )
   count = len(images) if offsets is None else len(offsets) - 1
+  if labels is None:
+    return images, offsets, np.zeros(count, np.int32)
   if labels.shape != (count,) or labels.dtype.kind not in 'iu':
     raise ValueError(
       f'{path}: {label_key!r} is {labels.dtype}{list(labels.shape)}; it must '
@@ -156,7 +176,8 @@ def _place(text: str | None, count: int, default: int) -> int:
   return int(text)
 
 
-def _shape(records: Arrays) -> tuple[int, ...]:
+def shape_of(records: Arrays) -> tuple[int, ...]:
+  """`(H, W, C)` of the images; of encoded ones that of the first."""
   if records.offsets is None:
     shape = records.images.shape[1:]
     return shape if len(shape) == 3 else (*shape, 1)

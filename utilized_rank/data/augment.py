@@ -12,7 +12,11 @@ from collections.abc import Callable, Sequence
 import io
 
 import numpy as np
-from PIL import Image
+
+from utilized_rank.host.extras import extra
+
+with extra('data'):
+  from PIL import Image
 
 Images = np.ndarray | Sequence[np.ndarray]
 Augmentation = Callable[[Images, int, np.random.Generator], np.ndarray]

@@ -12,7 +12,11 @@ import io
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
+
+from utilized_rank.host.extras import extra
+
+with extra('data'):
+  import tensorflow_datasets as tfds
 
 # The calibration images are drawn like the training images and are used for
 # nothing else. With 16 tokens each they still give 8 times as many rows as the
@@ -81,13 +85,8 @@ def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-  try:
+  with extra('data'):
     from sklearn.datasets import load_digits
-  except ImportError as error:
-    raise ImportError(
-      'sk_digits is made from the images that scikit-learn ships; install it '
-      'with: pip install scikit-learn'
-    ) from error
   digits = load_digits()
   # 0..16 to 0..255; no two values meet, so nothing is lost.
   images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
@@ -96,7 +95,8 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 def _png(image: np.ndarray) -> io.BytesIO:
   # Encoded here because TFDS encodes an ndarray with TensorFlow only.
-  from PIL import Image
+  with extra('data'):
+    from PIL import Image
 
   file = io.BytesIO()
   Image.fromarray(image).save(file, 'PNG')

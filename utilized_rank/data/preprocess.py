@@ -13,7 +13,11 @@ import functools
 import math
 
 import numpy as np
-from PIL import Image
+
+from utilized_rank.host.extras import extra
+
+with extra('data'):
+  from PIL import Image
 
 _IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 _HALF = {'mean': (0.5,) * 3, 'std': (0.5,) * 3}

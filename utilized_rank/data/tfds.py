@@ -8,6 +8,7 @@ import itertools
 from typing import Any, NamedTuple
 
 from utilized_rank.data import tfrecord
+from utilized_rank.host.extras import extra
 
 
 class Opened(NamedTuple):
@@ -54,7 +55,8 @@ def open_splits(
 
 
 def _builder(name: str, data_dir: str | None) -> Any:
-  import tensorflow_datasets as tfds
+  with extra('data'):
+    import tensorflow_datasets as tfds
 
   where = data_dir or tfds.core.constants.DATA_DIR
   if name == 'sk_digits':
@@ -84,7 +86,8 @@ def _builder(name: str, data_dir: str | None) -> Any:
 
 
 def _digits_builder(data_dir: str | None) -> Any:
-  import tensorflow_datasets as tfds
+  with extra('data'):
+    import tensorflow_datasets as tfds
 
   from utilized_rank.data import digits
 
@@ -125,7 +128,8 @@ def _known(builder: Any, spec: str) -> bool:
 def _features(
   builder: Any, image_key: str, label_key: str
 ) -> tuple[tuple[int | None, ...], int]:
-  import tensorflow_datasets as tfds
+  with extra('data'):
+    import tensorflow_datasets as tfds
 
   name, features = builder.info.name, builder.info.features
   for key in (image_key, label_key):
@@ -181,7 +185,8 @@ def _check_disjoint(
 def _records(
   builder: Any, spec: str, instructions: list[Any], image_key: str
 ) -> Any:
-  import tensorflow_datasets as tfds
+  with extra('data'):
+    import tensorflow_datasets as tfds
 
   # TFDS without TensorFlow returns an image with the channels of its file;
   # `augment.decode` brings it to those of the feature.

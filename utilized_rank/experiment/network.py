@@ -6,13 +6,15 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
-import flax.linen as nn
-
+from utilized_rank.host.extras import extra
 from utilized_rank.models import resnet
 from utilized_rank.models import vgg
 from utilized_rank.models import vit
 from utilized_rank.models.batch_norm import fold_batch_norm
 from utilized_rank.models.importing import load_checkpoint
+
+with extra('models'):
+  import flax.linen as nn
 
 # Not for a config to decide.
 _OWN = ('parent', 'name', 'num_classes')

@@ -5,6 +5,7 @@ started again goes on after the last finished one."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+import dataclasses
 import functools
 import importlib.metadata
 import itertools
@@ -14,18 +15,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 from utilized_rank import version
 from utilized_rank.collection.collect import collect
 from utilized_rank.data import splits
 from utilized_rank.experiment import costs
-from utilized_rank.experiment import network
-from utilized_rank.experiment.shrink import CompressConfig
+from utilized_rank.experiment import occupied
+from utilized_rank.experiment.settings import Settings
 from utilized_rank.experiment.shrink import shrink
 from utilized_rank.experiment.workdir import Workdir
 from utilized_rank.factorization import methods
-from utilized_rank.host import options
+from utilized_rank.host import progress
+from utilized_rank.host import stopping
 from utilized_rank.losses.sampled import sampled_cross_entropy
 from utilized_rank.lowrank.leaf import count_params
 from utilized_rank.lowrank.leaf import is_low_rank
@@ -40,23 +41,18 @@ from utilized_rank.training import batch_statistics
 from utilized_rank.training import train
 from utilized_rank.tree import paths
 
-# A run with a checkpoint has 'restore' in place of the first.
-STAGES = (
-  'train',
-  'collect',
-  'measure',
-  'factorize',
-  'finetune',
-  'evaluate',
-  'report',
-)
 # Enough to forget all statistics from before, see `batch_statistics`.
 _STATISTICS_BATCHES = 100
+_REPORTS = ('report.json', 'report.html')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
 
 
-def run(config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-  """Runs every stage that is not done yet.
+def run(
+  config: Any, workdir: str | os.PathLike[str], *, redo: str | None = None
+) -> dict[str, Any]:
+  """Runs every stage that is not done yet, and prints what came out.
+
+  Ctrl-C and SIGTERM end the run at its next step, which is saved.
 
   Args:
     config: an `ml_collections.ConfigDict` such as `configs/digits_vit.py`
@@ -64,73 +60,74 @@ def run(config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
       trained weights, `checkpoint`; and `finetune` where anything is made
       smaller.
     workdir: the run's directory.
+    redo: a stage that is run again, with those after it.
 
   Returns:
     What is in `report.json`.
 
   Raises:
+    Preempted: a signal asked; the same call goes on.
     ValueError: an unknown or missing key of the config (named), a directory
-      of another run, or a damaged checkpoint.
+      of another run or of one that is under way, or a damaged checkpoint.
   """
-  job = Job(config, workdir)
-  for name in job.stages:
-    done = ' (done before)' if job.workdir.finished(name) else ''
-    print(f'stage {name}{done}', file=sys.stderr, flush=True)
-    result = job.workdir.stage(name, getattr(job, name))
+  settings = Settings.of(config)  # all of it, before anything is written
+  with occupied.occupied(workdir), stopping.on_signals():
+    job = Job(settings, workdir, redo=redo)
+    occupied.sign(workdir)
+    if not all(os.path.exists(job.workdir.file(n)) for n in _REPORTS):
+      job.workdir.forget('report')
+    for name in settings.stages:
+      done = job.workdir.finished(name)
+      progress.say(f'stage {name}{" (done before)" if done else ""}')
+      result = job.workdir.stage(name, getattr(job, name))
+      if stopping.asked() and name != settings.stages[-1]:
+        raise stopping.Preempted(f'stopped after the stage {name}')
+    print(job.summary())
   return result
 
 
 class Job:
   """The stages of one run, each with what it needs from those before."""
 
-  def __init__(self, config: Any, workdir: str | os.PathLike[str]):
-    plain = ml_collections.ConfigDict(config).to_dict()
-    # Everything is checked before anything is written.
-    _check_sections(plain)
-    self.seed = plain['seed']
-    self.model_config = network.ModelConfig.of(plain['model'])
-    self.data_config = options.from_config(
-      splits.DataConfig, plain['data'], 'config.data'
+  def __init__(
+    self,
+    config: Any,
+    workdir: str | os.PathLike[str],
+    *,
+    redo: str | None = None,
+  ):
+    self.settings = settings = Settings.of(config)
+    self.compress = settings.compress
+    self.workdir = Workdir(
+      workdir,
+      settings.plain,
+      stages=settings.stages,
+      first_reader=settings.first_reader,
+      redo=redo,
     )
-    self.checkpoint = self.train_config = self.finetune_config = None
-    if 'checkpoint' in plain:
-      self.checkpoint = options.from_config(
-        network.CheckpointConfig, plain['checkpoint'], 'config.checkpoint'
-      )
-    else:
-      self.train_config = self._training(plain, 'train')
-    self.compress = options.from_config(
-      CompressConfig, plain['compress'], 'config.compress'
-    )
-    if self.compress.fractions:
-      self.finetune_config = self._training(plain, 'finetune')
-    first = 'train' if self.checkpoint is None else 'restore'
-    self.stages = (first, *STAGES[1:])
-    self.config = plain
-    self.workdir = Workdir(workdir, plain)
-
-  def _training(self, plain: Mapping[str, Any], name: str):
-    section = {'seed': plain['seed'], **plain[name]}
-    return options.from_config(train.TrainConfig, section, f'config.{name}')
 
   # --- what stages share ---
 
   @functools.cached_property
   def sources(self) -> dict[str, splits.Source]:
-    return splits.load(self.data_config)
+    data = self.settings.data
+    if data.name == 'sk_digits' and data.data_dir is None:
+      # TFDS would prepare them in the home folder.
+      data = dataclasses.replace(data, data_dir=self.workdir.file('data'))
+    return splits.load(data)
 
   @functools.cached_property
   def model(self) -> Any:
     """The module; of a checkpoint, as its shapes describe it."""
-    if self.checkpoint is not None:
+    if self.settings.checkpoint is not None:
       return self._restored[0]
-    return self.model_config.build(self.sources['train'].num_classes)
+    return self.settings.model.build(self.sources['train'].num_classes)
 
   @functools.cached_property
   def _restored(self) -> tuple[Any, Any]:
-    assert self.checkpoint is not None  # or the stage would be 'train'
+    assert self.settings.checkpoint is not None  # or the stage would be 'train'
     size = self.sources['train'].image_shape[0]
-    return self.model_config.restore(self.checkpoint, size)
+    return self.settings.model.restore(self.settings.checkpoint, size)
 
   @functools.cached_property
   def forward(self):
@@ -174,8 +171,8 @@ class Job:
 
   def train(self) -> dict[str, Any]:
     image = jnp.zeros((1, *self.sources['train'].image_shape))
-    params = jax.jit(self.model.init)(jax.random.key(self.seed), image)
-    params = self._fit(self.forward, params, self.train_config, 'train')
+    params = jax.jit(self.model.init)(jax.random.key(self.settings.seed), image)
+    params = self._fit(self.forward, params, self.settings.train, 'train')
     save(self.workdir.file('dense'), params, overwrite=True)
     return {'validation': self._evaluate(self.forward, params, 'validation')}
 
@@ -185,12 +182,12 @@ class Job:
     return {'model': repr(model)}
 
   def collect(self) -> dict[str, Any]:
-    examples, batches = self._calibration()
+    examples, batches = self.calibration()
     moments = collect(
-      self._of_batch,
+      self.of_batch,
       self.dense,
       batches,
-      loss=self._loss if self.compress.method in methods.OF_LOSS else None,
+      loss=self.loss,
       fisher_rows=self.compress.method == 'fisher_rows',
       coupled=self.compress.method == 'coupled',
       select=self.compress.select,
@@ -200,14 +197,18 @@ class Job:
     save(self.workdir.file('moments'), moments, overwrite=True)
     return {'examples': examples, 'kernels': len(moments)}
 
-  def _of_batch(self, params: Any, batch: Mapping[str, Any]) -> jax.Array:
+  def of_batch(self, params: Any, batch: Mapping[str, Any]) -> jax.Array:
+    """The dense model on a batch."""
     return self.forward(params, batch['image'])
 
   @property
-  def _loss(self) -> Any:
-    return sampled_cross_entropy(seed=self.seed)
+  def loss(self) -> Any:
+    """What moments of gradients are of; None where there are none."""
+    if self.compress.method not in methods.OF_LOSS:
+      return None
+    return sampled_cross_entropy(seed=self.settings.seed)
 
-  def _calibration(self) -> tuple[int, Any]:
+  def calibration(self) -> tuple[int, Any]:
     """How many images there are to calibrate on, and they in batches."""
     source = self.sources['calibration']
     size = self.compress.batch_size
@@ -218,7 +219,7 @@ class Job:
       if not self.compress.calibration_images:
         return source.epoch(size)
       return source.batches(
-        size, seed=self.seed, augment=self.compress.calibration_augment
+        size, seed=self.settings.seed, augment=self.compress.calibration_augment
       )
 
     return examples, _Batches(stream, steps)
@@ -234,45 +235,48 @@ class Job:
     return report.json(self.compress.energies)
 
   def factorize(self) -> dict[str, Any]:
-    chosen = {}
-    for fraction in self.compress.fractions:
-      small, ranks = shrink(
-        self._of_batch,
-        self.dense,
-        self.moments,
-        lambda: self._calibration()[1],
-        self._loss,
-        fraction,
-        self.compress,
-      )
-      save(
-        self.workdir.file('factorized', str(fraction)), small, overwrite=True
-      )
-      chosen[str(fraction)] = ranks
-    return {'ranks': chosen}
+    return {'ranks': self._each('factorize', self._factorize)}
+
+  def _factorize(self, fraction: float) -> dict[str, int]:
+    small, ranks = shrink(
+      self.of_batch,
+      self.dense,
+      self.moments,
+      lambda: self.calibration()[1],
+      self.loss,
+      fraction,
+      self.compress,
+    )
+    save(self.workdir.file('factorized', str(fraction)), small, overwrite=True)
+    return ranks
 
   def finetune(self) -> dict[str, Any]:
-    validation: dict[str, Any] = {}
-    if self.finetune_config is None:
-      return {'validation': validation}
+    return {'validation': self._each('finetune', self._finetune)}
+
+  def _finetune(self, fraction: float) -> dict[str, float]:
+    config = self.settings.finetune
+    assert config is not None  # there are fractions
     teacher = None
-    if self.finetune_config.distill_weight > 0:
+    if config.distill_weight > 0:
       teacher = train.Teacher(self.forward, self.dense)
-    for fraction in self.compress.fractions:
-      small = self._fit(
-        self.small_forward,
-        self._small(fraction, tuned=False),
-        self.finetune_config,
-        'finetune',
-        str(fraction),
-        teacher=teacher,
-        desc='finetune',
-      )
-      save(self.workdir.file('finetuned', str(fraction)), small, overwrite=True)
-      validation[str(fraction)] = self._evaluate(
-        self.small_forward, small, 'validation'
-      )
-    return {'validation': validation}
+    small = self._fit(
+      self.small_forward,
+      self._small(fraction, tuned=False),
+      config,
+      'finetune',
+      str(fraction),
+      teacher=teacher,
+      desc='finetune',
+    )
+    save(self.workdir.file('finetuned', str(fraction)), small, overwrite=True)
+    return self._evaluate(self.small_forward, small, 'validation')
+
+  def _each(self, stage: str, work: Callable[[float], Any]) -> dict[str, Any]:
+    """What each fraction's part of a stage gives; parts are kept, too."""
+    return {
+      str(f): self.workdir.stage(f'{stage}/{f}', functools.partial(work, f))
+      for f in self.compress.fractions
+    }
 
   def evaluate(self) -> dict[str, Any]:
     """The only stage that sees the test split."""
@@ -298,7 +302,7 @@ class Job:
     report = Report.load(self.workdir.file('utilization.json'))
     runs = self.workdir.read('stages/evaluate.json')['result']['runs']
     seconds = self.workdir.seconds()
-    seconds = {k: seconds[k] for k in self.stages if k in seconds}
+    seconds = {k: seconds[k] for k in self.settings.stages if k in seconds}
     versions = {
       'utilized_rank': version.__version__,
       'python': sys.version.split()[0],
@@ -310,31 +314,37 @@ class Job:
       'dense': runs[0],
       'compressed': runs[1:],
       'versions': versions,
-      'config': self.config,
+      'config': self.settings.plain,
       'seconds': seconds,
     }
-    self.workdir.write('report.json', result)
+    data, page = _REPORTS
+    self.workdir.write(data, result)
     self.workdir.write_text(
-      'report.html',
+      page,
       report.html(
         runs,
         {
-          'title': f'Utilized rank: {self.data_config.name}',
-          'config': self.config,
+          'title': f'Utilized rank: {self.settings.data.name}',
+          'config': self.settings.plain,
           'versions': versions,
           'seconds': seconds,
         },
         self.compress.energies,
       ),
     )
+    return result
+
+  def summary(self) -> str:
+    """What a terminal shows of a finished run, and where its report is."""
+    report = Report.load(self.workdir.file('utilization.json'))
+    runs = self.workdir.read('stages/evaluate.json')['result']['runs']
     mlu = report.utilization_at(self.compress.energies)
     shares = '  '.join(f'{u:.1%} at {e}' for e, u in mlu.items())
-    print(
+    return (
       f'{report}\n\nmean layer utilization: {shares}\n\n'
       f'{tables.run_table(runs)}\n\n'
       f'report: {self.workdir.file("report.html")}'
     )
-    return result
 
   def _evaluate(self, forward, params, split: str) -> dict[str, float]:
     source = self.sources[split]
@@ -346,25 +356,6 @@ class Job:
   def _kernel_params(self, params: Any) -> int:
     named, _ = paths.flatten(params, is_low_rank)
     return count_params([named[path] for path in self.moments])
-
-
-def _check_sections(plain: Mapping[str, Any]) -> None:
-  known = ('model', 'data', 'train', 'checkpoint', 'finetune', 'compress')
-  for key in plain:
-    if key not in (*known, 'seed'):
-      raise ValueError(
-        f'config has the unknown key {key!r}; it takes seed, {", ".join(known)}'
-      )
-  for key in ('seed', 'model', 'data', 'compress'):
-    if key not in plain:
-      raise ValueError(f'config lacks the key {key!r}')
-  if ('train' in plain) == ('checkpoint' in plain):
-    both = 'both' if 'train' in plain else 'neither'
-    raise ValueError(
-      f"config has {both} of 'train' and 'checkpoint'; it takes one"
-    )
-  if 'finetune' not in plain and plain['compress'].get('fractions', True):
-    raise ValueError("config lacks the key 'finetune'")
 
 
 def _run(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import contextlib
 import json
 import os
+import shutil
 import time
 from typing import Any
 
 from utilized_rank.host import files
+
+FRACTIONS = 'compress.fractions'
+_CONFIG = 'config.json'
 
 
 class Workdir:
@@ -18,35 +23,100 @@ class Workdir:
     path: the directory.
   """
 
-  def __init__(self, path: str | os.PathLike[str], config: dict[str, Any]):
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    config: dict[str, Any],
+    *,
+    stages: Sequence[str] = (),
+    first_reader: Callable[[str], str] = lambda key: '',
+    redo: str | None = None,
+  ):
     """Opens the directory, or makes it.
+
+    What a finished stage has read may not change under it: another config is
+    taken where no stage is finished and no training under way, where only
+    stages from `redo` on read what is different, or where nothing is but the
+    fractions, each of which is a result of its own.
 
     Args:
       path: where.
       config: nested JSON of the run's configuration.
+      stages: their names, in order.
+      first_reader: the first stage that reads a key such as `train.steps`.
+      redo: the stage to forget, with those after it.
 
     Raises:
       ValueError: the directory holds a run of another configuration, or
-        something that is no run.
+        something that is no run; `redo` is no stage.
     """
+    if redo is not None and redo not in stages:
+      raise ValueError(f'no stage {redo!r}; there are {", ".join(stages)}')
     self.path = os.path.abspath(os.fspath(path))
     config = json.loads(json.dumps(config))
-    if os.path.exists(self.file('config.json')):
-      there = self.read('config.json')
+    if os.path.exists(self.file(_CONFIG)):
+      there = self.read(_CONFIG)
+      self._change(_differences(there, config), stages, first_reader, redo)
       if there != config:
-        raise ValueError(
-          f'{self.path!r} belongs to a run of another config: '
-          f'{_first_difference(there, config)}; give a new --workdir, or '
-          'the config it was started with'
-        )
-    elif os.path.isdir(self.path) and os.listdir(self.path):
+        self.write(_CONFIG, config)
+    elif self._holds_something():
       raise ValueError(
         f'{self.path!r} is not empty and holds no run (no config.json); '
         'give a new or empty --workdir'
       )
     else:
       os.makedirs(self.path, exist_ok=True)
-      self.write('config.json', config)
+      self.write(_CONFIG, config)
+
+  def _change(
+    self,
+    changed: Sequence[tuple[str, Any, Any]],
+    stages: Sequence[str],
+    first_reader: Callable[[str], str],
+    redo: str | None,
+  ) -> None:
+    """Forgets what another config would make otherwise, if that is allowed."""
+    place = lambda key: stages.index(first_reader(key)) if stages else 0
+    begun = changed and self._is_begun()
+    fixed = [c for c in changed if c[0] != FRACTIONS] if begun else []
+    if fixed:
+      first = min(place(key) for key, _, _ in fixed)
+      if redo is None or stages.index(redo) > first:
+        key, there, here = fixed[0]
+        text = (
+          f'{self.path!r} belongs to a run of another config: {key} is '
+          f'{there!r} there and {here!r} here; give a new --workdir, or the '
+          'config it was started with'
+        )
+        if stages:
+          text += f', or --redo={stages[first]}: that and what follows is lost'
+        raise ValueError(text)
+    if begun and len(fixed) < len(changed):
+      for stage in stages[place(FRACTIONS) :]:
+        self.forget(stage)
+    if redo is not None:
+      for stage in stages[stages.index(redo) :]:
+        self.forget(stage)
+        for folder in (self.file('stages', stage), self.file(stage)):
+          shutil.rmtree(folder, ignore_errors=True)
+
+  def _holds_something(self) -> bool:
+    """Whether there are files but those of a start that was cut short."""
+    own = {_CONFIG, 'process.json'}
+    names = os.listdir(self.path) if os.path.isdir(self.path) else []
+    return any(name.removesuffix('.tmp') not in own for name in names)
+
+  def _is_begun(self) -> bool:
+    """Whether a stage is finished, or steps of training are saved."""
+    steps = self.file('train')
+    return bool(self.seconds()) or (
+      os.path.isdir(steps) and any(n.isdigit() for n in os.listdir(steps))
+    )
+
+  def forget(self, stage: str) -> None:
+    """Removes the mark of a stage: it is run again."""
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(self.file(f'stages/{stage}.json'))
 
   def file(self, *names: str) -> str:
     return os.path.join(self.path, *names)
@@ -102,10 +172,19 @@ class Workdir:
     return {n: self.read(f'stages/{n}.json')['seconds'] for n in names}
 
 
-def _first_difference(there: Any, here: Any, where: str = '') -> str:
-  if isinstance(there, dict) and isinstance(here, dict):
-    for key in [*there, *here]:
-      a, b = there.get(key, '(absent)'), here.get(key, '(absent)')
-      if a != b:
-        return _first_difference(a, b, f'{where}.{key}' if where else key)
-  return f'{where} is {there!r} there and {here!r} here'
+def _differences(
+  there: Any, here: Any, where: str = ''
+) -> list[tuple[str, Any, Any]]:
+  """(key, value there, value here) of all that differ."""
+  if not (isinstance(there, dict) and isinstance(here, dict)):
+    return [] if there == here else [(where, there, here)]
+  absent = '(absent)'
+  return [
+    found
+    for key in dict.fromkeys([*there, *here])
+    for found in _differences(
+      there.get(key, absent),
+      here.get(key, absent),
+      f'{where}.{key}' if where else key,
+    )
+  ]

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from utilized_rank.host import meshes
+from utilized_rank.host import stopping
 
 # A count travels as digits of this many bits, which float32 adds up exactly
 # over 2**(24 - 11) devices: counts and sums are then reduced as one.
@@ -123,10 +124,10 @@ def is_leaving(step: int) -> bool:
   """Whether the job is being preempted, and all processes are at this step.
 
   JAX takes the scheduler's SIGTERM where `jax.distributed.initialize` was
-  called, of one process too.
+  called, of one process too; elsewhere `stopping.on_signals` does.
   """
   if not jax.distributed.is_initialized():
-    return False
+    return stopping.asked()
   return _multihost().reached_preemption_sync_point(step)
 
 

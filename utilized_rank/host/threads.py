@@ -75,8 +75,6 @@ def _cores() -> int:
 
 
 def _one_blas_thread() -> contextlib.AbstractContextManager[object]:
-  try:
-    from threadpoolctl import threadpool_limits  # comes with scikit-learn
-  except ImportError:  # right all the same, and slower
-    return contextlib.nullcontext()
+  from threadpoolctl import threadpool_limits
+
   return threadpool_limits(limits=1, user_api='blas')

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 import re
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
+
+from utilized_rank.host.extras import extra
+
+with extra('models'):
+  import flax.linen as nn
 
 Array = jax.Array
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 
+from utilized_rank.host.extras import extra
 from utilized_rank.models import transformer_parts
+
+with extra('models'):
+  import flax.linen as nn
 
 Array = jax.Array
 

@@ -5,11 +5,14 @@ Berg, O'Connor, Cruz, "Keyword Transformer", https://arxiv.org/abs/2104.00769.
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 
+from utilized_rank.host.extras import extra
 from utilized_rank.models import transformer_parts
 from utilized_rank.models import vit
+
+with extra('models'):
+  import flax.linen as nn
 
 Array = jax.Array
 

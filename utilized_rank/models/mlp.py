@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import flax.linen as nn
 import jax
+
+from utilized_rank.host.extras import extra
+
+with extra('models'):
+  import flax.linen as nn
 
 Array = jax.Array
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from utilized_rank.host.extras import extra
+
+with extra('models'):
+  import flax.linen as nn
 
 Array = jax.Array
 

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from utilized_rank.host.extras import extra
 from utilized_rank.models.batch_norm import conv_norm
+
+with extra('models'):
+  import flax.linen as nn
 
 Array = jax.Array
 

@@ -7,9 +7,13 @@ import dataclasses
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from utilized_rank.host.extras import extra
+
+with extra('models'):
+  import flax.linen as nn
 
 Array = jax.Array
 

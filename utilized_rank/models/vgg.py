@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank.host.extras import extra
 from utilized_rank.models.batch_norm import conv_norm
+
+with extra('models'):
+  import flax.linen as nn
 
 Array = jax.Array
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from utilized_rank.host.extras import extra
 from utilized_rank.models import transformer_parts
 from utilized_rank.models.positions import PositionEmbedding
+
+with extra('models'):
+  import flax.linen as nn
 
 Array = jax.Array
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank.factorization.methods import DAMPING
+from utilized_rank.host.extras import extra
 from utilized_rank.host.progress import track
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.low_rank import low_rank
@@ -152,7 +153,8 @@ def _refined(
     steps: number of updates.
     learning_rate: in root mean squares of the factors.
   """
-  import optax
+  with extra('train'):
+    import optax
 
   wide = lambda v: v.astype(jnp.promote_types(v.dtype, jnp.float32))
   trained = jax.tree.map(wide, own)

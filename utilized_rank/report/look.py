@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utilized_rank.host.extras import extra
+
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
@@ -43,12 +45,8 @@ def depth_color(share: float) -> str:
 
 def figure(width: float, height: float) -> Figure:
   """An empty figure, in inches, that keeps its labels inside."""
-  try:
+  with extra('report'):
     from matplotlib.figure import Figure
-  except ImportError as error:
-    raise ImportError(
-      'plots need matplotlib: pip install matplotlib'
-    ) from error
   return Figure(figsize=(width, height), dpi=120, layout='constrained')
 
 
@@ -88,7 +86,7 @@ def label(text: str, limit: int = _MAX_LABEL) -> str:
 
 def inline(figure: Figure, name: str, label: str) -> str:
   """The figure as inline SVG in the page's own colours and font."""
-  import matplotlib
+  import matplotlib  # which drew the figure
 
   stream = io.StringIO()
   # Text stays text: it can be searched, and takes the page's font.

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank.host import files
+from utilized_rank.host.extras import extra
 from utilized_rank.linalg import gram
 from utilized_rank.linalg.sketch import Sketch
 from utilized_rank.lowrank.leaf import LowRank
@@ -190,7 +191,8 @@ def _open(where: str) -> tuple[dict[str, Any], Any]:
 
 
 def _orbax():
-  from orbax.checkpoint import v1  # the core imports jax and numpy alone
+  with extra('save'):
+    from orbax.checkpoint import v1  # the core imports jax and numpy alone
 
   return v1
 

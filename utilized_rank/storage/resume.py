@@ -11,6 +11,8 @@ import zlib
 import jax
 import numpy as np
 
+from utilized_rank.host.extras import extra
+
 
 class Checkpoints:
   """The two newest states of one loop under a directory.
@@ -36,7 +38,8 @@ class Checkpoints:
     self, directory: str | os.PathLike[str], identity: Mapping[str, Any]
   ):
     # Imported here: whoever trains without a directory needs no orbax.
-    from orbax.checkpoint import v1 as ocp
+    with extra('save'):
+      from orbax.checkpoint import v1 as ocp
 
     self._directory = os.path.abspath(directory)
     self._identity = dict(identity)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 
+from utilized_rank.host.extras import extra
 from utilized_rank.lowrank.low_rank import low_rank
+
+with extra('models'):
+  import flax.linen as nn
 
 COLLECTION = 'batch_stats'
 

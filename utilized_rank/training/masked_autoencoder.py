@@ -12,15 +12,18 @@ from collections.abc import Callable, Mapping
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from utilized_rank.host.extras import extra
 from utilized_rank.models import transformer_parts
 from utilized_rank.models.positions import PositionEmbedding
 from utilized_rank.models.vit import Encoder
 from utilized_rank.models.vit import ViT
 from utilized_rank.training.objectives import Objective
+
+with extra('models'):
+  import flax.linen as nn
 
 Array = jax.Array
 

@@ -13,16 +13,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from utilized_rank.host import options
+from utilized_rank.host import processes
 from utilized_rank.host import progress
+from utilized_rank.host import stopping
+from utilized_rank.host.extras import extra
 from utilized_rank.storage import resume
 from utilized_rank.training import metrics
 from utilized_rank.training import objectives
 from utilized_rank.training.evaluate import Forward
 from utilized_rank.training.evaluate import evaluate
 from utilized_rank.training.metrics import DivergedError
+
+with extra('train'):
+  import optax
 
 __all__ = [
   'DivergedError',
@@ -224,6 +229,8 @@ def minimize(
 
   Raises:
     DivergedError: loss or gradient is not finite; names the steps.
+    Preempted: with a directory, when the job's machines are taken away or a
+      signal asks under `stopping.on_signals`; the step is saved.
     ValueError: a wrong option, a decay rule that no leaf matches, or a
       checkpoint that is damaged or belongs to other options.
   """
@@ -243,6 +250,8 @@ def minimize(
       if found is not None:
         state = jax.tree.map(jnp.asarray, found[1])
     start = int(state.step)
+    if 0 < start < config.steps:
+      progress.say(f'{desc}: resuming at step {start + 1} of {config.steps}')
     log = metrics.Log(
       directory,
       start,
@@ -263,12 +272,17 @@ def minimize(
       status=log.status,
     ):
       state, values = update(state, next(stream), frozen)
-      saves = step == config.steps or (
-        config.checkpoint_every and step % config.checkpoint_every == 0
-      )
-      log.add(step, values, flush=bool(saves))
+      is_last, every = step == config.steps, config.checkpoint_every
+      leaves = directory is not None and processes.is_leaving(step)
+      saves = is_last or leaves or bool(every and step % every == 0)
+      log.add(step, values, flush=saves)
       if saves and checkpoints is not None:
         checkpoints.save(step, state)
+      if leaves and not is_last:
+        raise stopping.Preempted(
+          f'{desc} is stopped after step {step} of {config.steps}, which is '
+          'saved; the same call goes on from it'
+        )
   return state.params
 
 

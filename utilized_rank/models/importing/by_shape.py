@@ -13,10 +13,10 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from utilized_rank.host.extras import extra
 from utilized_rank.models.gpt import GPT
 from utilized_rank.models.kwt import KeywordTransformer
 from utilized_rank.models.llama import Llama
@@ -25,6 +25,9 @@ from utilized_rank.models.positions import square_grid
 from utilized_rank.models.resnet import ResNet
 from utilized_rank.models.vgg import VGG
 from utilized_rank.models.vit import ViT
+
+with extra('models'):
+  import flax.linen as nn
 
 if TYPE_CHECKING:
   from utilized_rank.models.importing.layouts import Layout

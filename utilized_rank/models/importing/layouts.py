@@ -13,9 +13,13 @@ import dataclasses
 import re
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
+
+from utilized_rank.host.extras import extra
+
+with extra('models'):
+  import flax.linen as nn
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]

@@ -8,10 +8,10 @@ import logging
 import math
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
+from utilized_rank.host.extras import extra
 from utilized_rank.models.importing import formats
 from utilized_rank.models.importing import layouts
 from utilized_rank.models.importing import other_layouts
@@ -20,6 +20,9 @@ from utilized_rank.models.importing.tensor import Tensor
 from utilized_rank.models.positions import resize_positions
 from utilized_rank.models.vit import ViT
 from utilized_rank.tree import paths
+
+with extra('models'):
+  import flax.linen as nn
 
 LAYOUTS: tuple[layouts.Layout, ...] = (
   *vit_layouts.LAYOUTS,

@@ -6,11 +6,14 @@ from collections.abc import Generator
 import functools
 from typing import Any, BinaryIO, NamedTuple
 
-from flax import serialization
-import msgpack
 import numpy as np
 
+from utilized_rank.host.extras import extra
 from utilized_rank.models.importing.tensor import Tensor
+
+with extra('models'):
+  from flax import serialization
+  import msgpack
 
 _NDARRAY = 1  # flax.serialization's code for an array
 _HEAD = 512  # more than keys, lengths and shapes take

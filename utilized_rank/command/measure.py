@@ -1,0 +1,57 @@
+"""`utilized-rank measure CHECKPOINT`: how much of its kernels is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from utilized_rank.collection.collect import collect
+from utilized_rank.command import errors
+from utilized_rank.command import subject
+from utilized_rank.host.extras import extra
+from utilized_rank.report.measure import measure
+
+with extra('all'):
+  from absl import app
+  from absl import flags
+
+
+def define(values: flags.FlagValues) -> None:
+  """The flags of the command."""
+  subject.define(values)
+  flags.DEFINE_float(
+    'energy', 0.99, 'Share of the spectra to be held.', flag_values=values
+  )
+  flags.DEFINE_string(
+    'out', None, 'Write the page .html, or .json, as well.', flag_values=values
+  )
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+  """Parses the command line."""
+  return app.parse_flags_with_usage(list(argv))
+
+
+def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
+  """Measures what the flags say."""
+  if len(argv) != 2:
+    raise app.UsageError(f'one CHECKPOINT is wanted, got {argv[1:]}')
+  errors.quiet()
+  with errors.in_one_line():
+    out = values.out or ''
+    if values.out is not None and not out.endswith(('.html', '.json')):
+      raise ValueError(f'--out={out}: a file .html or .json')
+    it = subject.open_subject(
+      argv[1], values.inputs, values.preprocess, values.select
+    )
+    moments = it.moments
+    if moments is None:
+      moments = collect(it.fn, it.params, it.batches(), select=it.select)
+    report = measure(it.params, moments, energy=values.energy)
+    if out.endswith('.json'):
+      report.save(out)
+    elif out:
+      with open(out, 'w', encoding='utf-8') as file:
+        file.write(report.html())
+    print(report)
+    if out:
+      print(f'\nreport: {out}')

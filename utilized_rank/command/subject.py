@@ -1,0 +1,186 @@
+"""A network and what it is run on, of the commands that take a CHECKPOINT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+import json
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from utilized_rank.host.extras import extra
+from utilized_rank.losses.sampled import sampled_cross_entropy
+from utilized_rank.moments.moments import Moments
+
+with extra('all'):
+  from absl import flags
+
+_BATCH = 64
+
+
+class Subject(NamedTuple):
+  """A network and what it is run on.
+
+  Attributes:
+    fn: `fn(params, batch) -> outputs`.
+    params: dense.
+    batches: makes the batches, as often as it is called.
+    loss: of the outputs, where they are classes; else None.
+    select: rules over its kernels, or None for all.
+    moments: what a run has collected already, or None.
+  """
+
+  fn: Callable[[Any, Any], Any]
+  params: Any
+  batches: Callable[[], Iterable[Any]]
+  loss: Any
+  select: Any
+  moments: Moments | None
+
+
+def define(values: flags.FlagValues) -> None:
+  """The flags that say what a file of weights is run on."""
+  text = flags.DEFINE_string
+  text(
+    'inputs',
+    None,
+    'What a file of weights is run on: .npy of the inputs as the model takes '
+    "them, or .npz with uint8 images in 'image'. A run's folder has its own.",
+    flag_values=values,
+  )
+  text(
+    'preprocess',
+    None,
+    'Whose preprocessing images get, such as timm_vit or torchvision; default '
+    'pixels scaled to [-1, 1].',
+    flag_values=values,
+  )
+  text(
+    'select',
+    None,
+    'Regular expression of the paths of the kernels; default all of them.',
+    flag_values=values,
+  )
+
+
+def open_subject(
+  checkpoint: str,
+  inputs: str | None = None,
+  preprocess: str | None = None,
+  select: str | None = None,
+) -> Subject:
+  """The network of a run's folder, or of a file of weights.
+
+  Args:
+    checkpoint: the folder of `utilized-rank run`, or a file that
+      `load_checkpoint` reads.
+    inputs: see `define`, as for the rest.
+    preprocess: see there.
+    select: see there.
+
+  Raises:
+    FileNotFoundError: there is no such file or folder.
+    ValueError: it is neither, or a file of weights comes without inputs.
+  """
+  if os.path.isdir(checkpoint):
+    given = {'inputs': inputs, 'preprocess': preprocess, 'select': select}
+    for name, value in given.items():
+      if value is not None:
+        raise ValueError(
+          f"--{name}={value}: a run's folder such as {checkpoint!r} has its own"
+        )
+    return _of_run(checkpoint)
+  if not os.path.exists(checkpoint):
+    raise FileNotFoundError(f'no file or folder {checkpoint!r}')
+  if inputs is None:
+    raise ValueError(
+      f'{checkpoint!r} is a file of weights: give --inputs=FILE, .npy of what '
+      "the model takes, or .npz with uint8 images in 'image'"
+    )
+  return _of_file(checkpoint, inputs, preprocess, select)
+
+
+def _of_run(folder: str) -> Subject:
+  from utilized_rank.experiment import pipeline
+
+  config = os.path.join(folder, 'config.json')
+  if not os.path.isfile(config) or not os.path.isdir(
+    os.path.join(folder, 'dense')
+  ):
+    raise ValueError(
+      f'{folder!r} is no run with a network in it: a CHECKPOINT is the folder '
+      'of `utilized-rank run` once its first stage is finished, or a file of '
+      'weights'
+    )
+  with open(config, encoding='utf-8') as file:
+    job = pipeline.Job(_tuples(json.load(file)), folder)
+  return Subject(
+    job.of_batch,
+    job.dense,
+    lambda: job.calibration()[1],
+    job.loss,
+    job.compress.select,
+    job.moments if job.workdir.finished('collect') else None,
+  )
+
+
+def _tuples(value: Any) -> Any:
+  """JSON with tuples for its lists, as configs have them."""
+  if isinstance(value, dict):
+    return {key: _tuples(inner) for key, inner in value.items()}
+  if isinstance(value, list):
+    return tuple(_tuples(inner) for inner in value)
+  return value
+
+
+def _of_file(
+  path: str, inputs: str, preprocess: str | None, select: str | None
+) -> Subject:
+  from utilized_rank.models.importing import load_checkpoint
+
+  model, params, imported = load_checkpoint(path)
+  wanted = imported.input.shape[1:]
+  if inputs.endswith('.npz'):
+    batches = _images(inputs, preprocess, wanted)
+  else:
+    batches = _arrays(inputs, wanted)
+  has_classes = getattr(model, 'num_classes', None) != 0
+  return Subject(
+    model.apply,
+    params,
+    batches,
+    sampled_cross_entropy() if has_classes else None,
+    None if select is None else [(select, True), ('.*', False)],
+    None,
+  )
+
+
+def _arrays(path: str, wanted: tuple[int, ...]) -> Callable[[], Iterable[Any]]:
+  inputs = np.load(path, mmap_mode='r')
+  if inputs.ndim != 1 + len(wanted):
+    raise ValueError(
+      f'{path} holds {list(inputs.shape)}; the model takes {["N", *wanted]}'
+    )
+  starts = range(0, len(inputs), _BATCH)
+  return lambda: (np.asarray(inputs[i : i + _BATCH]) for i in starts)
+
+
+def _images(
+  path: str, preprocess: str | None, wanted: tuple[int, ...]
+) -> Callable[[], Iterable[Any]]:
+  from utilized_rank.data import arrays
+  from utilized_rank.data import splits
+
+  records = arrays.open_images(path)
+  config = splits.DataConfig(
+    'arrays', preprocess=preprocess, image_size=wanted[0]
+  )
+  source = splits.Source(
+    records,
+    config,
+    num_classes=1,
+    stored_shape=arrays.shape_of(records),
+    channels=wanted[-1],
+  )
+  return lambda: (batch['image'] for batch in source.epoch(_BATCH))
