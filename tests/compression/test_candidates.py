@@ -37,6 +37,7 @@ def problem(rows=64, **budget):
     start=params,
     moments=ur.collect(fn, params, batches, loss=squares, progress=False),
     batches=batches,
+    training=batches,
     budget=Budget(**budget),
     divergence=ur.squared_error,
     loss=squares,

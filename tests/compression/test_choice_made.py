@@ -46,6 +46,7 @@ def made():
         select=SELECT,
         loss=ur.sampled_cross_entropy(),
         gauge=None,
+        layers=False,
       )
   return small, report, said.getvalue()
 
@@ -96,7 +97,8 @@ def test_stages_and_contenders_are_told(made):
   choice = report.choice
   names = [stage.name for stage in choice.stages]
   assert names == [
-    'collect', 'measure', 'ranks', 'anchor', 'narrower heads', 'compress'
+    'collect', 'measure', 'ranks', 'anchor', 'narrower heads', 'refine',
+    'compress',
   ]  # fmt: skip
   ranks = choice.stages[2]
   assert ranks.seconds > 0 and ranks.after is not None
