@@ -20,7 +20,7 @@ class Judge:
     self._dense = self._scores(network.params)
 
   def _scores(self, tree):
-    tree = _padded(tree, self._moments)
+    tree = _padded(tree, self._moments, self._network.params)
     return common.scores(self._run, tree, self._batch, self._network.batch_size)
 
   def __call__(self, tree) -> dict[str, np.ndarray]:
@@ -39,16 +39,21 @@ class Judge:
     """Raises unless padding leaves the function as it is."""
     few = {k: v[:4] for k, v in self._batch.items()}
     plain = jax.jit(ur.low_rank(self._network.fn))(tree, few)
-    ours = self._run(_padded(tree, self._moments), few)
+    ours = self._run(_padded(tree, self._moments, self._network.params), few)
     np.testing.assert_allclose(plain, ours, rtol=1e-3, atol=1e-3)
 
 
-def _padded(tree, moments):
+def _padded(tree, moments, dense):
   """The same function with every kernel a pair of full rank, of zeros mostly.
 
   All trees then have the same shapes.
   """
   named, treedef = paths.flatten(tree, lambda v: isinstance(v, ur.LowRank))
+  for path, whole in paths.flatten(dense)[0].items():
+    if (shape := np.shape(named[path])) != np.shape(whole):
+      # Of a narrower hidden layer: units of zeros.
+      more = zip(np.shape(whole), shape, strict=True)
+      named[path] = np.pad(named[path], [(0, wide - n) for wide, n in more])
   for path in moments:
     leaf, layout = named[path], moments[path].layout
     if isinstance(leaf, ur.NarrowHeads):
@@ -115,11 +120,11 @@ def folds(network: common.Network) -> list[Fold]:
   return [Fold(network, *fold) for fold in network.folds]
 
 
-def share_kept(tree, kernels) -> float:
+def share_kept(tree, kernels: ur.Moments) -> float:
   """Numbers in the kernels' place, as a share of the kernels'."""
   named, _ = paths.flatten(tree, lambda v: isinstance(v, ur.LowRank))
   left = sum(ur.count_params(named[p]) for p in kernels)
-  return left / sum(int(np.prod(named[p].shape)) for p in kernels)
+  return left / sum(int(np.prod(kernels[p].layout.shape)) for p in kernels)
 
 
 def pool(parts: list[dict]) -> dict[str, np.ndarray]:

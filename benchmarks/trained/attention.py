@@ -53,7 +53,7 @@ def run(network: common.Network, seconds, fractions) -> dict:
         small = _compressed(
           network.params, fold.moments, pairs, recipe, fraction
         )
-        kept.append(judging.share_kept(small, paths))
+        kept.append(judging.share_kept(small, fold.moments))
         # The judge compiles once, for pairs; narrow heads it gets padded.
         found.append(
           fold.judge(ur.merge(small) if recipe[0] == 'joint' else small)
