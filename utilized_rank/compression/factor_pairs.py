@@ -89,7 +89,7 @@ def _anchored(problem: Problem, tuned: Tried) -> Tried | None:
     tuned.ranks,
     moments=problem.moments,
     start=problem.start,
-    method=tuned.method,
+    method='loss' if tuned.method == 'coupled' else tuned.method,
     compensate_mean=problem.compensate_mean,
     damping=tuned.damping,
     gauge=problem.budget.gauge,
