@@ -90,6 +90,29 @@ def test_dependence_is_none_where_sizes_are_one():
   assert dependence(kernel) < 1e-5  # rounding of float32 sums
 
 
+def test_it_is_tried_where_moments_hold_it_and_the_report_says_how_far_off():
+  w, x, g = problem((6, 9))
+  moments = collected(w, x, g)
+  params, batch = {'w': jnp.asarray(w)}, {'x': x, 'g': g}
+  options = dict(params_fraction=0.7, progress=False)
+  small, report = ur.compress(
+    lambda p, b: b['x'] @ p['w'], params, [batch], moments=moments, **options
+  )
+  ((_, (kernel,)),) = kernels(params, moments)
+  assert report['w'].dependence == pytest.approx(dependence(kernel))
+  assert 'dependence of inputs and gradients: median' in str(report)
+  ranks = ur.tune_ranks(
+    lambda p, b: b['x'] @ p['w'],
+    params,
+    moments,
+    [batch],
+    divergence=ur.squared_error,
+    **options,
+  )
+  assert 'coupled' in {trial.method for trial in ranks.trials}
+  assert small['w'].rank >= 1
+
+
 def test_kernels_of_one_input_cannot_share_a_left_factor():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(64, 6)).astype(np.float32)

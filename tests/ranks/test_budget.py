@@ -93,6 +93,53 @@ def test_no_allocation_within_the_budget_does_less_damage(
     assert ur.count_params(small) <= fraction * ur.count_params(params)
 
 
+@pytest.mark.parametrize('flops', [False, True])
+@pytest.mark.parametrize('fraction', [0.45, 0.6, 0.8])
+def test_without_gradients_shares_and_energy_are_weighed_by_cost(
+  problem, fraction, flops
+):
+  """The default metric, in full: no choice within the budget does better."""
+  params, moments = problem
+  plain = ur.Moments(moments.table, moments.sums)
+  name = 'flops_fraction' if flops else 'params_fraction'
+  ranks = ur.budget_ranks(
+    params, plain, compensate_mean=False, **{name: fraction}
+  )
+  options, total = {}, 0
+  for path, members in kernels.kernels(params, plain):
+    layout = plain[path].layout
+    d, m = layout.matrix_shape
+    times = int(np.sum(plain[path].count)) if flops else layout.num_groups
+    lost = []
+    for kernel in members:
+      t = np.linalg.eigvalsh(kernel.w.T @ kernel.second @ kernel.w)[::-1]
+      lost.append([t[r:].sum() / t.sum() for r in range(layout.full_rank)])
+    lost = np.mean(lost, axis=0)
+    share = lambda r, d=d, m=m: r * (d + m) / (d * m)
+    options[path] = {
+      r: (
+        times * r * (d + m),
+        times * d * m * (lost[r] + 0.3 * (1 - share(r)) ** 2),
+      )
+      for r in range(1, layout.full_rank)
+      if share(r) < 1
+    } | {0: (times * d * m, 0.0)}
+    total += times * d * m
+  damage_of = lambda pick: sum(
+    options[path][r][1] for path, r in zip(options, pick, strict=True)
+  )
+  least = min(
+    damage_of(pick)
+    for pick in itertools.product(*options.values())
+    if sum(options[path][r][0] for path, r in zip(options, pick, strict=True))
+    <= int(fraction * total)
+  )
+  # Energies are of float32 sums, eigenvalues of float64 ones: the choice is
+  # one and the same unless two are as good.
+  found = damage_of([ranks.get(path, 0) for path in options])
+  np.testing.assert_allclose(found, least, rtol=1e-6)
+
+
 def test_constants_of_compensated_means_are_paid_for(problem):
   """These products add no bias, so each constant is a leaf of its own."""
   params, moments = problem

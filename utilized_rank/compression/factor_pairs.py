@@ -188,7 +188,7 @@ def anchored_tree(problem: Problem, found: Compressed) -> Any | None:
     found.ranks,
     moments=problem.moments,
     start=problem.start,
-    method=found.method,
+    method='loss' if found.method == 'coupled' else found.method,
     compensate_mean=problem.compensate_mean,
     damping=found.damping,
     gauge=problem.budget.gauge,

@@ -52,10 +52,12 @@ def budget_ranks(
     method: how the kernels will be factorized; default 'loss' where the
       moments have gradients, else 'output'.
     metric: unit of damage that is added up over kernels: 'loss' in nats per
-      example (the default where there are gradients), 'relative', the share
-      of each kernel's output energy (the default else), 'output', that
-      energy itself, or 'geometric', the geometric mean of nats and share:
-      where much is cut, nats are wrong by the most and shares are not.
+      example (the default where there are gradients), 'balanced' (the default
+      else), the share of each kernel's output energy, weighed by what the
+      kernel costs, and some of what uniform ranks minimise, so that no kernel
+      is left with next to nothing; 'relative', that share alone, 'output',
+      that energy itself, or 'geometric', the geometric mean of nats and
+      share: where much is cut, nats are wrong by the most and shares are not.
     multiple_of: ranks are multiples of this, as matrix units like them (8 on
       a GPU, 128 on a TPU).
     limits: ordered `(regex, (lowest, highest))` rules over paths, full match,
@@ -104,9 +106,9 @@ def budget_ranks(
     raise ValueError(f'multiple_of={multiple_of}: at least 1')
   has_gradients = moments.grads is not None
   method = method or ('loss' if has_gradients else 'output')
-  metric = metric or ('loss' if has_gradients else 'relative')
-  if metric not in methods.METRICS:
-    raise ValueError(f'unknown metric {metric!r}; known: {methods.METRICS}')
+  metric = metric or ('loss' if has_gradients else 'balanced')
+  if metric not in offers.METRICS:
+    raise ValueError(f'unknown metric {metric!r}; known: {offers.METRICS}')
   bounds = _limits(moments, limits)
   sets = shared_left.sets(moments) if share else []
   set_of = {name: names for names in sets for name in names}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utilized_rank.factorization import methods
 from utilized_rank.factorization import shared_left
 from utilized_rank.factorization.decompose import Families
 from utilized_rank.factorization.shared_left import Key
@@ -22,6 +23,10 @@ from utilized_rank.ranks.latency import LatencyTable
 
 # Combinations that are looked at together, for memory's sake.
 _BLOCK = 4_000_000
+# The metrics of families, and one that knows what kernels cost.
+METRICS = (*methods.METRICS, 'balanced')
+# What 'balanced' adds of the damage that uniform ranks minimise.
+_UNIFORM = 0.3
 # Kernels that an error names.
 _MOST_NAMES = 3
 
@@ -119,7 +124,7 @@ def _ranks(terms: Terms, key: Key, families: Families) -> Offer:
   ranks = np.arange(terms.multiple_of, high + 1, terms.multiple_of)
   ranks = ranks[ranks >= low]
   costs = terms.costs(key, ranks)
-  damages = families.damages(key, terms.metric)[ranks]
+  damages = _damages(terms, key, families, ranks, costs)
   if len(names) == 1 and high == full:
     # Where a pair costs as much as the kernel, the kernel is better.
     dense = terms.dense_cost(key)
@@ -132,6 +137,31 @@ def _ranks(terms: Terms, key: Key, families: Families) -> Offer:
     Choices(costs, damages),
     names,
   )
+
+
+def _damages(
+  terms: Terms,
+  key: Key,
+  families: Families,
+  ranks: np.ndarray,
+  costs: np.ndarray,
+) -> np.ndarray:
+  """What pairs of these ranks and costs damage.
+
+  'balanced' weighs a kernel by its cost c when dense: c (E + 0.3 (1 - s)^2), E
+  the share of its output energy that is lost and s the share of c that is left.
+  Of the second part alone uniform shares are the optimum, whatever the kernels:
+  so a kernel whose energy is in a few directions keeps some of the others,
+  which later layers may need.
+  """
+  if terms.metric != 'balanced':
+    return families.damages(key, terms.metric)[ranks]
+  names = shared_left.names_of(key)
+  matrices = sum(terms.moments[name].layout.num_groups for name in names)
+  lost = families.damages(key, 'relative')[ranks] / matrices
+  dense = terms.dense_cost(key)
+  gone = np.maximum(1 - costs / dense, 0)
+  return dense * (lost + _UNIFORM * gone**2)
 
 
 def spend(

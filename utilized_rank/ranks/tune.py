@@ -123,7 +123,8 @@ def tune_ranks(
     fn: `fn(params, batch) -> outputs`.
     params: dense parameters.
     moments: moments of the kernels to shrink; with gradients 'loss' factors
-      are tried beside those of 'output'.
+      are tried beside those of 'output', and 'coupled' ones where moments
+      were collected with `coupled=True`.
     batches: data to try on, kept in memory with the dense outputs; batches of
       one size compile once.
     divergence: `divergence(dense outputs, outputs, batch) -> (B,)`, such as
@@ -176,6 +177,8 @@ def tune_ranks(
   recipes = [('output', methods.DAMPING)]
   if moments.grads is not None:
     recipes += [('loss', damping) for damping in DAMPINGS]
+  if moments.coupled is not None:
+    recipes += [('coupled', damping) for damping in DAMPINGS]
   steps: Iterable[int] = range(len(recipes) + rounds)
   if progress:
     steps = track(

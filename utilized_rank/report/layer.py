@@ -37,6 +37,9 @@ class LayerReport:
     k_in_least: the least that k_S can be; None without a sketch.
     unseen: share of tr S that the sketch does not see; no directions hold more
       than that beside what is said here. 0 without a sketch.
+    dependence: how far a row's input and its gradient are from independent,
+      in [0, 1], which the method 'loss' takes them for and 'coupled' does not;
+      None without moments of both together (`collect(coupled=True)`).
   """
 
   path: str
@@ -55,6 +58,7 @@ class LayerReport:
   columns: int = 0
   k_in_least: int | None = None
   unseen: float = 0.0
+  dependence: float | None = None
 
   @property
   def side(self) -> str:

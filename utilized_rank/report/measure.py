@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from utilized_rank.factorization.coupled import dependence
 from utilized_rank.factorization.kernels import Kernel
 from utilized_rank.factorization.kernels import kernels
 from utilized_rank.host import threads
@@ -107,4 +108,5 @@ def _layer(kernel: Kernel, energy: float, moments: Moments) -> LayerReport:
     moments[kernel.path].entry.columns,
     least,
     unseen,
+    None if kernel.coupled is None else dependence(kernel),
   )

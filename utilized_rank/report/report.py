@@ -173,6 +173,7 @@ class Report(Mapping[str, LayerReport]):
           'columns': layer.columns,
           'k_in_least': layer.k_in_least,
           'unseen': layer.unseen,
+          'dependence': layer.dependence,
           'pass': layer.number,
         }
         for layer in self.layers
