@@ -346,7 +346,7 @@ def member_name(path: str, index: tuple[int, ...]) -> str:
 def to_leaf(matrices: list[np.ndarray], layout: Layout, leaf: Any) -> Any:
   """One matrix per group as an array like `leaf`."""
   stacked = np.stack(matrices).reshape(layout.group_shape + layout.matrix_shape)
-  return jnp.asarray(layout.from_matrices(stacked).astype(leaf.dtype))
+  return jax.device_put(layout.from_matrices(stacked).astype(leaf.dtype))
 
 
 def _check(path: str, named: dict[str, Any], moments: Moments) -> None:

@@ -7,7 +7,6 @@ import math
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
@@ -35,7 +34,8 @@ def place(leaf: L, kernel: Any) -> L:
   """
   sharding = getattr(kernel, 'sharding', None)
   if not isinstance(sharding, NamedSharding):
-    return jax.tree.map(jnp.asarray, leaf)
+    # `jnp.asarray` compiles a program for every shape.
+    return jax.tree.map(jax.device_put, leaf)
   layout = leaf.layout
   names = _names_of_atoms(leaf, sharding)
   pick = lambda atoms: [names[a] for a in atoms]
@@ -64,7 +64,7 @@ def place_like(array: Any, old: Any) -> jax.Array:
   sharding = getattr(old, 'sharding', None)
   if not isinstance(sharding, NamedSharding):
     # Cast on the host, where no program has to be compiled for it.
-    return jnp.asarray(np.asarray(array).astype(old.dtype))
+    return jax.device_put(np.asarray(array).astype(old.dtype))
   if array.shape != old.shape:
     names = [_names(entry) for entry in sharding.spec]
     names += [()] * (array.ndim - len(names))

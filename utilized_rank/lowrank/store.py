@@ -94,6 +94,22 @@ def stored_pairs(leaf: LowRank) -> list[Pair]:
   return [Stored(*v).pair() for v in zip(a, b, orders, strict=True)]
 
 
+def on_host(leaf: Any) -> Any:
+  """A `LowRank` as the dense kernel, multiplied out where nothing is compiled.
+
+  Args:
+    leaf: with its own A and no `c`; what is no `LowRank` stays as it is.
+  """
+  if not isinstance(leaf, LowRank):
+    return leaf
+  if leaf.b is None:
+    return leaf.dense()  # narrower heads, which are padded
+  pairs = stored_pairs(leaf.opened())
+  shape = leaf.layout.group_shape + leaf.layout.matrix_shape
+  w = np.stack([pair.a @ pair.b for pair in pairs]).reshape(shape)
+  return leaf.layout.from_matrices(w).astype(leaf.dtype)
+
+
 def multiplied_out(
   w: np.ndarray, constant: np.ndarray | None, layout: Layout, kernel: Any
 ) -> Any:

@@ -20,10 +20,11 @@ import numpy as np
 from utilized_rank.factorization.decompose import Families
 from utilized_rank.losses.divergence import Divergence
 from utilized_rank.lowrank.leaf import is_low_rank
-from utilized_rank.lowrank.leaf import merge
+from utilized_rank.lowrank.leaf import with_left
 from utilized_rank.lowrank.low_rank import low_rank
 from utilized_rank.lowrank.place import place_like
 from utilized_rank.lowrank.store import multiplied_out
+from utilized_rank.lowrank.store import on_host
 from utilized_rank.moments.moments import Moments
 from utilized_rank.tree import paths
 from utilized_rank.walk import tracing
@@ -294,7 +295,7 @@ def programs(fn: Callable[[Any, Any], Any], divergence: Divergence) -> Programs:
 def _on_device(named: Mapping[str, Any]) -> Leaves:
   """The arrays among leaves; on a device, so that they are moved once."""
   return {
-    path: v if isinstance(v, jax.Array) else jnp.asarray(v)
+    path: v if isinstance(v, jax.Array) else jax.device_put(v)
     for path, v in named.items()
     if tracing.is_array(v)
   }
@@ -312,10 +313,10 @@ def divergences(
   named, treedef = paths.flatten(tree, is_low_rank)
   if not any(is_low_rank(v) and v.c is not None for v in named.values()):
     # Multiplied out it needs no program of its own.
-    named, treedef = paths.flatten(merge(tree), is_low_rank)
+    named = {p: on_host(v) for p, v in with_left(named).items()}
   form = Form(paths.unflatten(treedef, named), is_low_rank)
   leaves = {
-    path: v if is_low_rank(v) else jnp.asarray(v)
+    path: v if is_low_rank(v) else jax.device_put(v)
     for path, v in named.items()
     if is_low_rank(v) or tracing.is_array(v)
   }

@@ -8,7 +8,7 @@ import itertools
 import math
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from utilized_rank.collection.one_pass import check_batch
@@ -151,7 +151,7 @@ def anchor(
     for path, site in sites.items()
   }
   arrays = lambda tree: {
-    path: jnp.asarray(leaf)
+    path: jax.device_put(leaf)
     for path, leaf in paths.flatten(tree)[0].items()
     if tracing.is_array(leaf)
   }
