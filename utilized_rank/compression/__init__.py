@@ -1,6 +1,7 @@
 """The best recipe in one call.
 
 * `compress`: the public verb: collect, measure, candidates, choice, recipe.
+* `forecast`: what that will take, from a small piece of it.
 * `problem`: what is to be compressed, to what share, and what counts as near.
 * `candidates`: what a kind of candidate is, and which of several is nearest.
 * `factor_pairs`, `narrower_heads`: the kinds that there are.

@@ -53,6 +53,7 @@ def compress(
   compensate_mean: bool = True,
   anchored: bool = True,
   heads: bool = True,
+  few: bool | None = None,
   trial_examples: int = 1024,
   energy: float = 0.99,
   progress: bool = True,
@@ -102,6 +103,9 @@ def compress(
       same share of parameters, where there is a loss, rows are not few, and
       data flow shows query and key, value and output kernels; kept where
       outputs then are closer. It is a second search.
+    few: whether examples are few, which decides how ranks are tried (above),
+      where you know what rows do not show: crops of a dozen photographs,
+      sentences of one text. Default: as rows say.
     trial_examples: as many of the first examples are kept in memory, to try
       ranks on and to anchor with.
     energy: share of the spectra that the report's ranks are at.
@@ -159,6 +163,7 @@ def compress(
       anchored=anchored,
       progress=progress,
       unit=unit,
+      few=few,
       journal=journal,
       compensate_mean=compensate_mean,
     )
