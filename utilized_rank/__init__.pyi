@@ -19,8 +19,8 @@ from utilized_rank.attention.find_attention import (
 from utilized_rank.attention.heads import Attention as Attention
 from utilized_rank.collection.collect import collect as collect
 from utilized_rank.collection.plan import Plan as Plan
-from utilized_rank.collection.plan import plan as plan
 from utilized_rank.compression.compress import compress as compress
+from utilized_rank.compression.forecast import plan as plan
 from utilized_rank.factorization.decompose import Families as Families
 from utilized_rank.factorization.decompose import decompose as decompose
 from utilized_rank.factorization.factorize import factorize as factorize

@@ -2,6 +2,7 @@
 
 * `compress`: the public verb: collect, measure, candidates, choice,
   training, recipe.
+* `forecast`: what that will take, from a small piece of it.
 * `problem`: what is to be compressed, to what share, and what counts as near.
 * `unlabelled`: the loss where none is given.
 * `candidates`: what a kind of candidate is, and which of several is nearest.

@@ -59,6 +59,7 @@ def compress(
   heads: bool = True,
   layers: bool = True,
   refine: int = 300,
+  few: bool | None = None,
   trial_examples: int = 1024,
   energy: float = 0.99,
   progress: bool = True,
@@ -118,6 +119,9 @@ def compress(
     refine: updates of the chosen tree towards the dense outputs (`distill`; 0
       for none), on all batches where they are a list, else on those kept; a
       fifth of the examples judges whether outputs are closer then.
+    few: whether examples are few, which decides how ranks are tried (above),
+      where you know what rows do not show: crops of a dozen photographs,
+      sentences of one text. Default: as rows say.
     trial_examples: as many of the first examples are kept in memory, to try
       ranks on and to anchor with.
     energy: share of the spectra that the report's ranks are at.
@@ -172,6 +176,7 @@ def compress(
       anchored=anchored,
       progress=progress,
       unit=unit,
+      few=few,
       journal=journal,
       compensate_mean=compensate_mean,
     )

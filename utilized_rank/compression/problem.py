@@ -84,6 +84,7 @@ class Problem:
     budget: what may be kept of the kernels that have moments.
     divergence: `divergence(dense outputs, outputs, batch) -> (B,)`.
     unit: of the divergence; '' if it is not known.
+    few: whether data are few, if that is known.
     loss: what the gradients are of, if it is known.
     anchored: whether factors may be fitted anew behind compressed kernels.
     progress: whether to show progress bars.
@@ -105,6 +106,7 @@ class Problem:
   anchored: bool
   progress: bool
   unit: str = ''
+  few: bool | None = None
   journal: Journal = dataclasses.field(default_factory=Journal)
   compensate_mean: bool = True
   mask: Mask | None = None
@@ -112,6 +114,8 @@ class Problem:
   @functools.cached_property
   def is_scarce(self) -> bool:
     """Whether a kernel has under four independent rows for a feature."""
+    if self.few is not None:
+      return self.few
     return independence.few(self.fn, self.params, self.moments, self.batches)
 
   def divergences(self, tree: Any, batches: Sequence[Any]) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -188,26 +188,6 @@ class Choice:
       for kept in self.changed
     ]
 
-  def stage_table(self) -> tuple[list[str], list[list[str]]]:
-    """Titles, and a row for each stage."""
-    titles = ['stage', 'seconds', 'CPU s', 'peak', 'before', 'after']
-    rows = []
-    for stage in self.stages:
-      peak = tables.MISSING
-      if stage.peak_bytes is not None:
-        peak = f'{stage.peak_bytes / 2**20:,.0f} MiB'
-      rows.append(
-        [
-          stage.name,
-          f'{stage.seconds:.1f}',
-          f'{stage.cpu_seconds:.1f}',
-          peak,
-          damage(stage.before),
-          damage(stage.after),
-        ]
-      )
-    return titles, rows
-
   @property
   def changed(self) -> tuple[Kept, ...]:
     """Leaves that are not what they were."""
@@ -229,7 +209,7 @@ class Choice:
     for why, paths in self.dense.items():
       parts.append(wrapped(f'dense, {why}: {tables.some(paths)}'))
     if self.stages:
-      parts.append(tables.text_table(*self.stage_table()))
+      parts.append(tables.text_table(*stage_table(self.stages)))
     return '\n'.join(parts)
 
   @property
@@ -250,6 +230,29 @@ class Choice:
       for name, of in parts.items()
     }
     return cls(**{**record, **made})
+
+
+def stage_table(
+  stages: Sequence[Stage],
+) -> tuple[list[str], list[list[str]]]:
+  """Titles, and a row for each stage."""
+  titles = ['stage', 'seconds', 'CPU s', 'peak', 'before', 'after']
+  rows = []
+  for stage in stages:
+    peak = tables.MISSING
+    if stage.peak_bytes is not None:
+      peak = f'{stage.peak_bytes / 2**20:,.0f} MiB'
+    rows.append(
+      [
+        stage.name,
+        f'{stage.seconds:.1f}',
+        f'{stage.cpu_seconds:.1f}',
+        peak,
+        damage(stage.before),
+        damage(stage.after),
+      ]
+    )
+  return titles, rows
 
 
 def damage(value: float | None) -> str:

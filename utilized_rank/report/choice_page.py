@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from utilized_rank.report.choice import Choice
+from utilized_rank.report.choice import stage_table
 from utilized_rank.report.depth import relative_names
 from utilized_rank.report.frame import escape
 from utilized_rank.report.frame import table
@@ -28,5 +29,5 @@ def html(choice: Choice) -> str:
     listed = escape(', '.join(paths)).replace('/', '/<wbr>')
     parts.append(f'<p class="note">Dense, {escape(why)}: {listed}.</p>')
   if choice.stages:
-    parts.append(table(*choice.stage_table()))
+    parts.append(table(*stage_table(choice.stages)))
   return '\n'.join(parts)
