@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from utilized_rank.models.bert import Bert
 from utilized_rank.models.gpt import GPT
 from utilized_rank.models.kwt import KeywordTransformer
 from utilized_rank.models.llama import Llama
@@ -56,7 +57,7 @@ def vit(
   elif f'{attention}query_norm/scale' in mapped:
     heads = width // mapped[f'{attention}query_norm/scale'][0]
   else:
-    heads = _heads(layout, width, options)
+    heads = options['heads']
   swiglu = f'{block}MlpBlock_3/gate/kernel' in mapped
   hidden = 'gate' if swiglu else 'Dense_0'
   class_token = 'params/cls' in mapped
@@ -170,7 +171,7 @@ def keyword_transformer(
       'num_classes': mapped['params/head/kernel'][1],
       'width': width,
       'depth': _count(mapped, r'params/Transformer/encoderblock_(\d+)/.*'),
-      'heads': _heads(layout, width, options),
+      'heads': options['heads'],
       'mlp_dim': mapped[f'{block}MlpBlock_3/Dense_0/kernel'][1],
     },
     options,
@@ -183,7 +184,7 @@ def keyword_transformer(
 def gpt(
   layout: Layout, mapped: Shapes, source: Shapes, options: Options
 ) -> Built:
-  del source
+  del layout
   vocabulary, width = mapped['params/embedding/embedding']
   context = mapped['params/positions'][0]
   model = _build(
@@ -193,7 +194,36 @@ def gpt(
       'context': context,
       'width': width,
       'depth': _count(mapped, r'params/block_(\d+)/.*'),
-      'heads': _heads(layout, width, options),
+      'heads': options['heads'],
+      'mlp_dim': mapped['params/block_0/MlpBlock_3/Dense_0/kernel'][1],
+      'tied': 'params/head/kernel' not in mapped,
+      'head': any(name.startswith('transformer.') for name in source),
+    },
+    options,
+  )
+  return model, jax.ShapeDtypeStruct((1, context), jnp.int32)
+
+
+def bert(
+  layout: Layout, mapped: Shapes, source: Shapes, options: Options
+) -> Built:
+  del layout, source
+  vocabulary, width = mapped['params/embedding/embedding']
+  context = mapped['params/positions'][0]
+  classes = mapped.get('params/head/kernel', (0, 0))[1]
+  output = 'vocabulary' if 'params/logits_bias' in mapped else 'tokens'
+  model = _build(
+    Bert,
+    {
+      'vocabulary': vocabulary,
+      'context': context,
+      'width': width,
+      'depth': _count(mapped, r'params/block_(\d+)/.*'),
+      'heads': options['heads'],
+      'mlp_dim': mapped['params/block_0/MlpBlock_3/Dense_0/kernel'][1],
+      'types': mapped.get('params/types/embedding', (0,))[0],
+      'output': 'classes' if classes else output,
+      'num_classes': classes,
     },
     options,
   )
@@ -203,11 +233,13 @@ def gpt(
 def llama(
   layout: Layout, mapped: Shapes, source: Shapes, options: Options
 ) -> Built:
-  del source
+  del layout
   vocabulary, width = mapped['params/embedding/embedding']
-  heads = _heads(layout, width, options)
-  queries = mapped['params/block_0/query/kernel'][1]
-  head_dim = queries // heads
+  heads = options['heads']
+  head_dim = mapped['params/block_0/query/kernel'][1] // heads
+  qk_norm = None
+  if norm := mapped.get('params/block_0/query_norm/scale'):
+    qk_norm = 'head' if norm[0] == head_dim else 'width'
   model = _build(
     Llama,
     {
@@ -219,6 +251,12 @@ def llama(
       'mlp_dim': mapped['params/block_0/mlp/gate/kernel'][1],
       'head_dim': head_dim,
       'tied': 'params/head/kernel' not in mapped,
+      'qkv_bias': 'params/block_0/query/bias' in mapped,
+      'out_bias': 'params/block_0/out/bias' in mapped,
+      'mlp_bias': 'params/block_0/mlp/gate/bias' in mapped,
+      'qk_norm': qk_norm,
+      # A model saved without a head has no name in front.
+      'head': 'embed_tokens.weight' not in source,
     },
     options,
   )
@@ -251,6 +289,16 @@ def places(shapes: Shapes, sequential: str, ndim: int) -> list[int]:
   )
 
 
+def width_without_heads(mapped: Shapes) -> int | None:
+  """Width of the queries where no shape tells how many heads they have."""
+  for path, shape in mapped.items():
+    if path.endswith('/query/kernel') and len(shape) == 2:
+      norm = mapped.get(path.replace('query/kernel', 'query_norm/scale'))
+      # A norm per head is as wide as a head.
+      return shape[1] if norm in (None, (shape[1],)) else None
+  return None
+
+
 def _build(kind: type, read: dict[str, Any], options: Options) -> nn.Module:
   known = {f.name for f in dataclasses.fields(kind)} - {'parent', 'name'}
   if unknown := set(options) - known:
@@ -258,18 +306,8 @@ def _build(kind: type, read: dict[str, Any], options: Options) -> nn.Module:
       f'{kind.__name__} has no options {sorted(unknown)}; it has '
       f'{sorted(known)}.'
     )
-  return kind(**{**read, **options})
-
-
-def _heads(layout: Layout, width: int, options: Options) -> int:
-  if 'heads' in options:
-    return options['heads']
-  if width not in layout.heads:
-    raise ValueError(
-      f'no shape tells the number of attention heads, and the layout of '
-      f'{layout.name} has no convention for width {width}; give heads=.'
-    )
-  return layout.heads[width]
+  told = {k: v for k, v in options.items() if v is not None or k not in read}
+  return kind(**{**read, **told})
 
 
 def _count(paths: Iterable[str], pattern: str, first: int = 0) -> int:

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 import zipfile
 
 import ml_dtypes
 import numpy as np
 
 from utilized_rank.models.importing import msgpack_file
+from utilized_rank.models.importing import safetensors_file
+from utilized_rank.models.importing import shards
 from utilized_rank.models.importing import torch_file
 from utilized_rank.models.importing.tensor import Tensor
 
 
-def read_tensors(path: str) -> tuple[dict[str, Tensor], list[str]]:
-  """The tensors of a file, unread, and the names of what is no tensor.
+def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+  """The tensors of a file or directory, unread, and what is no tensor.
 
   Args:
-    path: `.npz`, `.safetensors`, `.pth` (the zip format, weights only) or
-      Flax `.msgpack`. The contents tell which, not the name.
+    path: `.npz`, `.safetensors`, `.pth` (weights only) or Flax `.msgpack`; the
+      contents tell which, not the name. Or a directory with one of them, with
+      shards and their index, or with shards alone.
 
   Returns:
-    `(tensors, others)`; nested names are joined as the format's users do, with
-    dots (PyTorch) or slashes (Flax).
+    `(tensors, others)`, both by name; nested names are joined as the format's
+    users do, with dots (PyTorch) or slashes (Flax).
 
   Raises:
-    ValueError: it is none of these, or not safe to read.
+    ValueError: it is none of these, not safe to read, or ends too early.
   """
+  if os.path.isdir(path):
+    return _of_files(path, shards.files(path))
+  if path.endswith('.index.json'):
+    return _of_files(path, shards.indexed(path))
   with open(path, 'rb') as file:
     head = file.read(9)
   if zipfile.is_zipfile(path):
@@ -36,24 +44,40 @@ def read_tensors(path: str) -> tuple[dict[str, Tensor], list[str]]:
     if any(n.endswith('data.pkl') for n in names):
       return torch_file.read(path)
     if names and all(n.endswith('.npy') for n in names):
-      return _npz(path, names), []
+      return _npz(path, names), {}
     raise ValueError(
       f'{path} is a zip file of {names[:3]}..., neither numpy nor torch.'
     )
+  if head.startswith(b'PK\x03\x04'):
+    raise ValueError(
+      f'{path} begins as a zip file (.pth or .npz) and has no end: it is '
+      'truncated. Copy it again.'
+    )
   header = int.from_bytes(head[:8], 'little')
   if head[8:] == b'{' and header < os.path.getsize(path):
-    return _safetensors(path), []
+    return safetensors_file.read(path)
   if head[:1] == b'\x80' and head[1:2] in b'\x02\x03\x04\x05':
-    raise ValueError(
-      f'{path} is a bare pickle, as torch.save wrote before version 1.6. Open '
-      'it with torch where you trust it and save it again.'
-    )
+    return torch_file.read_legacy(path)
   if head and (0x80 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)):
     return msgpack_file.read(path)
   raise ValueError(
-    f'{path} begins with {head!r}; .npz, .safetensors, .pth (zip) and Flax '
-    '.msgpack files are read.'
+    f'{path} begins with {head!r}; .npz, .safetensors, .pth and Flax .msgpack '
+    'files are read.'
   )
+
+
+def _of_files(
+  path: str, files: list[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+  tensors: dict[str, Tensor] = {}
+  others: dict[str, Any] = {}
+  for file in files:
+    found, more = read_tensors(file)
+    if twice := sorted(set(found) & set(tensors)):
+      raise ValueError(f'{path} has {twice[0]} in {file} and in another file.')
+    tensors.update(found)
+    others.update(more)
+  return tensors, others
 
 
 def _npz(path: str, names: list[str]) -> dict[str, Tensor]:
@@ -78,24 +102,3 @@ def _npz_values(path: str, name: str) -> np.ndarray:
     values = file[name]
   # numpy knows no bfloat16 and writes two bytes of anything.
   return values.view(ml_dtypes.bfloat16) if values.dtype == 'V2' else values
-
-
-def _safetensors(path: str) -> dict[str, Tensor]:
-  import safetensors
-
-  tensors = {}
-  with safetensors.safe_open(path, 'np') as file:
-    for name in file.keys():  # noqa: SIM118 (it is no dictionary)
-      shape = tuple(file.get_slice(name).get_shape())
-      tensors[name] = Tensor(
-        shape, functools.partial(_safetensors_values, path, name)
-      )
-  return tensors
-
-
-def _safetensors_values(path: str, name: str) -> np.ndarray:
-  import safetensors
-
-  # Opened anew: the pages of a mapping that stays open stay in memory.
-  with safetensors.safe_open(path, 'np') as file:
-    return file.get_tensor(name)

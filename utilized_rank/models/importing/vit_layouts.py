@@ -8,6 +8,7 @@ from utilized_rank.models.importing import by_shape
 from utilized_rank.models.importing.layouts import Layout
 from utilized_rank.models.importing.layouts import Rule
 from utilized_rank.models.importing.layouts import Shapes
+from utilized_rank.models.importing.layouts import Usual
 from utilized_rank.models.importing.layouts import dense
 from utilized_rank.models.importing.layouts import fused
 from utilized_rank.models.importing.layouts import hwio
@@ -220,8 +221,21 @@ def _flax(shapes: Shapes) -> Iterable[Rule]:
           )
 
 
-_TORCH = {'activation': 'gelu', 'resize': 'timm'}
-_CLIP = {'epsilon': 1e-5, 'resize': 'timm'}
+_GELU = {'activation': 'gelu', 'resize': 'timm'}
+_ACTIVATION = Usual('gelu', "'gelu_tanh' in SigLIP, 'quick_gelu' in CLIP")
+_POOL = Usual(None, "None is as the tensors say; 'gap' or 'token'")
+_ORDER = Usual('before', "'branch' in timm's rpn")
+_TIMM = {
+  'activation': _ACTIVATION,
+  'epsilon': Usual(1e-6, '1e-5'),
+  'pool': _POOL,
+  'norm_order': _ORDER,
+}
+_HF_VIT = {'activation': _ACTIVATION, 'epsilon': Usual(1e-12, '1e-6')}
+_CLIP = {
+  'activation': Usual('quick_gelu', "'gelu' in OpenCLIP"),
+  'pool': _POOL,
+}
 
 LAYOUTS = (
   Layout(
@@ -243,7 +257,7 @@ LAYOUTS = (
       r'.*base_encoder\.head\..*',
       r'.*(momentum_encoder|predictor)\..*',
     ),
-    settings=_TORCH,
+    settings={**_GELU},
     heads={384: 12, 768: 12, 1024: 16, 1280: 16},
   ),
   Layout(
@@ -251,9 +265,10 @@ LAYOUTS = (
     ('norm_pre.weight',),
     _timm,
     by_shape.vit,
-    settings=_CLIP,
-    assumed={'activation': 'gelu'},
+    settings={'resize': 'timm'},
+    assumed={**_TIMM, 'epsilon': Usual(1e-5, '1e-6')},
     heads=_HEADS,
+    architectures=True,
   ),
   Layout(
     'timm, DINO, DINOv2 or MAE',
@@ -265,10 +280,13 @@ LAYOUTS = (
       r'(.*\.)?mask_token',
       r'(.*\.)?decoder_.*',
       r'student\..*',
-      r'teacher\.(module\.)?(head|dino_head|ibot_head)\..*',
+      # Of DINO and iBOT, not a classifier.
+      r'teacher\.(module\.)?(head\.(mlp|last_layer)|dino_head|ibot_head)\..*',
     ),
-    settings=_TORCH,
+    settings={'resize': 'timm'},
+    assumed=_TIMM,
     heads=_HEADS,
+    architectures=True,
   ),
   Layout(
     'CLIP',
@@ -283,8 +301,8 @@ LAYOUTS = (
       r'(module\.)?(text_projection|logit_scale|logit_bias)',
       r'(input_resolution|context_length|vocab_size)',
     ),
-    settings=_CLIP,
-    assumed={'activation': 'quick_gelu'},
+    settings={'epsilon': 1e-5, 'resize': 'timm'},
+    assumed=_CLIP,
     heads={**_HEADS, 1664: 16},
   ),
   Layout(
@@ -298,9 +316,14 @@ LAYOUTS = (
       r'logit_scale',
       r'.*\.position_ids',
     ),
-    settings={**_CLIP, 'resize': 'hf'},
-    assumed={'activation': 'quick_gelu'},
+    settings={'resize': 'hf'},
+    assumed={
+      'activation': _CLIP['activation'],
+      'epsilon': Usual(1e-5),
+      'pool': _POOL,
+    },
     heads={**_HEADS, 1664: 16},
+    model_types=('clip', 'clip_vision_model'),
   ),
   Layout(
     'ViT of Hugging Face',
@@ -311,8 +334,10 @@ LAYOUTS = (
     _hf_classifier,
     by_shape.vit,
     ignored=(r'vit\.pooler\..*', r'.*mask_token', r'decoder\..*'),
-    settings={'activation': 'gelu', 'epsilon': 1e-12, 'resize': 'hf'},
+    settings={'resize': 'hf'},
+    assumed=_HF_VIT,
     heads=_HEADS,
+    model_types=('vit',),
   ),
   Layout(
     'headless ViT of Hugging Face',
@@ -323,8 +348,10 @@ LAYOUTS = (
     _hf,
     by_shape.vit,
     ignored=(r'(.*\.)?mask_token', r'pooler\..*'),
-    settings={'activation': 'gelu', 'epsilon': 1e-12, 'resize': 'hf'},
+    settings={'resize': 'hf'},
+    assumed=_HF_VIT,
     heads=_HEADS,
+    model_types=('vit',),
   ),
   Layout(
     'DINOv2 of Hugging Face',
@@ -332,8 +359,10 @@ LAYOUTS = (
     _hf,
     by_shape.vit,
     ignored=(r'(.*\.)?mask_token',),
-    settings={'activation': 'gelu', 'resize': 'hf'},
+    settings={'resize': 'hf'},
+    assumed={'activation': _ACTIVATION, 'epsilon': Usual(1e-6)},
     heads=_HEADS,
+    model_types=('dinov2', 'dinov2_with_registers'),
   ),
   Layout(
     'Flax ViT of Hugging Face',
@@ -341,15 +370,17 @@ LAYOUTS = (
     _hf_flax,
     by_shape.vit,
     ignored=(r'vit/pooler/.*',),
-    settings={'activation': 'gelu', 'epsilon': 1e-12, 'resize': 'hf'},
+    settings={'resize': 'hf'},
+    assumed=_HF_VIT,
     heads=_HEADS,
+    model_types=('vit',),
   ),
   Layout(
     'ViT of torchvision',
     ('encoder.layers.encoder_layer_0.ln_1.weight',),
     _torchvision,
     by_shape.vit,
-    settings=_TORCH,
+    settings=_GELU,
     heads=_HEADS,
   ),
 )
