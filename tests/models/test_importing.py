@@ -16,8 +16,8 @@ import pytest
 
 from utilized_rank.models import stacking
 from utilized_rank.models.gpt import GPT
-from utilized_rank.models.importing import formats
 from utilized_rank.models.importing import load_checkpoint
+from utilized_rank.models.importing.files import formats
 from utilized_rank.models.kwt import KeywordTransformer
 from utilized_rank.models.llama import Llama
 from utilized_rank.models.resnet import ResNet

@@ -154,8 +154,9 @@ class ViT(nn.Module):
     pool: one of `pooling.POOLS`: `'token'` reads a class token, `'gap'`
       averages the patches, `'map'` is attention's.
     class_token: whether there is one; None: only where `pool` reads it.
-    distilled: a second token behind the class token has a head of its own, and
-      the logits are averaged (https://arxiv.org/abs/2012.12877).
+    distilled: a second token behind the class token
+      (https://arxiv.org/abs/2012.12877): `'token'`: it is not read;
+      `'average'`: it has a head of its own and the logits are averaged.
     positions: there are learned positions.
     class_position: the class token has a position of its own.
     registers: number of register tokens.
@@ -205,7 +206,7 @@ class ViT(nn.Module):
   mlp_dim: int = 3072
   pool: str = 'token'
   class_token: bool | None = None
-  distilled: bool = False
+  distilled: str | None = None
   positions: bool = True
   class_position: bool = True
   registers: int = 0
@@ -281,7 +282,7 @@ class ViT(nn.Module):
       remat=self.remat,
       name='Transformer',
     )(x, cls, registers, train=train)
-    if self.distilled:
+    if self.distilled == 'average':
       return self._distilled(x)
     if self.pool == 'map':
       x = pooling.MapHead(options, name='MAPHead_0')(x)
@@ -316,8 +317,11 @@ class ViT(nn.Module):
     return ((both[0] + both[1]) / 2).astype(jnp.float32)
 
   def _has_class_token(self) -> bool:
-    reads = self.distilled or self.pool in ('token', 'token_and_gap')
-    return reads if self.class_token is None else self.class_token
+    reads = self.distilled is not None or self.pool in (
+      'token',
+      'token_and_gap',
+    )
+    return bool(reads) if self.class_token is None else self.class_token
 
   def _block_options(
     self, grid: tuple[int, int]
@@ -342,6 +346,10 @@ class ViT(nn.Module):
     if self.width % self.heads:
       raise ValueError(
         f'width={self.width} is no multiple of heads={self.heads}.'
+      )
+    if self.distilled not in (None, 'token', 'average'):
+      raise ValueError(
+        f"distilled={self.distilled!r}; it is None, 'token' or 'average'."
       )
     if self.pool not in pooling.POOLS:
       raise ValueError(f'pool={self.pool!r}; it is one of {pooling.POOLS}.')

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from utilized_rank.models.bert import Bert
 from utilized_rank.models.gpt import GPT
@@ -24,6 +25,7 @@ from utilized_rank.models.llama import Llama
 from utilized_rank.models.mlp import MLP
 from utilized_rank.models.positions import square_grid
 from utilized_rank.models.resnet import ResNet
+from utilized_rank.models.rotary import GridRotation
 from utilized_rank.models.vgg import VGG
 from utilized_rank.models.vit import ViT
 
@@ -40,17 +42,14 @@ def vit(
   layout: Layout, mapped: Shapes, source: Shapes, options: Options
 ) -> Built:
   del source
+  options = dict(options)
   block = 'params/Transformer/encoderblock_0/'
   attention = f'{block}MultiHeadDotProductAttention_1/'
+  mlp = f'{block}MlpBlock_3/'
   patch, _, channels, width = mapped['params/embedding/kernel']
-  positions = mapped['params/Transformer/posembed_input/pos_embedding'][-2]
-  found = square_grid(positions)
-  if found is None:
-    raise ValueError(
-      f'{positions} position embeddings are no square grid of patches with at '
-      'most one token in front.'
-    )
-  (side, _), tokens = found
+  class_token = 'params/cls' in mapped
+  distilled = 'params/distilled' in mapped
+  side, tokens = _grid(mapped, patch, options, class_token + distilled)
   query = mapped[f'{attention}query/kernel']
   if len(query) == 3:
     heads = query[1]
@@ -58,13 +57,17 @@ def vit(
     heads = width // mapped[f'{attention}query_norm/scale'][0]
   else:
     heads = options['heads']
-  swiglu = f'{block}MlpBlock_3/gate/kernel' in mapped
+  if (rope := options.pop('rope', None)) is not None:
+    options['rotation'] = grid_rotation(width // heads, **rope)
+  swiglu = f'{mlp}gate/kernel' in mapped
   hidden = 'gate' if swiglu else 'Dense_0'
-  class_token = 'params/cls' in mapped
   norm_after_pool = 'params/fc_norm/scale' in mapped
-  averages = norm_after_pool or not class_token
   head = mapped.get('params/head/kernel', (0, 0))
-  representation = mapped.get('params/pre_logits/kernel', (0, None))[1]
+  pool = 'token' if class_token and not norm_after_pool else 'gap'
+  if 'params/MAPHead_0/probe' in mapped:
+    pool = 'map'
+  elif head[0] == 2 * width:
+    pool = 'token_and_gap'
   model = _build(
     ViT,
     {
@@ -73,24 +76,79 @@ def vit(
       'width': width,
       'depth': _count(mapped, r'params/Transformer/encoderblock_(\d+)/.*'),
       'heads': heads,
-      'mlp_dim': mapped[f'{block}MlpBlock_3/{hidden}/kernel'][1],
-      'pool': 'gap' if averages else 'token',
+      'mlp_dim': mapped[f'{mlp}{hidden}/kernel'][1],
+      'pool': pool,
       'class_token': class_token,
-      'class_position': tokens == 1,
+      'distilled': 'token' if distilled else None,
+      'positions': 'params/Transformer/posembed_input/pos_embedding' in mapped,
+      'class_position': tokens > 0,
       'registers': mapped.get('params/registers', (0, 0, 0))[-2],
-      'representation_size': representation,
+      'representation_size': mapped.get('params/pre_logits/kernel', (0, None))[
+        1
+      ],
       'patch_bias': 'params/embedding/bias' in mapped,
+      'patch_norm': 'params/embedding_norm/scale' in mapped,
       'head_bias': 'params/head/bias' in mapped,
       'pre_norm': 'params/Transformer/pre_norm/scale' in mapped,
+      'last_norm': norm_after_pool
+      or 'params/Transformer/encoder_norm/scale' in mapped,
       'norm_after_pool': norm_after_pool,
       'swiglu': swiglu,
+      'mlp_bias': f'{mlp}{hidden}/bias' in mapped,
+      'mlp_norm': f'{mlp}norm/scale' in mapped,
       'qkv_bias': f'{attention}query/bias' in mapped,
+      'key_bias': f'{attention}key/bias' in mapped,
+      'out_bias': f'{attention}out/bias' in mapped,
+      'attention_norm': f'{attention}norm/scale' in mapped,
+      'relative_positions': f'{attention}relative/table' in mapped,
       'qk_norm': f'{attention}query_norm/scale' in mapped,
+      'norm': 'layer' if f'{block}LayerNorm_0/bias' in mapped else 'rms',
       'layer_scale': 1e-5 if f'{block}LayerScale_1/gamma' in mapped else None,
     },
     options,
   )
   return model, _images(side * patch, channels)
+
+
+def _grid(
+  mapped: Shapes, patch: int, options: dict[str, Any], most: int
+) -> tuple[int, int]:
+  """Side of the grid of patches, and tokens that have a position."""
+  asked = options.pop('input_size', None)
+  table = mapped.get('params/Transformer/posembed_input/pos_embedding')
+  relative = mapped.get(
+    'params/Transformer/encoderblock_0/MultiHeadDotProductAttention_1/'
+    'relative/table'
+  )
+  if table is not None:
+    found = square_grid(table[-2], max(most, 1))
+    if found is None:
+      raise ValueError(
+        f'{table[-2]} position embeddings are no square grid of patches with '
+        f'at most {max(most, 1)} token in front.'
+      )
+    return found[0][0], found[1]
+  if relative is not None:
+    return (math.isqrt(relative[0] - 3) + 1) // 2, 0
+  return (asked or 224) // patch, 0
+
+
+def grid_rotation(
+  head_dim: int,
+  theta: float,
+  centered: bool,
+  reference: int | None = None,
+  interleaved: bool = False,
+) -> GridRotation:
+  """Of DINOv3 (`centered`) or EVA-02, for heads of that width."""
+  rates = theta ** -(np.arange(head_dim // 4) / (head_dim // 4))
+  turns = 2 * np.pi if centered else 1.0
+  return GridRotation(
+    tuple(float(rate) for rate in turns * rates),
+    centered,
+    reference,
+    interleaved,
+  )
 
 
 def resnet(

@@ -13,20 +13,22 @@ import jax
 import numpy as np
 
 from utilized_rank.models.importing import by_shape
-from utilized_rank.models.importing import formats
+from utilized_rank.models.importing import hf_vit_layouts
 from utilized_rank.models.importing import language_layouts
 from utilized_rank.models.importing import layouts
 from utilized_rank.models.importing import metadata as metadata_of
 from utilized_rank.models.importing import model_types
 from utilized_rank.models.importing import other_layouts
 from utilized_rank.models.importing import vit_layouts
-from utilized_rank.models.importing.tensor import Tensor
+from utilized_rank.models.importing.files import formats
+from utilized_rank.models.importing.files.tensor import Tensor
 from utilized_rank.models.positions import resize_positions
 from utilized_rank.models.vit import ViT
 from utilized_rank.tree import paths
 
 LAYOUTS: tuple[layouts.Layout, ...] = (
   *vit_layouts.LAYOUTS,
+  *hf_vit_layouts.LAYOUTS,
   *language_layouts.LAYOUTS,
   *other_layouts.LAYOUTS,
 )
@@ -112,7 +114,8 @@ def load_checkpoint(
   """
   path = os.fspath(path)
   tensors, others = formats.read_tensors(path)
-  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  # PyTorch saves as empty what a model does not have (no registers).
+  shapes = {n: t.shape for n, t in tensors.items() if 0 not in t.shape}
   metadata = metadata_of.find(path, others, config, architecture)
   said = dict(metadata.facts)
   if metadata.config is not None:
@@ -141,7 +144,7 @@ def load_checkpoint(
     match.prefix,
     batch,
     assumed,
-    (*match.ignored, *others),
+    (*match.ignored, *(n for n in others if not n.startswith('__metadata__'))),
     metadata.source,
   )
   logging.getLogger(__name__).info('%s: %s', path, imported)

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from utilized_rank.models.importing.tensor import Tensor
+from utilized_rank.models.importing.files.tensor import Tensor
 
 _DTYPES: dict[str, Any] = {
   'F64': np.float64,

@@ -10,7 +10,7 @@ from flax import serialization
 import msgpack
 import numpy as np
 
-from utilized_rank.models.importing.tensor import Tensor
+from utilized_rank.models.importing.files.tensor import Tensor
 
 _NDARRAY = 1  # flax.serialization's code for an array
 _HEAD = 512  # more than keys, lengths and shapes take

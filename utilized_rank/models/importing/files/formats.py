@@ -10,11 +10,11 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
-from utilized_rank.models.importing import msgpack_file
-from utilized_rank.models.importing import safetensors_file
-from utilized_rank.models.importing import shards
-from utilized_rank.models.importing import torch_file
-from utilized_rank.models.importing.tensor import Tensor
+from utilized_rank.models.importing.files import msgpack_file
+from utilized_rank.models.importing.files import safetensors_file
+from utilized_rank.models.importing.files import shards
+from utilized_rank.models.importing.files import torch_file
+from utilized_rank.models.importing.files.tensor import Tensor
 
 
 def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

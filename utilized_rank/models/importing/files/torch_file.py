@@ -19,7 +19,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
-from utilized_rank.models.importing.tensor import Tensor
+from utilized_rank.models.importing.files.tensor import Tensor
 
 _DTYPES: dict[str, Any] = {
   'DoubleStorage': np.float64,
