@@ -7,6 +7,7 @@ import pytest
 
 from utilized_rank.models import llama
 from utilized_rank.models import resnet
+from utilized_rank.models import rotary
 from utilized_rank.models import transformer_parts
 from utilized_rank.models import vgg
 from utilized_rank.models.batch_norm import fold_batch_norm
@@ -139,9 +140,9 @@ def test_grouped_queries_are_repeated_keys():
 def test_half_split_rotation_is_the_interleaved_one_permuted():
   x = np.random.default_rng(0).normal(size=(2, 5, 3, 8)).astype(np.float32)
   order = np.arange(8).reshape(4, 2).T.ravel()  # evens, then odds
-  options = {'theta': 100.0}
-  half = llama.rotate(x[..., order], interleaved=False, **options)
-  pairs = llama.rotate(x, interleaved=True, **options)
+  turns = rotary.Rotation.plain(100.0, 8).angles(np.arange(5))
+  half = rotary.rotate(x[..., order], turns, interleaved=False)
+  pairs = rotary.rotate(x, turns, interleaved=True)
   np.testing.assert_allclose(half, pairs[..., order], rtol=1e-6)
   # Complex numbers turned by t / 100**(j / 4).
   z = (x[..., ::2] + 1j * x[..., 1::2]).astype(np.complex128)
@@ -172,8 +173,10 @@ def test_errors():
     abstract(decoder(kv_heads=3), 1, 6, dtype=jnp.int32)
   with pytest.raises(ValueError, match='6 tokens do not fit into context=5'):
     abstract(GPT(7, 5, 8, 1, 2), 1, 6, dtype=jnp.int32)
-  with pytest.raises(ValueError, match="activation='relu'"):
-    transformer_parts.BlockOptions(2, 8, activation='relu')
+  with pytest.raises(ValueError, match="activation='swish'"):
+    transformer_parts.BlockOptions(2, 8, activation='swish')
+  with pytest.raises(ValueError, match="norm_order='post'"):
+    transformer_parts.BlockOptions(2, 8, norm_order='post')
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])

@@ -27,8 +27,13 @@ class GPT(nn.Module):
     vocabulary: number of tokens.
     context: number of positions; at least T.
     width: width of the residual stream; a multiple of `heads`.
-    depth: number of blocks, whose MLPs are four times as wide.
+    depth: number of blocks.
     heads: number of attention heads.
+    mlp_dim: hidden width of the MLPs, or None for four times the width.
+    tied: the output shares the embedding's table.
+    head: whether there are logits; else features `(B, T, width)`.
+    activation: a key of `transformer_parts.ACTIVATIONS`.
+    epsilon: of the layer norms.
 
   Raises (when called):
     ValueError: T is larger than `context`.
@@ -39,22 +44,40 @@ class GPT(nn.Module):
   width: int
   depth: int
   heads: int
+  mlp_dim: int | None = None
+  tied: bool = False
+  head: bool = True
+  activation: str = 'gelu_tanh'
+  epsilon: float = 1e-5
 
   @nn.compact
-  def __call__(self, tokens: Array) -> Array:
+  def __call__(self, tokens: Array, mask: Array | None = None) -> Array:
+    """Logits; positions where `mask` (B, T) is 0 are padding that none sees."""
     if tokens.shape[1] > self.context:
       raise ValueError(
         f'{tokens.shape[1]} tokens do not fit into context={self.context}.'
       )
-    x = nn.Embed(self.vocabulary, self.width, name='embedding')(tokens)
+    embedding = nn.Embed(self.vocabulary, self.width, name='embedding')
+    x = embedding(tokens)
     positions = self.param(
       'positions', nn.initializers.normal(0.02), (self.context, self.width)
     )
     x = x + positions[: x.shape[1]]
     options = transformer_parts.BlockOptions(
-      heads=self.heads, mlp_dim=4 * self.width, causal=True, epsilon=1e-5
+      heads=self.heads,
+      mlp_dim=self.mlp_dim or 4 * self.width,
+      activation=self.activation,
+      causal=True,
+      epsilon=self.epsilon,
     )
+    seen = None if mask is None else mask[:, None, None] != 0
     for i in range(self.depth):
-      x, _ = transformer_parts.EncoderBlock(options, True, name=f'block_{i}')(x)
+      x, _ = transformer_parts.EncoderBlock(options, True, name=f'block_{i}')(
+        x, seen
+      )
     x = nn.LayerNorm(epsilon=options.epsilon, name='norm')(x)
+    if not self.head:
+      return x
+    if self.tied:
+      return embedding.attend(x)
     return nn.Dense(self.vocabulary, use_bias=False, name='head')(x)

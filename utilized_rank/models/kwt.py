@@ -56,7 +56,7 @@ class KeywordTransformer(nn.Module):
       mlp_dim=self.mlp_dim,
       activation=self.activation,
       qkv_bias=False,
-      post_norm=True,
+      norm_order='after',
       dropout=self.dropout,
     )
     grid = (1, x.shape[1])

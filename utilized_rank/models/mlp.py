@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from utilized_rank.host.extras import extra
+from utilized_rank.models.transformer_parts import ACTIVATIONS
 
 with extra('models'):
   import flax.linen as nn
@@ -15,7 +16,7 @@ Array = jax.Array
 
 
 class MLP(nn.Module):
-  """Arrays `(B, ...)`, flattened, to `(B, widths[-1])`, with ReLU between.
+  """Arrays `(B, ...)`, flattened, to `(B, widths[-1])`.
 
   >>> import jax, jax.numpy as jnp
   >>> model, x = MLP((5, 3)), jnp.zeros((2, 4, 4))
@@ -25,13 +26,16 @@ class MLP(nn.Module):
 
   Attributes:
     widths: of the layers' outputs, the last one's included.
+    activation: between them, a key of `transformer_parts.ACTIVATIONS`.
   """
 
   widths: Sequence[int]
+  activation: str = 'relu'
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     x = x.reshape(x.shape[0], -1)
+    activation = ACTIVATIONS[self.activation]
     for i, width in enumerate(self.widths):
-      x = nn.Dense(width)(nn.relu(x) if i else x)
+      x = nn.Dense(width)(activation(x) if i else x)
     return x

@@ -50,13 +50,17 @@ def _sincos(grid: tuple[int, int], width: int) -> Array:
   return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, width % 4)))
 
 
-def square_grid(positions: int) -> tuple[tuple[int, int], int] | None:
+def square_grid(
+  positions: int, most: int = 1
+) -> tuple[tuple[int, int], int] | None:
   """The square grid of a table's rows and the rows before it, or None.
+
+  Before it are at most `most`.
 
   >>> square_grid(197), square_grid(196), square_grid(200)
   (((14, 14), 1), ((14, 14), 0), None)
   """
-  for tokens in (0, 1):
+  for tokens in range(most + 1):
     side = math.isqrt(positions - tokens)
     if side * side == positions - tokens and side:
       return (side, side), tokens

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from utilized_rank.host.extras import extra
 from utilized_rank.models.batch_norm import conv_norm
+from utilized_rank.models.transformer_parts import ACTIVATIONS
 
 with extra('models'):
   import flax.linen as nn
@@ -32,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   '56': {'stages': (9, 9, 9), **_CIFAR},
 }
 _SHORTCUTS = ('norm', 'conv', 'pad')
+_BLURS = (None, 'average', 'binomial')
 
 
 class ResNet(nn.Module):
@@ -56,9 +58,13 @@ class ResNet(nn.Module):
     padding: of convolutions: `'symmetric'` or `'SAME'`, see `conv_norm`.
     batch_norm: False for variables from `fold_batch_norm`.
     dtype: type of the computation.
+    activation: a key of `transformer_parts.ACTIVATIONS`.
+    blur: what 3x3 convolutions of stride 2 are followed by in place of the
+      stride: None, `'average'` or `'binomial'`
+      (https://arxiv.org/abs/1904.11486).
 
   Raises (when called):
-    ValueError: `shortcut` is none of the three.
+    ValueError: `shortcut` or `blur` has no such value.
   """
 
   num_classes: int
@@ -70,9 +76,13 @@ class ResNet(nn.Module):
   padding: str = 'symmetric'
   batch_norm: bool = True
   dtype: Any = jnp.float32
+  activation: str = 'relu'
+  blur: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False) -> Array:
+    if self.blur not in _BLURS:
+      raise ValueError(f'blur={self.blur!r}; it is one of {_BLURS}.')
     if self.shortcut not in _SHORTCUTS:
       raise ValueError(
         f'shortcut={self.shortcut!r}; it is one of {_SHORTCUTS}.'
@@ -85,9 +95,10 @@ class ResNet(nn.Module):
       padding=self.padding,
     )
     size, stride = (3, 1) if self.small_images else (7, 2)
-    x = nn.relu(layer(x, self.width, size, '1', stride=stride))
+    activation = ACTIVATIONS[self.activation]
+    x = activation(layer(x, self.width, size, '1', stride=stride))
     if not self.small_images:
-      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+      x = _max_pool(x, self.blur)
     for i, blocks in enumerate(self.stages):
       for j in range(blocks):
         x = ResNetBlock(
@@ -96,6 +107,8 @@ class ResNet(nn.Module):
           self.bottleneck,
           self.shortcut,
           layer,
+          activation,
+          self.blur,
           name=f'layer{i + 1}_{j}',
         )(x)
     x = x.mean(axis=(1, 2))
@@ -112,20 +125,26 @@ class ResNetBlock(nn.Module):
   bottleneck: bool
   shortcut: str
   layer: Any
+  activation: Any
+  blur: str | None
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     features = 4 * self.width if self.bottleneck else self.width
     if self.bottleneck:
-      y = nn.relu(self.layer(x, self.width, 1, '1'))
-      y = nn.relu(self.layer(y, self.width, 3, '2', stride=self.stride))
-      y = self.layer(y, features, 1, '3')
+      y = self.activation(self.layer(x, self.width, 1, '1'))
+      y = self.layer(self._strided(y, '2'), features, 1, '3')
     else:
-      y = nn.relu(self.layer(x, self.width, 3, '1', stride=self.stride))
-      y = self.layer(y, features, 3, '2')
+      y = self.layer(self._strided(x, '1'), features, 3, '2')
     if self.stride > 1 or x.shape[-1] != features:
       x = self._shortcut(x, features)
-    return nn.relu(x + y)
+    return self.activation(x + y)
+
+  def _strided(self, x: Array, name: str) -> Array:
+    blurs = self.blur is not None and self.stride > 1
+    stride = 1 if blurs else self.stride
+    x = self.activation(self.layer(x, self.width, 3, name, stride=stride))
+    return _halved(x, self.blur) if blurs else x
 
   def _shortcut(self, x: Array, features: int) -> Array:
     if self.shortcut == 'pad':
@@ -136,3 +155,21 @@ class ResNetBlock(nn.Module):
     return self.layer(
       x, features, 1, '_shortcut', stride=self.stride, **options
     )
+
+
+def _halved(x: Array, blur: str | None) -> Array:
+  """Every second pixel of what is averaged over its neighbours."""
+  if blur == 'average':
+    return nn.avg_pool(x, (2, 2), (2, 2))
+  x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode='reflect')
+  for _ in range(2):  # 1 2 1 is 1 1 twice
+    x = nn.avg_pool(x, (2, 2))
+  return x[:, ::2, ::2]
+
+
+def _max_pool(x: Array, blur: str | None) -> Array:
+  if blur == 'average':
+    return _halved(x, blur)
+  stride = (2, 2) if blur is None else (1, 1)
+  x = nn.max_pool(x, (3, 3), stride, ((1, 1), (1, 1)))
+  return x if blur is None else _halved(x, blur)

@@ -9,14 +9,17 @@ families added: MAE, DINO, DINOv2, CLIP, timm.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from utilized_rank.host.extras import extra
+from utilized_rank.models import pooling
 from utilized_rank.models import transformer_parts
 from utilized_rank.models.positions import PositionEmbedding
+from utilized_rank.models.rotary import GridRotation
 
 with extra('models'):
   import flax.linen as nn
@@ -54,6 +57,7 @@ class Encoder(nn.Module):
     depth: number of blocks.
     grid: rows and columns of patches.
     class_position: the class token has a position of its own.
+    positions: there are learned positions.
     pre_norm: a norm before the first block.
     last_norm: a norm after the last block.
     scan: see `ViT`.
@@ -64,6 +68,7 @@ class Encoder(nn.Module):
   depth: int
   grid: tuple[int, int]
   class_position: bool = True
+  positions: bool = True
   pre_norm: bool = False
   last_norm: bool = True
   scan: bool = False
@@ -82,7 +87,9 @@ class Encoder(nn.Module):
 
     Registers have no position (https://arxiv.org/abs/2309.16588).
     """
-    position = PositionEmbedding(self.grid, name='posembed_input')
+    position: Any = lambda x: x
+    if self.positions:
+      position = PositionEmbedding(self.grid, name='posembed_input')
     if class_token is not None and self.class_position:
       x = position(_prepend(class_token, x))
     else:
@@ -114,10 +121,8 @@ class Encoder(nn.Module):
         x, _ = block(self.options, not train, name=f'encoderblock_{i}')(x, None)
     return self._norm('encoder_norm')(x) if self.last_norm else x
 
-  def _norm(self, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(
-      epsilon=self.options.epsilon, dtype=self.options.dtype, name=name
-    )
+  def _norm(self, name: str) -> nn.Module:
+    return transformer_parts.make_norm(self.options, name)
 
 
 def _prepend(tokens: Array, x: Array) -> Array:
@@ -149,22 +154,39 @@ class ViT(nn.Module):
     depth: number of blocks.
     heads: number of attention heads.
     mlp_dim: hidden width of the MLPs.
-    pool: `'token'` reads a class token, `'gap'` averages the patches.
+    pool: one of `pooling.POOLS`: `'token'` reads a class token, `'gap'`
+      averages the patches, `'map'` is attention's.
     class_token: whether there is one; None: only where `pool` reads it.
+    distilled: a second token behind the class token
+      (https://arxiv.org/abs/2012.12877): `'token'`: it is not read;
+      `'average'`: it has a head of its own and the logits are averaged.
+    positions: there are learned positions.
     class_position: the class token has a position of its own.
     registers: number of register tokens.
     representation_size: width of a tanh layer before the head, or None.
     patch_bias: the patch embedding has a bias.
     head_bias: the head has a bias.
+    patch_norm: a norm behind the patch embedding.
     pre_norm: a norm before the first block, as in CLIP.
+    last_norm: a norm behind the last block, or behind the pooling.
     norm_after_pool: the last norm comes after the pooling, as in MAE's
       fine-tuning.
-    activation: `'gelu_tanh'`, `'gelu'` or `'quick_gelu'`.
-    swiglu: see `transformer_parts.BlockOptions`, with the next five.
+    activation: see `transformer_parts.BlockOptions`, with the next sixteen.
+    swiglu: see there.
     qkv_bias: see there.
     qk_norm: see there.
     layer_scale: see there.
     epsilon: see there.
+    norm: see there.
+    norm_order: see there.
+    gate_activation: see there.
+    mlp_bias: see there.
+    mlp_norm: see there.
+    attention_norm: see there.
+    key_bias: see there.
+    out_bias: see there.
+    rotation: see there.
+    relative_positions: see there.
     attention_dropout: see there.
     dropout: rate after the embedding, the attention and the dense layers.
     dtype: type of the computation.
@@ -187,12 +209,16 @@ class ViT(nn.Module):
   mlp_dim: int = 3072
   pool: str = 'token'
   class_token: bool | None = None
+  distilled: str | None = None
+  positions: bool = True
   class_position: bool = True
   registers: int = 0
   representation_size: int | None = None
   patch_bias: bool = True
   head_bias: bool = True
+  patch_norm: bool = False
   pre_norm: bool = False
+  last_norm: bool = True
   norm_after_pool: bool = False
   activation: str = 'gelu_tanh'
   swiglu: bool = False
@@ -200,6 +226,16 @@ class ViT(nn.Module):
   qk_norm: bool = False
   layer_scale: float | None = None
   epsilon: float = 1e-6
+  norm: str = 'layer'
+  norm_order: str = 'before'
+  gate_activation: str = 'silu'
+  mlp_bias: bool = True
+  mlp_norm: bool = False
+  attention_norm: bool = False
+  key_bias: bool | None = None
+  out_bias: bool = True
+  rotation: GridRotation | None = None
+  relative_positions: bool = False
   dropout: float = 0.0
   attention_dropout: float = 0.0
   dtype: Any = jnp.float32
@@ -221,9 +257,15 @@ class ViT(nn.Module):
     )(images)
     grid = (x.shape[1], x.shape[2])
     x = x.reshape(x.shape[0], -1, self.width)
+    options = self._block_options(grid)
+    if self.patch_norm:
+      x = transformer_parts.make_norm(options, 'embedding_norm')(x)
     cls = registers = None
     if self._has_class_token():
       cls = self.param('cls', nn.initializers.zeros, (1, 1, self.width))
+    if self.distilled:
+      more = self.param('distilled', nn.initializers.zeros, (1, 1, self.width))
+      cls = jnp.concatenate([cls, more], axis=1)
     if self.registers:
       registers = self.param(
         'registers',
@@ -232,52 +274,67 @@ class ViT(nn.Module):
       )
     patches = x.shape[1]
     x = Encoder(
-      self._block_options(),
+      options,
       self.depth,
       grid,
       class_position=self.class_position,
+      positions=self.positions,
       pre_norm=self.pre_norm,
-      last_norm=not self.norm_after_pool,
+      last_norm=self.last_norm and not self.norm_after_pool,
       scan=self.scan,
       remat=self.remat,
       name='Transformer',
     )(x, cls, registers, train=train)
-    x = x[:, 0] if self.pool == 'token' else x[:, -patches:].mean(axis=1)
+    if self.distilled == 'average':
+      return self._distilled(x)
+    if self.pool == 'map':
+      x = pooling.MapHead(options, name='MAPHead_0')(x)
+    else:
+      x = pooling.pooled(x, self.pool, patches)
     if self.norm_after_pool:
-      x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name='fc_norm')(
-        x
-      )
+      x = transformer_parts.make_norm(options, 'fc_norm')(x)
     if self.representation_size is not None:
       size = self.representation_size
       x = jnp.tanh(nn.Dense(size, dtype=self.dtype, name='pre_logits')(x))
     if not self.num_classes:
       return x.astype(jnp.float32)
+    return self._classes(x, 'head')
+
+  def _classes(self, x: Array, name: str) -> Array:
     # A zero head makes the first logits equal, as in the published recipe.
     return nn.Dense(
       self.num_classes,
       use_bias=self.head_bias,
       kernel_init=nn.initializers.zeros,
       dtype=jnp.float32,
-      name='head',
+      name=name,
     )(x)
 
-  def _has_class_token(self) -> bool:
-    reads = self.pool == 'token'
-    return reads if self.class_token is None else self.class_token
+  def _distilled(self, x: Array) -> Array:
+    both = x[:, 0], x[:, 1]
+    if self.num_classes:
+      both = tuple(
+        self._classes(token, name)
+        for token, name in zip(both, ('head', 'head_distilled'), strict=True)
+      )
+    return ((both[0] + both[1]) / 2).astype(jnp.float32)
 
-  def _block_options(self) -> transformer_parts.BlockOptions:
+  def _has_class_token(self) -> bool:
+    reads = self.distilled is not None or self.pool in (
+      'token',
+      'token_and_gap',
+    )
+    return bool(reads) if self.class_token is None else self.class_token
+
+  def _block_options(
+    self, grid: tuple[int, int]
+  ) -> transformer_parts.BlockOptions:
+    names = {f.name for f in dataclasses.fields(transformer_parts.BlockOptions)}
+    same = names & {f.name for f in dataclasses.fields(self)}
+    placed = self.rotation is not None or self.relative_positions
     return transformer_parts.BlockOptions(
-      heads=self.heads,
-      mlp_dim=self.mlp_dim,
-      activation=self.activation,
-      swiglu=self.swiglu,
-      qkv_bias=self.qkv_bias,
-      qk_norm=self.qk_norm,
-      layer_scale=self.layer_scale,
-      epsilon=self.epsilon,
-      dropout=self.dropout,
-      attention_dropout=self.attention_dropout,
-      dtype=self.dtype,
+      **{name: getattr(self, name) for name in same},
+      grid=grid if placed else None,
     )
 
   def _check(self, shape: tuple[int, ...]) -> None:
@@ -293,7 +350,11 @@ class ViT(nn.Module):
       raise ValueError(
         f'width={self.width} is no multiple of heads={self.heads}.'
       )
-    if self.pool not in ('token', 'gap'):
-      raise ValueError(f"pool={self.pool!r}; it is 'token' or 'gap'.")
+    if self.distilled not in (None, 'token', 'average'):
+      raise ValueError(
+        f"distilled={self.distilled!r}; it is None, 'token' or 'average'."
+      )
+    if self.pool not in pooling.POOLS:
+      raise ValueError(f'pool={self.pool!r}; it is one of {pooling.POOLS}.')
     if self.pool == 'token' and not self._has_class_token():
       raise ValueError("pool='token' reads the class token: class_token=False.")

@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from utilized_rank.host.extras import extra
+from utilized_rank.models.bert import Bert
 from utilized_rank.models.gpt import GPT
 from utilized_rank.models.kwt import KeywordTransformer
 from utilized_rank.models.llama import Llama
 from utilized_rank.models.mlp import MLP
 from utilized_rank.models.positions import square_grid
 from utilized_rank.models.resnet import ResNet
+from utilized_rank.models.rotary import GridRotation
 from utilized_rank.models.vgg import VGG
 from utilized_rank.models.vit import ViT
 
@@ -42,31 +45,32 @@ def vit(
   layout: Layout, mapped: Shapes, source: Shapes, options: Options
 ) -> Built:
   del source
+  options = dict(options)
   block = 'params/Transformer/encoderblock_0/'
   attention = f'{block}MultiHeadDotProductAttention_1/'
+  mlp = f'{block}MlpBlock_3/'
   patch, _, channels, width = mapped['params/embedding/kernel']
-  positions = mapped['params/Transformer/posembed_input/pos_embedding'][-2]
-  found = square_grid(positions)
-  if found is None:
-    raise ValueError(
-      f'{positions} position embeddings are no square grid of patches with at '
-      'most one token in front.'
-    )
-  (side, _), tokens = found
+  class_token = 'params/cls' in mapped
+  distilled = 'params/distilled' in mapped
+  side, tokens = _grid(mapped, patch, options, class_token + distilled)
   query = mapped[f'{attention}query/kernel']
   if len(query) == 3:
     heads = query[1]
   elif f'{attention}query_norm/scale' in mapped:
     heads = width // mapped[f'{attention}query_norm/scale'][0]
   else:
-    heads = _heads(layout, width, options)
-  swiglu = f'{block}MlpBlock_3/gate/kernel' in mapped
+    heads = options['heads']
+  if (rope := options.pop('rope', None)) is not None:
+    options['rotation'] = grid_rotation(width // heads, **rope)
+  swiglu = f'{mlp}gate/kernel' in mapped
   hidden = 'gate' if swiglu else 'Dense_0'
-  class_token = 'params/cls' in mapped
   norm_after_pool = 'params/fc_norm/scale' in mapped
-  averages = norm_after_pool or not class_token
   head = mapped.get('params/head/kernel', (0, 0))
-  representation = mapped.get('params/pre_logits/kernel', (0, None))[1]
+  pool = 'token' if class_token and not norm_after_pool else 'gap'
+  if 'params/MAPHead_0/probe' in mapped:
+    pool = 'map'
+  elif head[0] == 2 * width:
+    pool = 'token_and_gap'
   model = _build(
     ViT,
     {
@@ -75,24 +79,79 @@ def vit(
       'width': width,
       'depth': _count(mapped, r'params/Transformer/encoderblock_(\d+)/.*'),
       'heads': heads,
-      'mlp_dim': mapped[f'{block}MlpBlock_3/{hidden}/kernel'][1],
-      'pool': 'gap' if averages else 'token',
+      'mlp_dim': mapped[f'{mlp}{hidden}/kernel'][1],
+      'pool': pool,
       'class_token': class_token,
-      'class_position': tokens == 1,
+      'distilled': 'token' if distilled else None,
+      'positions': 'params/Transformer/posembed_input/pos_embedding' in mapped,
+      'class_position': tokens > 0,
       'registers': mapped.get('params/registers', (0, 0, 0))[-2],
-      'representation_size': representation,
+      'representation_size': mapped.get('params/pre_logits/kernel', (0, None))[
+        1
+      ],
       'patch_bias': 'params/embedding/bias' in mapped,
+      'patch_norm': 'params/embedding_norm/scale' in mapped,
       'head_bias': 'params/head/bias' in mapped,
       'pre_norm': 'params/Transformer/pre_norm/scale' in mapped,
+      'last_norm': norm_after_pool
+      or 'params/Transformer/encoder_norm/scale' in mapped,
       'norm_after_pool': norm_after_pool,
       'swiglu': swiglu,
+      'mlp_bias': f'{mlp}{hidden}/bias' in mapped,
+      'mlp_norm': f'{mlp}norm/scale' in mapped,
       'qkv_bias': f'{attention}query/bias' in mapped,
+      'key_bias': f'{attention}key/bias' in mapped,
+      'out_bias': f'{attention}out/bias' in mapped,
+      'attention_norm': f'{attention}norm/scale' in mapped,
+      'relative_positions': f'{attention}relative/table' in mapped,
       'qk_norm': f'{attention}query_norm/scale' in mapped,
+      'norm': 'layer' if f'{block}LayerNorm_0/bias' in mapped else 'rms',
       'layer_scale': 1e-5 if f'{block}LayerScale_1/gamma' in mapped else None,
     },
     options,
   )
   return model, _images(side * patch, channels)
+
+
+def _grid(
+  mapped: Shapes, patch: int, options: dict[str, Any], most: int
+) -> tuple[int, int]:
+  """Side of the grid of patches, and tokens that have a position."""
+  asked = options.pop('input_size', None)
+  table = mapped.get('params/Transformer/posembed_input/pos_embedding')
+  relative = mapped.get(
+    'params/Transformer/encoderblock_0/MultiHeadDotProductAttention_1/'
+    'relative/table'
+  )
+  if table is not None:
+    found = square_grid(table[-2], max(most, 1))
+    if found is None:
+      raise ValueError(
+        f'{table[-2]} position embeddings are no square grid of patches with '
+        f'at most {max(most, 1)} token in front.'
+      )
+    return found[0][0], found[1]
+  if relative is not None:
+    return (math.isqrt(relative[0] - 3) + 1) // 2, 0
+  return (asked or 224) // patch, 0
+
+
+def grid_rotation(
+  head_dim: int,
+  theta: float,
+  centered: bool,
+  reference: int | None = None,
+  interleaved: bool = False,
+) -> GridRotation:
+  """Of DINOv3 (`centered`) or EVA-02, for heads of that width."""
+  rates = theta ** -(np.arange(head_dim // 4) / (head_dim // 4))
+  turns = 2 * np.pi if centered else 1.0
+  return GridRotation(
+    tuple(float(rate) for rate in turns * rates),
+    centered,
+    reference,
+    interleaved,
+  )
 
 
 def resnet(
@@ -173,7 +232,7 @@ def keyword_transformer(
       'num_classes': mapped['params/head/kernel'][1],
       'width': width,
       'depth': _count(mapped, r'params/Transformer/encoderblock_(\d+)/.*'),
-      'heads': _heads(layout, width, options),
+      'heads': options['heads'],
       'mlp_dim': mapped[f'{block}MlpBlock_3/Dense_0/kernel'][1],
     },
     options,
@@ -186,7 +245,7 @@ def keyword_transformer(
 def gpt(
   layout: Layout, mapped: Shapes, source: Shapes, options: Options
 ) -> Built:
-  del source
+  del layout
   vocabulary, width = mapped['params/embedding/embedding']
   context = mapped['params/positions'][0]
   model = _build(
@@ -196,7 +255,36 @@ def gpt(
       'context': context,
       'width': width,
       'depth': _count(mapped, r'params/block_(\d+)/.*'),
-      'heads': _heads(layout, width, options),
+      'heads': options['heads'],
+      'mlp_dim': mapped['params/block_0/MlpBlock_3/Dense_0/kernel'][1],
+      'tied': 'params/head/kernel' not in mapped,
+      'head': any(name.startswith('transformer.') for name in source),
+    },
+    options,
+  )
+  return model, jax.ShapeDtypeStruct((1, context), jnp.int32)
+
+
+def bert(
+  layout: Layout, mapped: Shapes, source: Shapes, options: Options
+) -> Built:
+  del layout, source
+  vocabulary, width = mapped['params/embedding/embedding']
+  context = mapped['params/positions'][0]
+  classes = mapped.get('params/head/kernel', (0, 0))[1]
+  output = 'vocabulary' if 'params/logits_bias' in mapped else 'tokens'
+  model = _build(
+    Bert,
+    {
+      'vocabulary': vocabulary,
+      'context': context,
+      'width': width,
+      'depth': _count(mapped, r'params/block_(\d+)/.*'),
+      'heads': options['heads'],
+      'mlp_dim': mapped['params/block_0/MlpBlock_3/Dense_0/kernel'][1],
+      'types': mapped.get('params/types/embedding', (0,))[0],
+      'output': 'classes' if classes else output,
+      'num_classes': classes,
     },
     options,
   )
@@ -206,11 +294,13 @@ def gpt(
 def llama(
   layout: Layout, mapped: Shapes, source: Shapes, options: Options
 ) -> Built:
-  del source
+  del layout
   vocabulary, width = mapped['params/embedding/embedding']
-  heads = _heads(layout, width, options)
-  queries = mapped['params/block_0/query/kernel'][1]
-  head_dim = queries // heads
+  heads = options['heads']
+  head_dim = mapped['params/block_0/query/kernel'][1] // heads
+  qk_norm = None
+  if norm := mapped.get('params/block_0/query_norm/scale'):
+    qk_norm = 'head' if norm[0] == head_dim else 'width'
   model = _build(
     Llama,
     {
@@ -222,6 +312,12 @@ def llama(
       'mlp_dim': mapped['params/block_0/mlp/gate/kernel'][1],
       'head_dim': head_dim,
       'tied': 'params/head/kernel' not in mapped,
+      'qkv_bias': 'params/block_0/query/bias' in mapped,
+      'out_bias': 'params/block_0/out/bias' in mapped,
+      'mlp_bias': 'params/block_0/mlp/gate/bias' in mapped,
+      'qk_norm': qk_norm,
+      # A model saved without a head has no name in front.
+      'head': 'embed_tokens.weight' not in source,
     },
     options,
   )
@@ -254,6 +350,16 @@ def places(shapes: Shapes, sequential: str, ndim: int) -> list[int]:
   )
 
 
+def width_without_heads(mapped: Shapes) -> int | None:
+  """Width of the queries where no shape tells how many heads they have."""
+  for path, shape in mapped.items():
+    if path.endswith('/query/kernel') and len(shape) == 2:
+      norm = mapped.get(path.replace('query/kernel', 'query_norm/scale'))
+      # A norm per head is as wide as a head.
+      return shape[1] if norm in (None, (shape[1],)) else None
+  return None
+
+
 def _build(kind: type, read: dict[str, Any], options: Options) -> nn.Module:
   known = {f.name for f in dataclasses.fields(kind)} - {'parent', 'name'}
   if unknown := set(options) - known:
@@ -261,18 +367,8 @@ def _build(kind: type, read: dict[str, Any], options: Options) -> nn.Module:
       f'{kind.__name__} has no options {sorted(unknown)}; it has '
       f'{sorted(known)}.'
     )
-  return kind(**{**read, **options})
-
-
-def _heads(layout: Layout, width: int, options: Options) -> int:
-  if 'heads' in options:
-    return options['heads']
-  if width not in layout.heads:
-    raise ValueError(
-      f'no shape tells the number of attention heads, and the layout of '
-      f'{layout.name} has no convention for width {width}; give heads=.'
-    )
-  return layout.heads[width]
+  told = {k: v for k, v in options.items() if v is not None or k not in read}
+  return kind(**{**read, **told})
 
 
 def _count(paths: Iterable[str], pattern: str, first: int = 0) -> int:

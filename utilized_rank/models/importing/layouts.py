@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -27,11 +28,26 @@ Convert = Callable[[np.ndarray], np.ndarray]
 
 
 class Rule(NamedTuple):
-  """One row of a table: where a tensor goes, and which view of it."""
+  """One row of a table: where a tensor goes, and which view of it.
+
+  A path of '' is nowhere: what the model does not use.
+  """
 
   pattern: str
   path: str
   convert: Convert
+
+
+class Usual(NamedTuple):
+  """What an option is in the best known models, where nothing says it.
+
+  Attributes:
+    value: of the option.
+    elsewhere: what other models with the same names and shapes have.
+  """
+
+  value: Any
+  elsewhere: str = ''
 
 
 class Target(NamedTuple):
@@ -62,9 +78,13 @@ class Layout:
     ignored: regular expressions of whole names that are no part of the model.
     settings: options of the model that hold for the whole layout, and
       `resize`, the method of `positions.resize_positions`.
-    assumed: options that no shape tells, as the layout's best known model has
-      them; they are reported, and options given by the caller go first.
-    heads: attention heads by width where the code base has a convention.
+    assumed: options that change the output and that no shape tells. Metadata or
+      the caller say them; else they are taken only where the caller agrees.
+    heads: attention heads by width where the code base has a convention; they
+      are taken as what is assumed is.
+    model_types: those of Hugging Face that are saved with these names.
+    by_config: too much is unsaid without the config, which names the model.
+    architectures: timm and torchvision have names for models of this layout.
   """
 
   name: str
@@ -76,8 +96,11 @@ class Layout:
   ]
   ignored: Sequence[str] = ()
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  assumed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  assumed: Mapping[str, Usual] = dataclasses.field(default_factory=dict)
   heads: Mapping[int, int] = dataclasses.field(default_factory=dict)
+  model_types: Sequence[str] = ()
+  by_config: bool = False
+  architectures: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +113,8 @@ class Match:
     targets: by path of ours.
     ignored: names that are no part of the model.
     unknown: names that the table does not have.
+    aside: other files have this prefix beside the model (a student, an
+      optimizer's copy).
   """
 
   layout: Layout
@@ -97,6 +122,7 @@ class Match:
   targets: dict[str, Target]
   ignored: list[str]
   unknown: list[str]
+  aside: bool
 
 
 def match(
@@ -107,8 +133,19 @@ def match(
   Raises:
     ValueError: two tensors claim one leaf.
   """
-  skip = [re.compile(p) for p in (*layout.ignored, *ignore)]
-  ignored = [n for n in shapes if any(p.fullmatch(n) for p in skip)]
+  outside = [re.compile(p) for p in layout.ignored]
+  aside = any(
+    p.fullmatch(prefix + anchor) for p in outside for anchor in layout.anchors
+  )
+  wanted = [re.compile(p) for p in ignore]
+  ignored = []
+  for name in shapes:
+    # Where nothing but the copy is there, it is the model.
+    seen = name.removeprefix(prefix) if aside else name
+    if any(p.fullmatch(seen) for p in outside) or any(
+      p.fullmatch(name) for p in wanted
+    ):
+      ignored.append(name)
   left = {n: s for n, s in shapes.items() if n not in set(ignored)}
   inside = {
     n.removeprefix(prefix): s for n, s in left.items() if n.startswith(prefix)
@@ -121,6 +158,9 @@ def match(
     for pattern, rule in rows:
       if found := pattern.fullmatch(name):
         known = True
+        if not rule.path:
+          ignored.append(prefix + name)
+          continue
         for path, layer in _paths(rule.path, found.groups(), shape):
           if path in targets:
             raise ValueError(
@@ -130,7 +170,7 @@ def match(
           targets[path] = Target(prefix + name, layer, rule.convert)
     if not known:
       unknown.append(prefix + name)
-  return Match(layout, prefix, targets, ignored, unknown)
+  return Match(layout, prefix, targets, ignored, unknown, aside)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -163,11 +203,9 @@ def hwio(x: np.ndarray) -> np.ndarray:
   return x.transpose(2, 3, 1, 0)
 
 
-def part(i: int, count: int, convert: Convert) -> Convert:
-  """One of several tensors that lie along the first axis of one."""
-  return lambda x: convert(
-    x[i * x.shape[0] // count : (i + 1) * x.shape[0] // count]
-  )
+def one_more(x: np.ndarray) -> np.ndarray:
+  """Scales that are stored as their difference from one."""
+  return x.astype(np.float32) + 1  # bfloat16 has no room for both
 
 
 def dense(pattern: str, path: str, convert: Convert = transposed) -> list[Rule]:
@@ -178,10 +216,10 @@ def dense(pattern: str, path: str, convert: Convert = transposed) -> list[Rule]:
   ]
 
 
-def norm(pattern: str, path: str) -> list[Rule]:
+def norm(pattern: str, path: str, convert: Convert = same) -> list[Rule]:
   """A torch layer norm, or what of a batch norm is learned."""
   return [
-    Rule(f'{pattern}.weight', f'{path}/scale', same),
+    Rule(f'{pattern}.weight', f'{path}/scale', convert),
     Rule(f'{pattern}.bias', f'{path}/bias', same),
   ]
 
@@ -195,14 +233,30 @@ def batch_norm(pattern: str, path: str) -> list[Rule]:
   ]
 
 
-def fused(pattern: str, paths: Sequence[str]) -> list[Rule]:
-  """A torch layer that is several of ours side by side."""
-  count = len(paths)
+def fused(
+  pattern: str, paths: Sequence[str], sizes: Sequence[int] | None = None
+) -> list[Rule]:
+  """A torch layer that is several of ours side by side, of sizes as given."""
+  cut = functools.partial(_pieces, sizes or (1,) * len(paths))
   return [
     rule
     for i, path in enumerate(paths)
     for rule in (
-      Rule(f'{pattern}.weight', f'{path}/kernel', part(i, count, transposed)),
-      Rule(f'{pattern}.bias', f'{path}/bias', part(i, count, same)),
+      Rule(f'{pattern}.weight', f'{path}/kernel', cut(i, transposed)),
+      Rule(f'{pattern}.bias', f'{path}/bias', cut(i, same)),
     )
   ]
+
+
+def _pieces(sizes: Sequence[int], i: int, convert: Convert) -> Convert:
+  before, whole = sum(sizes[:i]), sum(sizes)
+
+  def take(x: np.ndarray) -> np.ndarray:
+    if x.shape[0] % whole:
+      raise ValueError(
+        f'an axis of {x.shape[0]} does not divide into parts as {sizes}.'
+      )
+    unit = x.shape[0] // whole
+    return convert(x[before * unit : (before + sizes[i]) * unit])
+
+  return take

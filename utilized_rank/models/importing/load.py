@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import dataclasses
 import logging
-import math
+import os
 from typing import Any
 
 import jax
 import numpy as np
 
 from utilized_rank.host.extras import extra
-from utilized_rank.models.importing import formats
+from utilized_rank.models.importing import by_shape
+from utilized_rank.models.importing import hf_vit_layouts
+from utilized_rank.models.importing import language_layouts
 from utilized_rank.models.importing import layouts
+from utilized_rank.models.importing import metadata as metadata_of
+from utilized_rank.models.importing import model_types
 from utilized_rank.models.importing import other_layouts
 from utilized_rank.models.importing import vit_layouts
-from utilized_rank.models.importing.tensor import Tensor
+from utilized_rank.models.importing.files import formats
+from utilized_rank.models.importing.files.tensor import Tensor
 from utilized_rank.models.positions import resize_positions
 from utilized_rank.models.vit import ViT
 from utilized_rank.tree import paths
@@ -26,6 +31,8 @@ with extra('models'):
 
 LAYOUTS: tuple[layouts.Layout, ...] = (
   *vit_layouts.LAYOUTS,
+  *hf_vit_layouts.LAYOUTS,
+  *language_layouts.LAYOUTS,
   *other_layouts.LAYOUTS,
 )
 _SHOWN = 8
@@ -39,9 +46,10 @@ class Imported:
     layout: whose names it has.
     prefix: what these names had in front.
     input: an abstract batch of one example.
-    assumed: options of the model that are no matter of shapes; give them to
-      `load_checkpoint` where the checkpoint has others.
+    assumed: options of the model that are taken as they usually are, with
+      `assume=True`.
     ignored: tensors that are no part of the model, and what is no tensor.
+    metadata: where the options were found that no shape tells, or ''.
   """
 
   layout: str
@@ -49,6 +57,7 @@ class Imported:
   input: jax.ShapeDtypeStruct
   assumed: Mapping[str, Any]
   ignored: tuple[str, ...]
+  metadata: str = ''
 
 
 def load_checkpoint(
@@ -57,23 +66,34 @@ def load_checkpoint(
   dtype: Any = np.float32,
   image_size: int | None = None,
   ignore: Sequence[str] = (),
+  config: str | Mapping[str, Any] | None = None,
+  architecture: str | None = None,
+  assume: bool = False,
   **options: Any,
 ) -> tuple[nn.Module, dict[str, Any], Imported]:
   """A published checkpoint as a model of this package and its variables.
 
-  Reads `.npz`, `.safetensors`, `.pth` and Flax `.msgpack`, none with PyTorch,
-  none running code of the file. Names and shapes tell which code base's layout
-  it is and how large the model is. Tensors are read one at a time into arrays
-  that are there already, so that loading takes the memory of the variables and
-  of one tensor.
+  Reads `.npz`, `.safetensors`, `.pth` and Flax `.msgpack`, and directories of
+  Hugging Face and timm, none with PyTorch, none running code of the file. Names
+  and shapes tell which code base's layout it is and how large the model is.
+  What they do not tell and what changes the output (heads, activation, rotary
+  wavelengths) is read from the `config.json` beside the file or from the
+  architecture's name; where nothing says it, loading refuses. Tensors are read
+  one at a time into arrays that are there already, so that loading takes the
+  memory of the variables and of one tensor.
 
   Args:
-    path: the file.
+    path: the file, or a directory with the files of one model.
     dtype: type of the variables.
     image_size: side of the images, if the position embeddings of a ViT are to
       be resized, as the layout's own code does it.
     ignore: regular expressions; tensors whose whole name matches one are left
       out, and named in `Imported.ignored`.
+    config: the `config.json` of Hugging Face or timm, or its path, where it is
+      not beside the file.
+    architecture: the name of the model in timm or torchvision, such as
+      `'vit_base_patch16_224'`.
+    assume: take what nothing says as it usually is; `Imported.assumed` has it.
     **options: attributes of the model that shapes do not tell, such as `heads`
       or `activation`; they take the place of what was found.
 
@@ -82,7 +102,8 @@ def load_checkpoint(
     numpy arrays.
 
   Raises:
-    ValueError: the layout is unknown or ambiguous, tensors are left over or
+    ValueError: the layout is unknown or ambiguous, nothing says an option,
+      the metadata say what the model cannot do, tensors are left over or
       missing, shapes do not fit, or the file is not safe to read.
     TypeError: the model has no such option, or no positions to resize.
 
@@ -90,20 +111,29 @@ def load_checkpoint(
   >>> path = os.path.join(tempfile.mkdtemp(), 'mlp.npz')
   >>> np.savez(path, **{'Dense_0/kernel': np.ones((4, 3)),
   ...                   'Dense_0/bias': np.zeros(3)})
-  >>> model, variables, imported = load_checkpoint(path)
+  >>> model, variables, imported = load_checkpoint(path, activation='relu')
   >>> imported.layout, model.apply(variables, np.ones((1, 4))).tolist()
   ('MLP of Flax', [[4.0, 4.0, 4.0]])
   """
+  path = os.fspath(path)
   tensors, others = formats.read_tensors(path)
-  shapes = {name: tensor.shape for name, tensor in tensors.items()}
-  match = _recognise(path, shapes, ignore)
+  # PyTorch saves as empty what a model does not have (no registers).
+  shapes = {n: t.shape for n, t in tensors.items() if 0 not in t.shape}
+  metadata = metadata_of.find(path, others, config, architecture)
+  said = dict(metadata.facts)
+  if metadata.config is not None:
+    said, unused = model_types.facts(metadata.config, metadata.source)
+    ignore = (*ignore, *unused)
+  said |= options
+  match = _recognise(path, shapes, ignore, metadata)
   layout = match.layout
-  chosen = {**layout.settings, **layout.assumed, **options}
-  resize = chosen.pop('resize', None)
+  inside = {n.removeprefix(match.prefix): s for n, s in shapes.items()}
   mapped = {p: t.shape(shapes[t.name]) for p, t in match.targets.items()}
-  source = {n.removeprefix(match.prefix): s for n, s in shapes.items()}
+  assumed = _unsaid(path, layout, mapped, said, assume)
+  chosen = {**layout.settings, **assumed, **said}
+  resize = chosen.pop('resize', None)
   try:
-    model, batch = layout.family(layout, mapped, source, chosen)
+    model, batch = layout.family(layout, mapped, inside, chosen)
   except KeyError as error:
     raise ValueError(
       f'{path} has the layout of {layout.name}, but nothing in it is '
@@ -112,22 +142,62 @@ def load_checkpoint(
   variables = _fill(path, model, batch, match, tensors, dtype)
   if image_size is not None:
     batch = _resize(model, variables, batch, image_size, resize)
-  assumed = {k: chosen[k] for k in layout.assumed if k not in options}
-  if layout.heads and 'heads' not in options:
-    assumed['heads'] = model.heads
   imported = Imported(
-    layout.name, match.prefix, batch, assumed, (*match.ignored, *others)
+    layout.name,
+    match.prefix,
+    batch,
+    assumed,
+    (*match.ignored, *(n for n in others if not n.startswith('__metadata__'))),
+    metadata.source,
   )
   logging.getLogger(__name__).info('%s: %s', path, imported)
   return model, variables, imported
 
 
+def _unsaid(
+  path: str,
+  layout: layouts.Layout,
+  mapped: layouts.Shapes,
+  said: Mapping[str, Any],
+  assume: bool,
+) -> dict[str, Any]:
+  """What neither shapes nor metadata nor the caller say, as it usually is."""
+  unsaid = {k: u for k, u in layout.assumed.items() if k not in said}
+  width = by_shape.width_without_heads(mapped)
+  if width is not None and 'heads' not in said:
+    if assume and width not in layout.heads:
+      raise ValueError(
+        f'{path}: no shape tells the number of attention heads, and the layout '
+        f'of {layout.name} has no convention for width {width}; give heads=.'
+      )
+    usual = layout.heads.get(width)
+    unsaid['heads'] = layouts.Usual(usual, 'one for every 64 or so features')
+  if unsaid and not assume:
+    listed = '; '.join(
+      f'{k}= (usually {u.value!r}'
+      + (f', {u.elsewhere})' if u.elsewhere else ')')
+      for k, u in unsaid.items()
+    )
+    hint = ', or name the model with architecture=' * layout.architectures
+    hint += ', or give its config.json with config=' * bool(layout.model_types)
+    raise ValueError(
+      f'{path} has the layout of {layout.name}, and neither its shapes nor '
+      f'metadata say what changes the output. Give {listed}{hint}, or take '
+      'what is usual with assume=True.'
+    )
+  return {k: u.value for k, u in unsaid.items()}
+
+
 def _recognise(
-  path: str, shapes: layouts.Shapes, ignore: Sequence[str]
+  path: str,
+  shapes: layouts.Shapes,
+  ignore: Sequence[str],
+  metadata: metadata_of.Metadata,
 ) -> layouts.Match:
   """The only layout and prefix that know all tensors."""
   partial: list[layouts.Match] = []
-  for layout in LAYOUTS:
+  candidates = _candidates(metadata)
+  for layout in candidates:
     prefixes = {
       name.removesuffix(anchor)
       for anchor in layout.anchors
@@ -139,17 +209,25 @@ def _recognise(
       for prefix in sorted(prefixes)
       if prefix[-1:] in ('', '.', '/')
     ]
-    whole = [m for m in matches if m.targets and not m.unknown]
-    if len(whole) == 1:
-      return whole[0]
+    whole = _shortest([m for m in matches if m.targets and not m.unknown])
+    # What stands beside a model in other files may be all there is in this.
+    first = [m for m in whole if not m.aside] or whole
+    if len(first) == 1:
+      return first[0]
     partial += matches
   if not partial:
-    known = '; '.join(f'{x.name}: {" or ".join(x.anchors)}' for x in LAYOUTS)
+    known = '; '.join(f'{x.name}: {" or ".join(x.anchors)}' for x in candidates)
     raise ValueError(
       f'{path} has no known layout. Expected one of these names, with any '
       f'prefix: {known}. Found {_some(shapes)}.'
     )
-  nearest = min(partial, key=lambda m: len(m.unknown))
+  nearest = min(partial, key=lambda m: (len(m.unknown), not m.targets))
+  if not nearest.unknown:
+    prefixes = {m.prefix: None for m in partial if not m.unknown}
+    raise ValueError(
+      f'{path} has the layout of {nearest.layout.name} more than once, below '
+      f'{", ".join(map(repr, prefixes))}; name all but one in ignore=.'
+    )
   raise ValueError(
     f'{path} is nearest to the layout of {nearest.layout.name} (prefix '
     f'{nearest.prefix!r}), which does not know {len(nearest.unknown)} of '
@@ -158,6 +236,32 @@ def _recognise(
     f'{_some({t.name: shapes[t.name] for t in nearest.targets.values()})}. '
     'Where they are no part of the model, name them in ignore=.'
   )
+
+
+def _shortest(whole: list[layouts.Match]) -> list[layouts.Match]:
+  """Of prefixes below which the same tensors are seen, the shortest."""
+  seen: dict[frozenset[str], layouts.Match] = {}
+  for match in whole:
+    names = frozenset(t.name for t in match.targets.values())
+    seen.setdefault(names, match)
+  return list(seen.values())
+
+
+def _candidates(metadata: metadata_of.Metadata) -> Sequence[layouts.Layout]:
+  """A model that metadata name is never a near relative."""
+  if metadata.architecture is not None:
+    return [x for x in LAYOUTS if x.architectures]
+  if metadata.config is None:
+    return [x for x in LAYOUTS if not x.by_config]
+  kind = metadata.config['model_type']
+  found = [x for x in LAYOUTS if kind in x.model_types]
+  if not found:
+    known = sorted({t for x in LAYOUTS for t in x.model_types})
+    raise ValueError(
+      f'{metadata.source} has model_type {kind!r}, which is not known here; '
+      f'known are {", ".join(known)}.'
+    )
+  return found
 
 
 def _some(shapes: layouts.Shapes) -> str:
@@ -195,7 +299,7 @@ def _fill(
   for place, target in match.targets.items():
     shape = expected[place].shape
     found = target.shape(tensors[target.name].shape)
-    if math.prod(found) != math.prod(shape):
+    if not _fits(found, shape):
       raise ValueError(
         f'{path}: {target.name} gives {place} the shape {found}; it should '
         f'be {shape}.'
@@ -207,6 +311,14 @@ def _fill(
     for place, target in targets:
       leaves[place][...] = target.of(values).reshape(leaves[place].shape)
   return paths.unflatten(treedef, {p: leaves[p] for p in expected})
+
+
+def _fits(found: layouts.Shape, shape: layouts.Shape) -> bool:
+  """The same axes, but for those of length 1 and for heads taken apart."""
+  a, b = (tuple(n for n in x if n != 1) for x in (found, shape))
+  return a == b or any(
+    a == (*b[:i], b[i] * b[i + 1], *b[i + 2 :]) for i in range(len(b) - 1)
+  )
 
 
 def _resize(

@@ -13,11 +13,10 @@ from utilized_rank.models.importing.layouts import Convert
 from utilized_rank.models.importing.layouts import Layout
 from utilized_rank.models.importing.layouts import Rule
 from utilized_rank.models.importing.layouts import Shapes
+from utilized_rank.models.importing.layouts import Usual
 from utilized_rank.models.importing.layouts import batch_norm
 from utilized_rank.models.importing.layouts import dense
-from utilized_rank.models.importing.layouts import fused
 from utilized_rank.models.importing.layouts import hwio
-from utilized_rank.models.importing.layouts import norm
 from utilized_rank.models.importing.layouts import same
 from utilized_rank.models.importing.layouts import transposed
 
@@ -110,42 +109,8 @@ def _keyword(shapes: Shapes) -> Iterable[Rule]:
       yield Rule(f'block#/ln{i}/{leaf}', path, same)
 
 
-def _min_gpt(shapes: Shapes) -> Iterable[Rule]:
-  del shapes
-  block, ours = 'transformer.h.#.', 'block_#/'
-  attention, mlp = f'{ours}MultiHeadDotProductAttention_1', f'{ours}MlpBlock_3'
-  yield Rule('transformer.wte.weight', 'embedding/embedding', same)
-  yield Rule('transformer.wpe.weight', 'positions', same)
-  yield from norm(f'{block}ln_1', f'{ours}LayerNorm_0')
-  qkv = [f'{attention}/{name}' for name in ('query', 'key', 'value')]
-  yield from fused(f'{block}attn.c_attn', qkv)
-  yield from dense(f'{block}attn.c_proj', f'{attention}/out')
-  yield from norm(f'{block}ln_2', f'{ours}LayerNorm_2')
-  yield from dense(f'{block}mlp.c_fc', f'{mlp}/Dense_0')
-  yield from dense(f'{block}mlp.c_proj', f'{mlp}/Dense_1')
-  yield from norm('transformer.ln_f', 'norm')
-  yield Rule('lm_head.weight', 'head/kernel', transposed)
-
-
 _LLAMA_PARTS = ('query', 'key', 'value', 'out')
 _MLP_PARTS = ('gate', 'up', 'down')
-
-
-def _hf_llama(shapes: Shapes) -> Iterable[Rule]:
-  del shapes
-  block = 'model.layers.#.'
-  yield Rule('model.embed_tokens.weight', 'embedding/embedding', same)
-  for name in _LLAMA_PARTS:
-    yield from dense(f'{block}self_attn.{name[0]}_proj', f'block_#/{name}')
-  for name in _MLP_PARTS:
-    yield from dense(f'{block}mlp.{name}_proj', f'block_#/mlp/{name}')
-  for theirs, ours in (
-    ('input_layernorm', 'attention_norm'),
-    ('post_attention_layernorm', 'mlp_norm'),
-  ):
-    yield Rule(f'{block}{theirs}.weight', f'block_#/{ours}/scale', same)
-  yield Rule('model.norm.weight', 'norm/scale', same)
-  yield Rule('lm_head.weight', 'head/kernel', transposed)
 
 
 def _llama_c(shapes: Shapes) -> Iterable[Rule]:
@@ -178,6 +143,11 @@ LAYOUTS = (
     _resnet,
     by_shape.resnet,
     ignored=_COUNTERS,
+    assumed={
+      'activation': Usual('relu'),
+      'blur': Usual(None, "'average' in resnetaa, 'binomial' in resnetblur"),
+    },
+    architectures=True,
   ),
   Layout(
     'ResNet of Flax',
@@ -185,6 +155,7 @@ LAYOUTS = (
     _flax_resnet,
     by_shape.resnet,
     settings={'padding': 'SAME'},
+    assumed={'activation': Usual('relu', "'gelu_tanh'")},
   ),
   Layout(
     'VGG of torchvision',
@@ -201,27 +172,18 @@ LAYOUTS = (
     heads={64: 1, 128: 2, 192: 3},
   ),
   Layout(
-    'minGPT',
-    ('transformer.h.0.attn.c_attn.weight',),
-    _min_gpt,
-    by_shape.gpt,
-    ignored=(r'transformer\.h\.\d+\.attn\.bias',),
-  ),
-  Layout(
-    'Llama of Hugging Face',
-    ('model.layers.0.self_attn.q_proj.weight',),
-    _hf_llama,
-    by_shape.llama,
-    ignored=(r'.*\.rotary_emb\.inv_freq',),
-    assumed={'theta': 1e4, 'epsilon': 1e-6},
-  ),
-  Layout(
     'Llama of llama2.c',
     ('att_norm',),
     _llama_c,
     by_shape.llama,
     settings={'interleaved': True},
-    assumed={'theta': 1e4, 'epsilon': 1e-5},
+    assumed={'theta': Usual(1e4, '5e5 in Llama 3'), 'epsilon': Usual(1e-5)},
   ),
-  Layout('MLP of Flax', ('Dense_0/kernel',), _mlp, by_shape.mlp),
+  Layout(
+    'MLP of Flax',
+    ('Dense_0/kernel',),
+    _mlp,
+    by_shape.mlp,
+    assumed={'activation': Usual('relu', "'gelu_tanh'")},
+  ),
 )

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from utilized_rank.models.importing import by_shape
 from utilized_rank.models.importing.layouts import Layout
 from utilized_rank.models.importing.layouts import Rule
 from utilized_rank.models.importing.layouts import Shapes
+from utilized_rank.models.importing.layouts import Usual
 from utilized_rank.models.importing.layouts import dense
 from utilized_rank.models.importing.layouts import fused
 from utilized_rank.models.importing.layouts import hwio
 from utilized_rank.models.importing.layouts import norm
 from utilized_rank.models.importing.layouts import same
-from utilized_rank.models.importing.layouts import transposed
 
-_BLOCK = 'Transformer/encoderblock_#/'
-_ATTENTION = f'{_BLOCK}MultiHeadDotProductAttention_1/'
-_MLP = f'{_BLOCK}MlpBlock_3/'
-_QKV = [f'{_ATTENTION}{name}' for name in ('query', 'key', 'value')]
-_POSITIONS = 'Transformer/posembed_input/pos_embedding'
-_LAST_NORM = 'Transformer/encoder_norm'
+BLOCK = 'Transformer/encoderblock_#/'
+ATTENTION = f'{BLOCK}MultiHeadDotProductAttention_1/'
+MLP = f'{BLOCK}MlpBlock_3/'
+QKV = [f'{ATTENTION}{name}' for name in ('query', 'key', 'value')]
+POSITIONS = 'Transformer/posembed_input/pos_embedding'
+LAST_NORM = 'Transformer/encoder_norm'
+MAP = 'MAPHead_0/'
+MAP_ATTENTION = f'{MAP}MultiHeadDotProductAttention_0/'
+MAP_QKV = [f'{MAP_ATTENTION}{name}' for name in ('query', 'key', 'value')]
 
 # Published models; ViT-H of MAE and of OpenCLIP has heads of 80.
-_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24}
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24}
 _TRAINING = (
   r'(optimizer|scaler|lr_schedulers?|scheduler|amp)\..*',
   r'(.*\.)?dino_loss\..*',
@@ -36,31 +39,54 @@ def _timm(shapes: Shapes) -> Iterable[Rule]:
   yield Rule('cls_token', 'cls', same)
   yield Rule('reg_token', 'registers', same)
   yield Rule('register_tokens', 'registers', same)
-  yield Rule('pos_embed', _POSITIONS, same)
+  yield Rule('pos_embed', POSITIONS, same)
   yield from norm('norm_pre', 'Transformer/pre_norm')
-  yield from norm('blocks.#.norm1', f'{_BLOCK}LayerNorm_0')
-  yield from fused('blocks.#.attn.qkv', _QKV)
-  yield from norm('blocks.#.attn.q_norm', f'{_ATTENTION}query_norm')
-  yield from norm('blocks.#.attn.k_norm', f'{_ATTENTION}key_norm')
-  yield from dense('blocks.#.attn.proj', f'{_ATTENTION}out')
-  yield Rule('blocks.#.ls1.gamma', f'{_BLOCK}LayerScale_1/gamma', same)
-  yield from norm('blocks.#.norm2', f'{_BLOCK}LayerNorm_2')
-  gated = [f'{_MLP}gate', f'{_MLP}up']
+  yield from norm('blocks.#.norm1', f'{BLOCK}LayerNorm_0')
+  yield Rule('dist_token', 'distilled', same)
+  yield from norm('patch_embed.norm', 'embedding_norm')
+  yield from fused('blocks.#.attn.qkv', QKV)
+  for letter, path in zip('qkv', QKV, strict=True):
+    yield from dense(f'blocks.#.attn.{letter}_proj', path)
+    yield Rule(f'blocks.#.attn.{letter}_bias', f'{path}/bias', same)
+  yield from norm('blocks.#.attn.norm', f'{ATTENTION}norm')
+  table = 'blocks.#.attn.relative_position_bias_table'
+  yield Rule(table, f'{ATTENTION}relative/table', same)
+  yield from norm('blocks.#.attn.q_norm', f'{ATTENTION}query_norm')
+  yield from norm('blocks.#.attn.k_norm', f'{ATTENTION}key_norm')
+  yield from dense('blocks.#.attn.proj', f'{ATTENTION}out')
+  for i in (1, 2):
+    for name in (f'ls{i}.gamma', f'gamma_{i}'):
+      path = f'{BLOCK}LayerScale_{2 * i - 1}/gamma'
+      yield Rule(f'blocks.#.{name}', path, same)
+  yield from norm('blocks.#.norm2', f'{BLOCK}LayerNorm_2')
+  gated = [f'{MLP}gate', f'{MLP}up']
   yield from fused('blocks.#.mlp.w12', gated)
-  yield from dense('blocks.#.mlp.w3', f'{_MLP}down')
+  yield from dense('blocks.#.mlp.w3', f'{MLP}down')
+  yield from norm('blocks.#.mlp.norm', f'{MLP}norm')
   wide = shapes.get('blocks.0.mlp.fc1.weight', (0,))[0]
   if wide and wide == 2 * shapes['blocks.0.mlp.fc2.weight'][1]:
     # timm packs gate and up into fc1.
     yield from fused('blocks.#.mlp.fc1', gated)
-    yield from dense('blocks.#.mlp.fc2', f'{_MLP}down')
+    yield from dense('blocks.#.mlp.fc2', f'{MLP}down')
+  elif 'blocks.0.mlp.fc1_g.weight' in shapes:
+    for name, path in zip(('fc1_g', 'fc1_x'), gated, strict=True):
+      yield from dense(f'blocks.#.mlp.{name}', path)
+    yield from dense('blocks.#.mlp.fc2', f'{MLP}down')
   else:
-    yield from dense('blocks.#.mlp.fc1', f'{_MLP}Dense_0')
-    yield from dense('blocks.#.mlp.fc2', f'{_MLP}Dense_1')
-  yield Rule('blocks.#.ls2.gamma', f'{_BLOCK}LayerScale_3/gamma', same)
-  yield from norm('norm', _LAST_NORM)
+    yield from dense('blocks.#.mlp.fc1', f'{MLP}Dense_0')
+    yield from dense('blocks.#.mlp.fc2', f'{MLP}Dense_1')
+  yield from norm('norm', LAST_NORM)
   yield from norm('fc_norm', 'fc_norm')
   yield from dense('pre_logits.fc', 'pre_logits')
   yield from dense('head', 'head')
+  yield from dense('head_dist', 'head_distilled')
+  yield Rule('attn_pool.latent', f'{MAP}probe', same)
+  yield from dense('attn_pool.q', MAP_QKV[0])
+  yield from fused('attn_pool.kv', MAP_QKV[1:])
+  yield from dense('attn_pool.proj', f'{MAP_ATTENTION}out')
+  yield from norm('attn_pool.norm', f'{MAP}LayerNorm_0')
+  for i in (1, 2):
+    yield from dense(f'attn_pool.mlp.fc{i}', f'{MAP}MlpBlock_0/Dense_{i - 1}')
 
 
 def _open_clip(shapes: Shapes) -> Iterable[Rule]:
@@ -68,90 +94,18 @@ def _open_clip(shapes: Shapes) -> Iterable[Rule]:
   block = 'transformer.resblocks.#.'
   yield Rule('conv1.weight', 'embedding/kernel', hwio)
   yield Rule('class_embedding', 'cls', same)
-  yield Rule('positional_embedding', _POSITIONS, same)
+  yield Rule('positional_embedding', POSITIONS, same)
   yield from norm('ln_pre', 'Transformer/pre_norm')
-  yield from norm(f'{block}ln_1', f'{_BLOCK}LayerNorm_0')
-  yield from _in_proj(f'{block}attn.')
-  yield from dense(f'{block}attn.out_proj', f'{_ATTENTION}out')
-  yield Rule(f'{block}ls_1.gamma', f'{_BLOCK}LayerScale_1/gamma', same)
-  yield from norm(f'{block}ln_2', f'{_BLOCK}LayerNorm_2')
-  yield from dense(f'{block}mlp.c_fc', f'{_MLP}Dense_0')
-  yield from dense(f'{block}mlp.c_proj', f'{_MLP}Dense_1')
-  yield Rule(f'{block}ls_2.gamma', f'{_BLOCK}LayerScale_3/gamma', same)
-  yield from norm('ln_post', _LAST_NORM)
+  yield from norm(f'{block}ln_1', f'{BLOCK}LayerNorm_0')
+  yield from in_proj(f'{block}attn.')
+  yield from dense(f'{block}attn.out_proj', f'{ATTENTION}out')
+  yield Rule(f'{block}ls_1.gamma', f'{BLOCK}LayerScale_1/gamma', same)
+  yield from norm(f'{block}ln_2', f'{BLOCK}LayerNorm_2')
+  yield from dense(f'{block}mlp.c_fc', f'{MLP}Dense_0')
+  yield from dense(f'{block}mlp.c_proj', f'{MLP}Dense_1')
+  yield Rule(f'{block}ls_2.gamma', f'{BLOCK}LayerScale_3/gamma', same)
+  yield from norm('ln_post', LAST_NORM)
   yield Rule('proj', 'head/kernel', same)
-
-
-def _hf_clip(shapes: Shapes) -> Iterable[Rule]:
-  del shapes
-  block = 'vision_model.encoder.layers.#.'
-  embeddings = 'vision_model.embeddings.'
-  yield Rule(f'{embeddings}patch_embedding.weight', 'embedding/kernel', hwio)
-  yield Rule(f'{embeddings}class_embedding', 'cls', same)
-  yield Rule(f'{embeddings}position_embedding.weight', _POSITIONS, same)
-  yield from norm('vision_model.pre_layrnorm', 'Transformer/pre_norm')
-  yield from norm(f'{block}layer_norm1', f'{_BLOCK}LayerNorm_0')
-  for letter, path in zip('qkv', _QKV, strict=True):
-    yield from dense(f'{block}self_attn.{letter}_proj', path)
-  yield from dense(f'{block}self_attn.out_proj', f'{_ATTENTION}out')
-  yield from norm(f'{block}layer_norm2', f'{_BLOCK}LayerNorm_2')
-  yield from dense(f'{block}mlp.fc1', f'{_MLP}Dense_0')
-  yield from dense(f'{block}mlp.fc2', f'{_MLP}Dense_1')
-  yield from norm('vision_model.post_layernorm', _LAST_NORM)
-  yield Rule('visual_projection.weight', 'head/kernel', transposed)
-
-
-def _hf(shapes: Shapes) -> Iterable[Rule]:
-  """ViT, DINOv2 and its registers; version 5 of transformers renamed a part."""
-  del shapes
-  embeddings = 'embeddings.'
-  yield from dense(
-    f'{embeddings}patch_embeddings.projection', 'embedding', hwio
-  )
-  yield Rule(f'{embeddings}cls_token', 'cls', same)
-  yield Rule(f'{embeddings}register_tokens', 'registers', same)
-  yield Rule(f'{embeddings}position_embeddings', _POSITIONS, same)
-  for block in ('encoder.layer.#.', 'layers.#.'):
-    for name in ('layernorm_before', 'norm1'):
-      yield from norm(f'{block}{name}', f'{_BLOCK}LayerNorm_0')
-    for name, path in zip(('query', 'key', 'value'), _QKV, strict=True):
-      yield from dense(f'{block}attention.attention.{name}', path)
-      yield from dense(f'{block}attention.{name[0]}_proj', path)
-    for name in ('output.dense', 'o_proj'):
-      yield from dense(f'{block}attention.{name}', f'{_ATTENTION}out')
-    for name in ('layernorm_after', 'norm2'):
-      yield from norm(f'{block}{name}', f'{_BLOCK}LayerNorm_2')
-    for i in (1, 2):
-      yield Rule(
-        f'{block}layer_scale{i}.lambda1',
-        f'{_BLOCK}LayerScale_{2 * i - 1}/gamma',
-        same,
-      )
-    for name in ('intermediate.dense', 'mlp.fc1'):
-      yield from dense(f'{block}{name}', f'{_MLP}Dense_0')
-    for name in ('output.dense', 'mlp.fc2'):
-      yield from dense(f'{block}{name}', f'{_MLP}Dense_1')
-    yield from fused(f'{block}mlp.weights_in', [f'{_MLP}gate', f'{_MLP}up'])
-    yield from dense(f'{block}mlp.weights_out', f'{_MLP}down')
-    for name in ('gate', 'up', 'down'):
-      yield from dense(f'{block}mlp.{name}_proj', f'{_MLP}{name}')
-  yield from norm('layernorm', _LAST_NORM)
-
-
-def _hf_classifier(shapes: Shapes) -> Iterable[Rule]:
-  for rule in _hf(shapes):
-    yield rule._replace(pattern=f'vit.{rule.pattern}')
-  yield from dense('classifier', 'head')
-
-
-def _hf_flax(shapes: Shapes) -> Iterable[Rule]:
-  for rule in _hf_classifier(shapes):
-    # Flax's own orders and names of leaves.
-    leaf = rule.path.rpartition('/')[2]
-    pattern = rule.pattern.replace('.', '/')
-    if pattern.endswith('/weight'):
-      pattern = pattern.removesuffix('weight') + leaf
-    yield Rule(pattern, rule.path, same)
 
 
 def _torchvision(shapes: Shapes) -> Iterable[Rule]:
@@ -159,21 +113,21 @@ def _torchvision(shapes: Shapes) -> Iterable[Rule]:
   block = 'encoder.layers.encoder_layer_#.'
   yield from dense('conv_proj', 'embedding', hwio)
   yield Rule('class_token', 'cls', same)
-  yield Rule('encoder.pos_embedding', _POSITIONS, same)
-  yield from norm(f'{block}ln_1', f'{_BLOCK}LayerNorm_0')
-  yield from _in_proj(f'{block}self_attention.')
-  yield from dense(f'{block}self_attention.out_proj', f'{_ATTENTION}out')
-  yield from norm(f'{block}ln_2', f'{_BLOCK}LayerNorm_2')
+  yield Rule('encoder.pos_embedding', POSITIONS, same)
+  yield from norm(f'{block}ln_1', f'{BLOCK}LayerNorm_0')
+  yield from in_proj(f'{block}self_attention.')
+  yield from dense(f'{block}self_attention.out_proj', f'{ATTENTION}out')
+  yield from norm(f'{block}ln_2', f'{BLOCK}LayerNorm_2')
   for names in (('0', '3'), ('linear_1', 'linear_2')):  # old files, new files
     for name, ours in zip(names, ('Dense_0', 'Dense_1'), strict=True):
-      yield from dense(f'{block}mlp.{name}', f'{_MLP}{ours}')
-  yield from norm('encoder.ln', _LAST_NORM)
+      yield from dense(f'{block}mlp.{name}', f'{MLP}{ours}')
+  yield from norm('encoder.ln', LAST_NORM)
   yield from dense('heads.head', 'head')
 
 
-def _in_proj(prefix: str) -> Iterable[Rule]:
+def in_proj(prefix: str, paths: Sequence[str] = tuple(QKV)) -> Iterable[Rule]:
   """Of torch.nn.MultiheadAttention, whose q, k, v are its own parameters."""
-  for rule in fused(f'{prefix}in_proj', _QKV):
+  for rule in fused(f'{prefix}in_proj', paths):
     yield rule._replace(pattern=rule.pattern.replace('proj.', 'proj_'))
 
 
@@ -184,14 +138,26 @@ def _flax(shapes: Shapes) -> Iterable[Rule]:
     for path in ('embedding', 'pre_logits', 'head'):
       yield Rule(f'{path}/{leaf}', f'{path}/{leaf}', same)
   yield Rule('cls', 'cls', same)
-  yield Rule('pos_embedding', _POSITIONS, same)
-  yield Rule(_POSITIONS, _POSITIONS, same)
+  yield Rule(f'{MAP}probe', f'{MAP}probe', same)
+  for leaf in ('kernel', 'bias'):
+    for path in (
+      *MAP_QKV,
+      f'{MAP_ATTENTION}out',
+      f'{MAP}MlpBlock_0/Dense_0',
+      f'{MAP}MlpBlock_0/Dense_1',
+    ):
+      yield Rule(f'{path}/{leaf}', f'{path}/{leaf}', same)
   for leaf in ('scale', 'bias'):
-    yield Rule(f'{_LAST_NORM}/{leaf}', f'{_LAST_NORM}/{leaf}', same)
+    path = f'{MAP}LayerNorm_0/{leaf}'
+    yield Rule(path, path, same)
+  yield Rule('pos_embedding', POSITIONS, same)
+  yield Rule(POSITIONS, POSITIONS, same)
+  for leaf in ('scale', 'bias'):
+    yield Rule(f'{LAST_NORM}/{leaf}', f'{LAST_NORM}/{leaf}', same)
   for block, ours in (
-    ('Transformer/encoderblock_#/', _BLOCK),
+    ('Transformer/encoderblock_#/', BLOCK),
     # A scanned model's stack of all blocks.
-    ('Transformer/encoderblock/', _BLOCK.replace('#', '{layer}')),
+    ('Transformer/encoderblock/', BLOCK.replace('#', '{layer}')),
   ):
     for theirs, number in (('LayerNorm_0', 0), ('LayerNorm_2', 2)):
       for leaf in ('scale', 'bias'):
@@ -220,8 +186,20 @@ def _flax(shapes: Shapes) -> Iterable[Rule]:
           )
 
 
-_TORCH = {'activation': 'gelu', 'resize': 'timm'}
-_CLIP = {'epsilon': 1e-5, 'resize': 'timm'}
+_GELU = {'activation': 'gelu', 'resize': 'timm'}
+ACTIVATION = Usual('gelu', "'gelu_tanh' in SigLIP, 'quick_gelu' in CLIP")
+POOL = Usual(None, "None is as the tensors say; 'gap' or 'token'")
+_ORDER = Usual('before', "'branch' in timm's rpn")
+_TIMM = {
+  'activation': ACTIVATION,
+  'epsilon': Usual(1e-6, '1e-5'),
+  'pool': POOL,
+  'norm_order': _ORDER,
+}
+_CLIP = {
+  'activation': Usual('quick_gelu', "'gelu' in OpenCLIP"),
+  'pool': POOL,
+}
 
 LAYOUTS = (
   Layout(
@@ -243,7 +221,7 @@ LAYOUTS = (
       r'.*base_encoder\.head\..*',
       r'.*(momentum_encoder|predictor)\..*',
     ),
-    settings=_TORCH,
+    settings={**_GELU},
     heads={384: 12, 768: 12, 1024: 16, 1280: 16},
   ),
   Layout(
@@ -251,9 +229,10 @@ LAYOUTS = (
     ('norm_pre.weight',),
     _timm,
     by_shape.vit,
-    settings=_CLIP,
-    assumed={'activation': 'gelu'},
-    heads=_HEADS,
+    settings={'resize': 'timm'},
+    assumed={**_TIMM, 'epsilon': Usual(1e-5, '1e-6')},
+    heads=HEADS,
+    architectures=True,
   ),
   Layout(
     'timm, DINO, DINOv2 or MAE',
@@ -263,12 +242,16 @@ LAYOUTS = (
     ignored=(
       *_TRAINING,
       r'(.*\.)?mask_token',
+      r'(.*\.)?rope\.periods',
       r'(.*\.)?decoder_.*',
       r'student\..*',
-      r'teacher\.(module\.)?(head|dino_head|ibot_head)\..*',
+      # Of DINO and iBOT, not a classifier.
+      r'teacher\.(module\.)?(head\.(mlp|last_layer)|dino_head|ibot_head)\..*',
     ),
-    settings=_TORCH,
-    heads=_HEADS,
+    settings={'resize': 'timm'},
+    assumed=_TIMM,
+    heads=HEADS,
+    architectures=True,
   ),
   Layout(
     'CLIP',
@@ -283,73 +266,16 @@ LAYOUTS = (
       r'(module\.)?(text_projection|logit_scale|logit_bias)',
       r'(input_resolution|context_length|vocab_size)',
     ),
-    settings=_CLIP,
-    assumed={'activation': 'quick_gelu'},
-    heads={**_HEADS, 1664: 16},
-  ),
-  Layout(
-    'CLIP of Hugging Face',
-    ('vision_model.embeddings.class_embedding',),
-    _hf_clip,
-    by_shape.vit,
-    ignored=(
-      r'text_model\..*',
-      r'text_projection\.weight',
-      r'logit_scale',
-      r'.*\.position_ids',
-    ),
-    settings={**_CLIP, 'resize': 'hf'},
-    assumed={'activation': 'quick_gelu'},
-    heads={**_HEADS, 1664: 16},
-  ),
-  Layout(
-    'ViT of Hugging Face',
-    (
-      'vit.encoder.layer.0.layernorm_before.weight',
-      'vit.layers.0.layernorm_before.weight',
-    ),
-    _hf_classifier,
-    by_shape.vit,
-    ignored=(r'vit\.pooler\..*', r'.*mask_token', r'decoder\..*'),
-    settings={'activation': 'gelu', 'epsilon': 1e-12, 'resize': 'hf'},
-    heads=_HEADS,
-  ),
-  Layout(
-    'headless ViT of Hugging Face',
-    (
-      'encoder.layer.0.layernorm_before.weight',
-      'layers.0.layernorm_before.weight',
-    ),
-    _hf,
-    by_shape.vit,
-    ignored=(r'(.*\.)?mask_token', r'pooler\..*'),
-    settings={'activation': 'gelu', 'epsilon': 1e-12, 'resize': 'hf'},
-    heads=_HEADS,
-  ),
-  Layout(
-    'DINOv2 of Hugging Face',
-    ('encoder.layer.0.norm1.weight',),
-    _hf,
-    by_shape.vit,
-    ignored=(r'(.*\.)?mask_token',),
-    settings={'activation': 'gelu', 'resize': 'hf'},
-    heads=_HEADS,
-  ),
-  Layout(
-    'Flax ViT of Hugging Face',
-    ('vit/encoder/layer/0/layernorm_before/scale',),
-    _hf_flax,
-    by_shape.vit,
-    ignored=(r'vit/pooler/.*',),
-    settings={'activation': 'gelu', 'epsilon': 1e-12, 'resize': 'hf'},
-    heads=_HEADS,
+    settings={'epsilon': 1e-5, 'resize': 'timm'},
+    assumed=_CLIP,
+    heads={**HEADS, 1664: 16},
   ),
   Layout(
     'ViT of torchvision',
     ('encoder.layers.encoder_layer_0.ln_1.weight',),
     _torchvision,
     by_shape.vit,
-    settings=_TORCH,
-    heads=_HEADS,
+    settings=_GELU,
+    heads=HEADS,
   ),
 )

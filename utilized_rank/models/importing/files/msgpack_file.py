@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from utilized_rank.host.extras import extra
-from utilized_rank.models.importing.tensor import Tensor
+from utilized_rank.models.importing.files.tensor import Tensor
 
 with extra('models'):
   from flax import serialization
@@ -20,23 +20,26 @@ _HEAD = 512  # more than keys, lengths and shapes take
 
 
 class _Leaf(NamedTuple):
-  """Where in the file a leaf is; `shape` is None if it is no array."""
+  """Where in the file a leaf is; `shape` is None if it is no array.
+
+  Flax cuts an array of over a GiB into flat `pieces`.
+  """
 
   name: str
   start: int
   size: int
   shape: tuple[int, ...] | None
+  pieces: tuple[_Leaf, ...] = ()
 
 
-def read(path: str) -> tuple[dict[str, Tensor], list[str]]:
-  """Tensors and the names of what is none; nested keys joined by `/`.
+def read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+  """Tensors, and what is none as None; nested keys joined by `/`.
 
   Raises:
-    ValueError: the file is no msgpack of a dictionary, or has an array of over
-      a GiB, which Flax cuts into pieces.
+    ValueError: the file is no msgpack of a dictionary.
   """
   tensors: dict[str, Tensor] = {}
-  others: list[str] = []
+  others: dict[str, Any] = {}
   with open(path, 'rb') as file:
     try:
       leaves = list(_walk(file, 0, ''))
@@ -44,7 +47,7 @@ def read(path: str) -> tuple[dict[str, Tensor], list[str]]:
       raise ValueError(f'{path} is no complete msgpack file.') from error
   for leaf in leaves:
     if leaf.shape is None:
-      others.append(leaf.name)
+      others[leaf.name] = None
     else:
       values = functools.partial(_values, path, leaf)
       tensors[leaf.name] = Tensor(leaf.shape, values)
@@ -61,10 +64,9 @@ def _walk(file: BinaryIO, start: int, name: str) -> Generator[_Leaf, None, int]:
       unpacker = _unpacker(_peek(file, at))
       key, at = unpacker.unpack(), at + unpacker.tell()
       if key == '__msgpack_chunked_array__':
-        raise ValueError(
-          f'{file.name}: {name} is over a GiB, which Flax cuts into pieces; '
-          'save it as safetensors instead.'
-        )
+        leaf = _chunked(file, at, name, count - 1)
+        yield leaf
+        return leaf.start + leaf.size
       at = yield from _walk(file, at, f'{name}/{key}' if name else str(key))
     return at
   if extension := _extension(head):
@@ -82,6 +84,29 @@ def _walk(file: BinaryIO, start: int, name: str) -> Generator[_Leaf, None, int]:
   unpacker.skip()
   yield _Leaf(name, start, unpacker.tell(), None)
   return start + unpacker.tell()
+
+
+def _chunked(file: BinaryIO, start: int, name: str, more: int) -> _Leaf:
+  """An array in pieces, from behind the key that says so."""
+  at = start + 1  # the key's value is True
+  shape: tuple[int, ...] = ()
+  pieces: list[_Leaf] = []
+  for _ in range(more):
+    unpacker = _unpacker(_peek(file, at))
+    key, at = unpacker.unpack(), at + unpacker.tell()
+    if key == 'shape':
+      unpacker = _unpacker(_peek(file, at))
+      sizes, at = unpacker.unpack(), at + unpacker.tell()
+      shape = tuple(sizes[str(i)] for i in range(len(sizes)))
+    else:
+      walk = _walk(file, at, '')
+      try:
+        while True:
+          pieces.append(next(walk))
+      except StopIteration as stop:
+        at = stop.value
+  pieces.sort(key=lambda piece: int(piece.name))
+  return _Leaf(name, start, at - start, shape, tuple(pieces))
 
 
 def _peek(file: BinaryIO, start: int) -> bytes:
@@ -107,6 +132,9 @@ def _extension(head: bytes) -> tuple[int, int, int] | None:
 
 
 def _values(path: str, leaf: _Leaf) -> np.ndarray:
+  if leaf.pieces:
+    flat = np.concatenate([_values(path, piece) for piece in leaf.pieces])
+    return flat.reshape(leaf.shape)
   with open(path, 'rb') as file:
     file.seek(leaf.start)
     values: Any = serialization.msgpack_restore(file.read(leaf.size))

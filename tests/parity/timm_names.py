@@ -1,0 +1,226 @@
+"""Writes what timm's architecture names say, from timm's own modules.
+
+  python tests/parity/timm_names.py
+
+Needs the `parity` extra. Every architecture is built without memory for its
+weights; those whose parts our models have go to
+`utilized_rank/models/importing/timm_names.txt` with the options that no shape
+tells, the others to standard output with the reason.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import warnings
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import originals  # noqa: E402, F401 (torchvision is imported as it can be)
+import timm  # noqa: E402
+from timm import layers  # noqa: E402
+from timm.models import beit  # noqa: E402
+from timm.models import deit  # noqa: E402
+from timm.models import eva  # noqa: E402
+from timm.models import resnet  # noqa: E402
+from timm.models import vision_transformer as vit  # noqa: E402
+import torch  # noqa: E402
+
+import utilized_rank  # noqa: E402
+
+TABLE = 'models/importing/timm_names.txt'
+POOLS = {'token': 'token', 'avg': 'gap', 'map': 'map'}
+NORMS = (layers.LayerNorm, layers.RmsNorm, torch.nn.LayerNorm)
+MLPS = (layers.Mlp, layers.SwiGLU, layers.SwiGLUPacked, layers.GluMlp)
+
+
+class Unknown(Exception):
+  """Has a part that our models do not have."""
+
+
+def only(what, found, *known):
+  if type(found) not in known and found not in known:
+    raise Unknown(f'{what}: {found if found is None else type(found).__name__}')
+
+
+def activation(module):
+  name = type(module).__name__
+  if name == 'GELU':
+    exact = getattr(module, 'approximate', 'none') == 'none'
+    return 'gelu' if exact else 'gelu_tanh'
+  known = {'GELUTanh': 'gelu_tanh', 'QuickGELU': 'quick_gelu'}
+  known |= {'ReLU': 'relu', 'SiLU': 'silu', 'QuickGELUActivation': 'quick_gelu'}
+  if name not in known:
+    raise Unknown(f'activation: {name}')
+  return known[name]
+
+
+def mlp_facts(mlp):
+  only('mlp', mlp, *MLPS)
+  if isinstance(mlp, (layers.SwiGLU, layers.GluMlp)):
+    if getattr(mlp, 'gate_last', False):
+      raise Unknown('mlp: the gate is the second half')
+    return {'gate_activation': activation(mlp.act), 'activation': 'gelu'}
+  return {'activation': activation(mlp.act)}
+
+
+def epsilon(model):
+  norms = [m for m in model.modules() if 'Norm' in type(m).__name__]
+  for norm in norms:
+    only('norm', norm, *NORMS)
+  if len({(type(n).__name__, n.eps) for n in norms}) > 1:
+    raise Unknown('norms of several kinds')
+  return norms[0].eps
+
+
+def pool(model):
+  name = model.global_pool
+  if name not in POOLS:
+    raise Unknown(f'pooling: {name}')
+  if name == 'map':
+    head = model.attn_pool
+    only('pooling', head, vit.AttentionPoolLatent)
+    if head.num_heads != model.blocks[0].attn.num_heads or head.latent_len != 1:
+      raise Unknown('pooling: with heads of its own')
+    if head.pos_embed is not None or isinstance(head.q, torch.nn.Identity):
+      raise Unknown('pooling: with positions')
+    return 'map'
+  whole = getattr(model, 'pool_include_prefix', False)
+  return 'all' if whole and name == 'avg' else POOLS[name]
+
+
+def transformer(model, blocks, **more):
+  only('patch embedding', model.patch_embed, layers.PatchEmbed)
+  for block in model.blocks:
+    only('block', block, *blocks)
+  block = model.blocks[0]
+  if (
+    getattr(model, 'fc_norm', None) is not None
+    and type(model.norm) is type(model.fc_norm) is not torch.nn.Identity
+  ):
+    raise Unknown('a norm before and after the pooling')
+  return {
+    'heads': block.attn.num_heads,
+    'epsilon': epsilon(model),
+    'norm_order': 'before',
+    'pool': pool(model),
+    **mlp_facts(block.mlp),
+    **more,
+  }
+
+
+def of_vit(model):
+  only('attention', model.blocks[0].attn, vit.Attention)
+  post = type(model.blocks[0]) is vit.ResPostBlock
+  order = {'norm_order': 'branch' if post else 'before'}
+  if type(model) is deit.VisionTransformerDistilled:
+    order['distilled'] = 'average'
+  return transformer(model, (vit.Block, vit.ResPostBlock), **order)
+
+
+def of_eva(model):
+  attention = model.blocks[0].attn
+  only('attention', attention, eva.EvaAttention, eva.AttentionRope)
+  if getattr(attention, 'gate', None) is not None:
+    raise Unknown('attention: gated')
+  if (
+    len(
+      {
+        b.attn.q_proj.out_features if getattr(b.attn, 'q_proj', None) else 0
+        for b in model.blocks
+      }
+    )
+    > 1
+  ):
+    raise Unknown('attention: widths of several kinds')
+  more = {}
+  rope = model.rope
+  if rope is not None:
+    only(
+      'rotation', rope, layers.RotaryEmbeddingCat, layers.RotaryEmbeddingDinoV3
+    )
+    if rope.grid_indexing != 'ij' or rope.grid_offset:
+      raise Unknown('rotation: of another grid')
+    centered = type(rope) is layers.RotaryEmbeddingDinoV3
+    reference = getattr(rope, 'ref_feat_shape', None)
+    more['rope'] = {
+      'theta': float(rope.temperature),
+      'centered': centered,
+      'reference': None if reference is None else reference[0],
+      'interleaved': not rope.rotate_half,
+    }
+    if model.pos_embed is None:
+      more['input_size'] = model.pretrained_cfg['input_size'][-1]
+  return transformer(model, (eva.EvaBlock,), **more)
+
+
+def of_beit(model):
+  if model.rel_pos_bias is not None:
+    raise Unknown('relative positions that blocks share')
+  return transformer(model, (beit.Block,))
+
+
+def of_resnet(model):
+  block = model.layer1[0]
+  only('block', block, resnet.BasicBlock, resnet.Bottleneck)
+  last = model.layer2[0]
+  blurs = {'Identity': None, 'AvgPool2d': 'average', 'BlurPool2d': 'binomial'}
+  if block.se is not None:
+    raise Unknown('attention over channels')
+  if any(
+    m.groups > 1 for m in model.modules() if isinstance(m, torch.nn.Conv2d)
+  ):
+    raise Unknown('groups of channels')
+  only('stem', model.conv1, torch.nn.Conv2d)
+  if last.downsample is not None and not isinstance(
+    last.downsample[0], torch.nn.Conv2d
+  ):
+    raise Unknown('shortcuts with a pooling')
+  kind = type(last.aa).__name__
+  if kind not in blurs or model.conv1.kernel_size != (7, 7):
+    raise Unknown('stem or strides')
+  if model.global_pool.pool_type != 'avg' or last.conv1.in_channels * 2 < 64:
+    raise Unknown('pooling')
+  if any(
+    m.eps != 1e-5
+    for m in model.modules()
+    if isinstance(m, torch.nn.BatchNorm2d)
+  ):
+    raise Unknown('epsilon of the batch norms')
+  return {'activation': activation(block.act1), 'blur': blurs[kind]}
+
+
+KINDS = {
+  vit.VisionTransformer: of_vit,
+  deit.VisionTransformerDistilled: of_vit,
+  eva.Eva: of_eva,
+  beit.Beit: of_beit,
+  resnet.ResNet: of_resnet,
+}
+
+
+def facts(name):
+  with torch.device('meta'), warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    model = timm.create_model(name, pretrained=False)
+  if type(model) not in KINDS:
+    raise Unknown(f'a {type(model).__name__}')
+  return KINDS[type(model)](model)
+
+
+def main():
+  groups: dict[str, list[str]] = {}
+  for name in timm.list_models():
+    try:
+      groups.setdefault(repr(facts(name)), []).append(name)
+    except Unknown as reason:
+      print(f'{name}\t{reason}')
+    except Exception as error:  # what cannot be built is not known either
+      print(f'{name}\tnot built: {type(error).__name__} {error}'[:160])
+  root = pathlib.Path(utilized_rank.__file__).parent
+  lines = [f'{key}\n' + '\n'.join(names) for key, names in groups.items()]
+  (root / TABLE).write_text('\n'.join(lines) + '\n')
+
+
+if __name__ == '__main__':
+  main()

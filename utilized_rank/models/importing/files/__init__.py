@@ -1,0 +1,1 @@
+"""Files of tensors, read one tensor at a time, without running their code."""

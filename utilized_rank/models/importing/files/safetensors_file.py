@@ -1,0 +1,84 @@
+"""Files of safetensors, read tensor by tensor, in every dtype of JAX."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from utilized_rank.models.importing.files.tensor import Tensor
+
+_DTYPES: dict[str, Any] = {
+  'F64': np.float64,
+  'F32': np.float32,
+  'F16': np.float16,
+  'BF16': ml_dtypes.bfloat16,
+  'F8_E4M3': ml_dtypes.float8_e4m3fn,
+  'F8_E5M2': ml_dtypes.float8_e5m2,
+  'I64': np.int64,
+  'I32': np.int32,
+  'I16': np.int16,
+  'I8': np.int8,
+  'U64': np.uint64,
+  'U32': np.uint32,
+  'U16': np.uint16,
+  'U8': np.uint8,
+  'BOOL': np.bool_,
+}
+
+
+def read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+  """Tensors, and the file's own metadata as `__metadata__.key`.
+
+  Raises:
+    ValueError: the header is none, a dtype is not known, or the file ends
+      before its tensors.
+  """
+  size = os.path.getsize(path)
+  with open(path, 'rb') as file:
+    length = int.from_bytes(file.read(8), 'little')
+    try:
+      header = json.loads(file.read(length))
+    except ValueError as error:
+      raise ValueError(f'{path} has no header of safetensors.') from error
+  start = 8 + length
+  others = {
+    f'__metadata__.{key}': value
+    for key, value in (header.pop('__metadata__', None) or {}).items()
+  }
+  tensors = {}
+  for name, entry in header.items():
+    if entry['dtype'] not in _DTYPES:
+      raise ValueError(
+        f'{path}: {name} is of type {entry["dtype"]}; known are '
+        f'{", ".join(_DTYPES)}.'
+      )
+    dtype = np.dtype(_DTYPES[entry['dtype']])
+    shape = tuple(entry['shape'])
+    first, last = entry['data_offsets']
+    if start + last > size or first < 0:
+      raise ValueError(
+        f'{path} ends at {size} bytes, before {name}: it is truncated.'
+      )
+    count = int(np.prod(shape))
+    if last - first != count * dtype.itemsize:
+      raise ValueError(
+        f'{path}: {name} of shape {shape} has {last - first} bytes.'
+      )
+    tensors[name] = Tensor(
+      shape, functools.partial(_values, path, start + first, dtype, shape)
+    )
+  return tensors, others
+
+
+def _values(
+  path: str, offset: int, dtype: np.dtype, shape: tuple[int, ...]
+) -> np.ndarray:
+  count = int(np.prod(shape))
+  # Not a mapping: pages of one that stays open stay in memory.
+  flat = np.fromfile(path, np.uint8, count * dtype.itemsize, offset=offset)
+  return flat.view(dtype).reshape(shape)
