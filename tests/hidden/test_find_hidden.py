@@ -198,6 +198,19 @@ def test_printed():
     _ = ur.find_hidden(convolutions, CONV, IMAGE)['ones']
 
 
+def test_some_of_the_layers():
+  params = shapes(a=(D, K), b=(K, D), c=(D, K), d=(K, D), e=(D, K), f=(K, M))
+
+  def fn(p, x):
+    x = x + jnp.tanh(x @ p['a']) @ p['b']
+    x = x + jnp.tanh(x @ p['c']) @ p['d']
+    return jnp.tanh(x @ p['e']) @ p['f']
+
+  found = ur.find_hidden(fn, params, X)
+  assert list(found) == list(found.apart()) == ['a', 'c', 'e']
+  assert list(found.only(name for name in 'ec')) == ['c', 'e']
+
+
 def test_layers_that_share_a_kernel():
   params = shapes(a=(D, K), b=(K, 2 * K), c=(2 * K, M))
   found = ur.find_hidden(
