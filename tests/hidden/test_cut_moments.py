@@ -64,7 +64,7 @@ def check(fn, params, x, units, first, second):
     found['two'].grad_second, moments['two'].grad_second
   )
   # They are moments of the narrower kernels for all that takes such.
-  ranks = ur.uniform_ranks(small, found, params_fraction=0.5)
+  ranks = ur.uniform_ranks(small, found, params_fraction=0.7)
   pairs = ur.factorize(small, found, ranks, method='loss', progress=False)
   assert ur.low_rank(fn)(pairs, x).shape == fn(params, x).shape
 
