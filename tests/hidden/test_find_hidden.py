@@ -66,7 +66,7 @@ def test_gated_layers_lose_a_unit_in_both():
 
 def test_numbers_that_are_the_same_for_all_units():
   def fn(p, x):
-    mask = (x.sum(-1) > 0)[..., None]
+    mask = (jnp.arange(x.shape[1]) < 4)[:, None]
     h = jax.nn.relu(x @ p['up']) * mask / x.shape[0] * p['temperature']
     h = jnp.transpose(h, (1, 0, 2)).reshape(-1, h.shape[-1])
     return h.mean(0) @ p['down']

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import math
+
 from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Layout
 from utilized_rank.tree.layout import pieces_of
