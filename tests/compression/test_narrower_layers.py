@@ -90,3 +90,21 @@ def test_other_kernels_get_what_is_left(params):
   plain, _ = ur.compress(fn, whole, [X], layers=False, **OPTIONS)
   before = np.abs(ur.low_rank(fn)(plain, X) - fn(whole, X)).mean()
   assert change < before / 2
+
+
+def test_narrow_first_then_pairs():
+  """Copies go, and what is left of the kernels is of low rank."""
+  params = copies()
+  net = params['params']
+  low = RNG.normal(size=(40, 2)) @ RNG.normal(size=(2, K))
+  net['up']['kernel'] = jnp.asarray(low, jnp.float32)[:, np.arange(K) % SEEN]
+  x = RNG.normal(size=(512, 40)).astype(np.float32) / 4
+  options = OPTIONS | {'params_fraction': 0.15}
+  small, report = ur.compress(by_hand, params, [x], **options)
+  kernel = small['params']['up']['kernel']
+  assert isinstance(kernel, ur.LowRank) and kernel.shape[1] < K
+  shapes = report.recipe.abstract(params)
+  assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, small)
+  np.testing.assert_allclose(
+    ur.low_rank(by_hand)(small, x), by_hand(params, x), rtol=2e-2, atol=2e-2
+  )

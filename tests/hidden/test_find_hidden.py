@@ -66,7 +66,7 @@ def test_gated_layers_lose_a_unit_in_both():
 
 def test_numbers_that_are_the_same_for_all_units():
   def fn(p, x):
-    mask = (x.sum(-1) > 0)[..., None]
+    mask = (jnp.arange(x.shape[1]) < 4)[:, None]
     h = jax.nn.relu(x @ p['up']) * mask / x.shape[0] * p['temperature']
     h = jnp.transpose(h, (1, 0, 2)).reshape(-1, h.shape[-1])
     return h.mean(0) @ p['down']
@@ -196,6 +196,19 @@ def test_printed():
   assert 'reads those of one' in text and text.endswith('1 hidden layers')
   with pytest.raises(KeyError, match="did you mean \\['one'\\]"):
     _ = ur.find_hidden(convolutions, CONV, IMAGE)['ones']
+
+
+def test_some_of_the_layers():
+  params = shapes(a=(D, K), b=(K, D), c=(D, K), d=(K, D), e=(D, K), f=(K, M))
+
+  def fn(p, x):
+    x = x + jnp.tanh(x @ p['a']) @ p['b']
+    x = x + jnp.tanh(x @ p['c']) @ p['d']
+    return jnp.tanh(x @ p['e']) @ p['f']
+
+  found = ur.find_hidden(fn, params, X)
+  assert list(found) == list(found.apart()) == ['a', 'c', 'e']
+  assert list(found.only(name for name in 'ec')) == ['c', 'e']
 
 
 def test_layers_that_share_a_kernel():

@@ -85,15 +85,13 @@ def _kept(
 
 def _kind(leaf: Any, gives_left: bool, of_units: bool) -> str:
   """What stands in a kernel's place, a key of `choice.KINDS`."""
-  if of_units:
-    return 'narrower hidden layer'
-  if isinstance(leaf, NarrowHeads):
+  if isinstance(leaf, NarrowHeads) and not of_units:
     return 'narrower heads'
   if isinstance(leaf, LowRank):
     if leaf.left is not None or gives_left:
       return 'shared left factor'
     return 'pair' if leaf.order is None else 'identity pair'
-  return 'dense'
+  return 'narrower hidden layer' if of_units else 'dense'
 
 
 def _why_dense(problem: Problem, path: str) -> str:

@@ -7,15 +7,20 @@ from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.candidates import nearest
 from utilized_rank.compression.narrowed import attention
 from utilized_rank.compression.narrowed import hidden
+from utilized_rank.compression.narrowed import narrow_first
 from utilized_rank.compression.narrowed import narrowed
 from utilized_rank.compression.problem import Problem
 
 _NAME = 'narrower layers'
 _BOTH = 'narrower layers and heads'
+_FIRST = 'pairs of narrower layers'
 
 
 def narrower_layers(problem: Problem, heads: bool = True) -> Tried | None:
   """Layers as narrow as one budget asks for; pairs at the other kernels.
+
+  Where the function takes widths from its leaves, less narrow layers with
+  pairs of their own kernels are tried too.
 
   Args:
     problem: the problem.
@@ -29,9 +34,10 @@ def narrower_layers(problem: Problem, heads: bool = True) -> Tried | None:
   layers = hidden(problem)
   if not layers:
     return None
-  found = narrowed(problem, _NAME, Attention({}, {}), layers)
   pairs = attention(problem) if heads else None
-  if not pairs:
-    return found
-  both = narrowed(problem, _BOTH, pairs, layers)
-  return both if found is None else nearest(found, [both], problem.journal)
+  tried = [narrowed(problem, _NAME, Attention({}, {}), layers)]
+  if pairs:
+    tried.append(narrowed(problem, _BOTH, pairs, layers))
+  tried.append(narrow_first(problem, _FIRST, layers))
+  found = [one for one in tried if one is not None]
+  return nearest(found[0], found[1:], problem.journal) if found else None

@@ -7,6 +7,7 @@
 * `order`: units in the order they are kept; the rest read from them (numpy).
 * `kept`: that for every layer, from weights and moments.
 * `narrow_hidden`: narrower trees, and what every width costs.
+* `cut_moments`: moments of the narrower kernels.
 * `budget_widths`: widths of least predicted damage within a budget.
 * `one_budget`: hidden layers, heads and pairs of factors in one budget.
 """

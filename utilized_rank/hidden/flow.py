@@ -207,7 +207,7 @@ class Flow(Analysis[Value]):
     out = None
     if name in _ELEMENTWISE and len(eqn.outvars) == 1:
       out = self._elementwise(eqn, values)
-    elif not any(v.units or v.vectors for v in values[1:]):
+    elif values and not any(v.units or v.vectors for v in values[1:]):
       out = _laid_out(eqn, values)
     if out is not None:
       return [out] * len(eqn.outvars)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import math
-from typing import Any
 
 from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Layout
@@ -105,9 +104,10 @@ class Hidden(Mapping[str, HiddenLayer]):
   def __len__(self) -> int:
     return len(self._layers)
 
-  def only(self, names: Any) -> Hidden:
+  def only(self, names: Iterable[str]) -> Hidden:
     """The same for some of the layers."""
-    kept = {name: self._layers[name] for name in self if name in set(names)}
+    wanted = set(names)
+    kept = {name: self._layers[name] for name in self if name in wanted}
     return Hidden(kept, self.unseen)
 
   def fixed(self) -> Hidden:

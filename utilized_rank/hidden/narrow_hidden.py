@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +23,18 @@ from utilized_rank.tree import paths
 from utilized_rank.walk import compat
 
 
-@compat.moves_data
+class Cut(NamedTuple):
+  """A layer, and which of its units stay.
+
+  Attributes:
+    layer: the layer.
+    units: (members, k), ascending, for every step of a stack.
+  """
+
+  layer: HiddenLayer
+  units: np.ndarray
+
+
 def narrow_hidden(
   params: Any,
   moments: Moments,
@@ -82,11 +93,35 @@ def narrow_hidden(
   >>> bool(jnp.allclose(fn(small, x), fn(params, x), atol=1e-4))
   True
   """
+  tree, _ = cut_hidden(
+    params,
+    moments,
+    hidden,
+    widths,
+    method=method,
+    compensate_mean=compensate_mean,
+    damping=damping,
+  )
+  return tree
+
+
+@compat.moves_data
+def cut_hidden(
+  params: Any,
+  moments: Moments,
+  hidden: Hidden,
+  widths: Mapping[str, int],
+  *,
+  method: str,
+  compensate_mean: bool,
+  damping: float,
+) -> tuple[Any, list[Cut]]:
+  """What `narrow_hidden` returns, and which units stay."""
   layers = _chosen(hidden, widths)
   named, treedef = paths.flatten(params, is_low_rank)
   _check(layers.values(), named)
   out = dict(named)
-  cuts: list[tuple[HiddenLayer, np.ndarray]] = []
+  cuts: list[Cut] = []
   for layer, its in kept.members(
     params,
     moments,
@@ -104,7 +139,7 @@ def narrow_hidden(
       scale = moments[path].entry.bias_scale
       old = np.asarray(out[bias], np.float64)
       out[bias] = old + scale * lost.reshape(old.shape)
-    cuts.append((layer, np.stack([f.kept for f in found])))
+    cuts.append(Cut(layer, np.stack([f.kept for f in found])))
   # Only now, since what reads one layer's units may make those of the next.
   for layer, units in cuts:
     for at in (*layer.kernels, *layer.vectors):
@@ -116,7 +151,7 @@ def narrow_hidden(
         if is_low_rank(value)
         else place_like(value, named[path])
       )
-  return paths.unflatten(treedef, out)
+  return paths.unflatten(treedef, out), cuts
 
 
 def hidden_damages(

@@ -8,12 +8,13 @@ from utilized_rank.attention import heads
 from utilized_rank.attention.factorize_heads import factorize_heads
 from utilized_rank.attention.factorize_heads import head_damages
 from utilized_rank.attention.factorize_heads import head_offers
+from utilized_rank.factorization import methods
 from utilized_rank.factorization.decompose import decompose
 from utilized_rank.hidden.budget_widths import width_offers
 from utilized_rank.hidden.layers import Hidden
-from utilized_rank.hidden.layers import HiddenLayer
+from utilized_rank.hidden.narrow_hidden import Cut
+from utilized_rank.hidden.narrow_hidden import cut_hidden
 from utilized_rank.hidden.narrow_hidden import hidden_damages
-from utilized_rank.hidden.narrow_hidden import narrow_hidden
 from utilized_rank.hidden.narrow_hidden import shrunk
 from utilized_rank.lowrank import leaf
 from utilized_rank.moments.moments import Moments
@@ -28,8 +29,7 @@ class Narrowed(NamedTuple):
     tree: with `NarrowHeads` leaves, those of all layers among them.
     rest: moments of the kernels that are in no pair and no layer.
     params_fraction: share of their parameters that the budget leaves.
-    resizing: layers that are narrower, and whose width the function takes from
-      their leaves.
+    cuts: layers that are narrower, and which units stay.
     damages: predicted nats per example, by the path of each pair's left and
       each layer's first kernel.
     units: paths of the kernels of all narrower layers.
@@ -38,7 +38,7 @@ class Narrowed(NamedTuple):
   tree: Any
   rest: Moments
   params_fraction: float
-  resizing: tuple[HiddenLayer, ...]
+  cuts: tuple[Cut, ...]
   damages: dict[str, float]
   units: frozenset[str]
 
@@ -125,7 +125,14 @@ def narrow(
   if not narrow_heads and not widths:
     return None
   # Of one shape all the way, so that the rest is fitted to dense outputs.
-  tree = narrow_hidden(params, moments, layers.fixed(), widths, **options)
+  tree, cuts = cut_hidden(
+    params,
+    moments,
+    layers.fixed(),
+    widths,
+    damping=methods.DAMPING,
+    **options,
+  )
   tree = factorize_heads(tree, moments, found, narrow_heads, **options)
   left = sum(cost for _, cost in spent[second:])
   return Narrowed(
@@ -133,7 +140,7 @@ def narrow(
     rest,
     # Half a number more, so that rounding does not lose one.
     min(1.0, (left + 0.5) / whole) if whole else 1.0,
-    tuple(layers[name] for name in widths if layers[name].resizes),
+    tuple(Cut(layers[cut.layer.name], cut.units) for cut in cuts),
     {
       found[name].left.path: float(head_losses[name][rank])
       for name, rank in narrow_heads.items()
@@ -176,8 +183,9 @@ def put_back(tree: Any, narrowed: Narrowed) -> Any:
     for path, its in small.items()
     if leaf.is_low_rank(its) and path not in of_rest
   }
-  for layer in narrowed.resizing:
-    named |= shrunk(layer, named)
+  for cut in narrowed.cuts:
+    if cut.layer.resizes:
+      named |= shrunk(cut.layer, named)
   return paths.unflatten(treedef, named)
 
 
