@@ -42,19 +42,22 @@ def parser(
   out: pathlib.Path,
   fractions: Sequence[float] | None = None,
   repeats: int | None = None,
+  choices: Sequence[str] = tuple(LOADERS),
 ) -> argparse.ArgumentParser:
   """`arguments.parser` with where networks are, which, and how much to keep.
 
   Args:
     doc, out, repeats: of `arguments.parser`.
-    default: names of networks.
+    default: names of networks; none for no such option.
     fractions: default of `--fractions`; None for no such option.
+    choices: names that there are.
   """
   made = arguments.parser(doc, out=out, repeats=repeats)
   made.add_argument('--data_root', required=True)
-  made.add_argument(
-    '--networks', nargs='+', default=default, choices=list(LOADERS)
-  )
+  if default:
+    made.add_argument(
+      '--networks', nargs='+', default=default, choices=list(choices)
+    )
   if fractions is not None:
     made.add_argument('--fractions', nargs='+', type=float, default=fractions)
   return made

@@ -79,10 +79,10 @@ class WordPiece:
     """A text cut into windows of `LENGTH` positions, (n, LENGTH) int32."""
     ids, inner = self.ids(text), LENGTH - 2
     rows = np.array(ids[: len(ids) // inner * inner]).reshape(-1, inner)
-    ends = [(1, 0), self.first], [(0, 1), self.last]
-    for width, token in ends:
-      rows = np.pad(rows, [(0, 0), width], constant_values=token)
-    return rows.astype(np.int32)
+    first, last = (
+      np.full((len(rows), 1), token) for token in (self.first, self.last)
+    )
+    return np.concatenate([first, rows, last], axis=1).astype(np.int32)
 
 
 def embed(params, tokens: jax.Array) -> jax.Array:

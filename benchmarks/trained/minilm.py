@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks import networks
 from benchmarks.networks import minilm
-from benchmarks.shared import arguments
 from benchmarks.shared import judging
 from benchmarks.shared import record
 import utilized_rank as ur
@@ -150,8 +150,8 @@ def run(root: str) -> dict:
   return {
     'protocol': f'encoder kernels at {FRACTION:.0%}, calibrated on '
     f'{sizes["calibration"]} windows of {minilm.LENGTH} tokens of {IN}, '
-    f'judged on {sizes["in"]} others and {sizes["out"]} of {OUT}; cosines to the dense '
-    'embeddings',
+    f'judged on {sizes["in"]} others and {sizes["out"]} of {OUT}; cosines to '
+    'the dense embeddings',
     'seeds': {'windows': 0, 'sampled_squared_error': 0},
     'collect_cpu_seconds': {
       'without loss': round(plain_seconds, 1),
@@ -162,8 +162,9 @@ def run(root: str) -> dict:
 
 
 def main():
-  parser = arguments.parser(__doc__, out=record.RESULTS / 'minilm.json')
-  parser.add_argument('--data_root', required=True)
+  parser = networks.parser(
+    __doc__, default=(), out=record.RESULTS / 'minilm.json'
+  )
   args = parser.parse_args()
   record.write(args.out, 'minilm', run(args.data_root))
 

@@ -100,6 +100,24 @@ def test_patches_of_a_convolution(monkeypatch, most, out):
   check(moments['w'], sums(rows, rows @ KERNEL.reshape(18, 4)))
 
 
+def test_rows_that_choose_their_kernel():
+  experts, chosen = draw(3, 5, 4), RNG.integers(0, 3, size=16)
+
+  def fn(p, batch):
+    order = jnp.argsort(batch['chosen'])
+    sizes = jnp.bincount(batch['chosen'], length=3)
+    y = jax.lax.ragged_dot(batch['x'][order], p['w'], sizes)
+    return jnp.zeros_like(y).at[order].set(y)
+
+  x = X[:, 0]
+  moments = collect(fn, {'w': experts}, [{'x': x, 'chosen': chosen}])
+  expected = [
+    sums(x[chosen == i].astype(np.float64), x[chosen == i] @ w)
+    for i, w in enumerate(experts)
+  ]
+  check(moments['w'], [np.stack(v) for v in zip(*expected, strict=True)])
+
+
 def test_layers_of_a_scan_and_a_mask_of_tokens():
   stack = draw(3, 5, 5) / 2
   real = np.arange(6) < RNG.integers(2, 7, size=16)[:, None]

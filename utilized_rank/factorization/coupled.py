@@ -15,6 +15,7 @@ import functools
 import numpy as np
 
 from utilized_rank.factorization.kernels import Kernel
+from utilized_rank.factorization.kernels import Weighed
 from utilized_rank.linalg import subspace
 
 
@@ -28,10 +29,10 @@ def coupled(kernel: Kernel) -> Kernel:
   Raises:
     ValueError: the moments have no such sums.
   """
-  total, second, gradient = _weighed(kernel)
+  (total, second, gradient), own = _weighed(kernel)
   gradient = gradient / (float(np.trace(second)) or 1.0)
   if kernel.centered:
-    mean, size = kernel.mean, float(np.trace(kernel.gradient))
+    mean, size = kernel.mean, float(np.trace(own))
     both = np.outer(mean, total)
     second = second + size * np.outer(mean, mean) - both - both.T
   return dataclasses.replace(
@@ -49,22 +50,23 @@ def dependence(kernel: Kernel) -> float:
   One minus the cosine between S (x) G and the Kronecker product of F's partial
   traces: 0 where x says nothing of |g| nor g of |x|.
   """
-  _, second, gradient = _weighed(kernel)
-  assert kernel.gradient is not None
-  own = kernel.second
+  (_, second, gradient), g = _weighed(kernel)
+  s = kernel.second
   if kernel.centered:
-    own = own + np.outer(kernel.mean, kernel.mean)
-  same = _cosine(own, second) * _cosine(kernel.gradient, gradient)
+    s = s + np.outer(kernel.mean, kernel.mean)
+  same = _cosine(s, second) * _cosine(g, gradient)
   return float(np.clip(1 - same, 0.0, 1.0))
 
 
-def _weighed(kernel: Kernel):
-  if kernel.coupled is None or kernel.gradient is None:
+def _weighed(kernel: Kernel) -> tuple[Weighed, np.ndarray]:
+  """The weighed moments, and G."""
+  g = kernel.gradient
+  if kernel.coupled is None or g is None:
     raise ValueError(
       f'the moments of {kernel.path!r} have no sums of inputs and gradients '
       'together; collect them with loss= and coupled=True'
     )
-  return kernel.coupled()
+  return kernel.coupled(), g
 
 
 def _cosine(one: np.ndarray, other: np.ndarray) -> float:

@@ -320,8 +320,10 @@ class Moments(Mapping[str, Moment]):
 
   @classmethod
   def tree_unflatten(cls, static, children) -> Moments:
-    *children, coupled = children
-    return cls(static.table, *children, static.coverage, coupled)
+    sums, grads, examples, rows, coupled = children
+    return cls(
+      static.table, sums, grads, examples, rows, static.coverage, coupled
+    )
 
   def __getitem__(self, path: str) -> Moment:
     if path not in self._places:
@@ -355,15 +357,14 @@ class Moments(Mapping[str, Moment]):
 
   def covering(self, coverage: Coverage | None) -> Moments:
     """The same, with what is known of the other parameters."""
-    *sums, coupled = self.tree_flatten()[0]
-    return Moments(self.table, *sums, coverage, coupled)
+    static = _Static(self.table, coverage)
+    return Moments.tree_unflatten(static, self.tree_flatten()[0])
 
   def in_order_of(self, other: Moments) -> Moments:
     """The same with the table of moments of the same kernels."""
-    *sums, coupled = self._at(
-      [self._places[path] for path in other]
-    ).tree_flatten()[0]
-    return Moments(other.table, *sums, other.coverage, coupled)
+    some = self._at([self._places[path] for path in other])
+    static = _Static(other.table, other.coverage)
+    return Moments.tree_unflatten(static, some.tree_flatten()[0])
 
   def _at(self, places: Sequence[int]) -> Moments:
     pick = lambda v: None if v is None else tuple(v[i] for i in places)

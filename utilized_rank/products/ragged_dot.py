@@ -238,6 +238,6 @@ def ragged_dot(eqn: Any, view: View, which: int) -> Product | str:
     output,
     factored,
     blocks,
-    view.axes[group],
-    len(member),
+    ragged=view.axes[group],
+    segments=len(member),
   )

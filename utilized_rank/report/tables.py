@@ -98,13 +98,17 @@ def how_collected(layers: Sequence[LayerReport]) -> list[str]:
       f'the most it can be; at most {worst.unseen:.2%} of an input is unseen '
       f'({worst.name}: k_S from {worst.k_in_least} to {worst.k_in})'
     )
-  together = [layer for layer in layers if layer.dependence is not None]
-  if together:
-    values = [layer.dependence for layer in together]
-    worst = max(together, key=lambda layer: layer.dependence or 0.0)
+  apart = [
+    (layer.dependence, layer.name)
+    for layer in layers
+    if layer.dependence is not None
+  ]
+  if apart:
+    middle = np.median([value for value, _ in apart])
+    most, name = max(apart)
     lines.append(
       'dependence of inputs and gradients: median '
-      f'{np.median(values):.2f}, most {worst.dependence:.2f} ({worst.name})'
+      f'{middle:.2f}, most {most:.2f} ({name})'
     )
   passes = len({layer.number for layer in layers})
   if passes > 1:
