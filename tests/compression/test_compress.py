@@ -202,3 +202,21 @@ def test_ranks_are_tried_with_the_constants_that_factors_will_have():
   want = ur.squared_error(norms(params, X), norms(ur.merge(small), X), X)
   # Differences of outputs near 1 in float32.
   np.testing.assert_allclose(ranks.divergences, want, rtol=1e-3, atol=1e-6)
+
+
+def test_the_chosen_tree_is_trained_unless_that_is_not_wanted():
+  fn, params, _ = network('residual')
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(320, 6)).astype(np.float32) * np.arange(1, 7) / 3
+  options = dict(params_fraction=0.5, anchored=False, progress=False)
+  trees = [
+    ur.compress(fn, params, np.split(x[:256], 4), refine=steps, **options)[0]
+    for steps in (0, 200)
+  ]
+  shapes = lambda tree: jax.tree.map(lambda v: (v.shape, v.dtype), tree)
+  assert shapes(trees[0]) == shapes(trees[1])
+  before, after = (
+    np.mean(np.square(ur.low_rank(fn)(tree, x[256:]) - fn(params, x[256:])))
+    for tree in trees
+  )
+  assert after < before

@@ -69,6 +69,17 @@ def test_updates_are_those_of_adam_in_float64():
   assert np.all(np.isfinite(stuck.mean))
 
 
+@pytest.mark.parametrize('size', [1.0, 1e-8, 1e-16, 1e-25, 1e-38])
+def test_no_gradient_is_too_small_to_be_divided_by(size):
+  state = descent.start(jnp.zeros(2), jnp.float32(1.0))
+  for i in range(1, 20):
+    gradient = jnp.array([size, -size if i % 9 else 5 * size], jnp.float32)
+    new = descent.update(state, gradient, i, 0.1)
+    # 2.4 rates, in float32.
+    assert np.all(np.abs(new.values - state.values) <= 0.24)
+    state = new
+
+
 def test_a_linear_function_comes_to_the_best_of_its_rank():
   """The closed form: U U^T y of the outputs' own singular vectors."""
   fn = lambda p, x: x @ p['w']

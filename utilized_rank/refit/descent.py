@@ -16,7 +16,9 @@ import jax.numpy as jnp
 MEAN, SQUARE = 0.9, 0.99
 # Share of the updates over which the rate rises to its peak.
 WARMUP = 0.1
-_TINY = 1e-30
+# Above the root of the least float32 number: what is below it has no square,
+# and would be divided by nothing.
+_LEAST = 1e-12
 
 
 class State(NamedTuple):
@@ -66,7 +68,7 @@ def update(state: State, gradient: Any, count: Any, rate: Any) -> State:
 
   def move(value, m, v, size):
     m, v = m / (1 - MEAN**count), v / (1 - SQUARE**count)
-    return value - rate * size * m / (jnp.sqrt(v) + _TINY)
+    return value - rate * size * m / (jnp.sqrt(v) + _LEAST)
 
   values = jax.tree.map(move, state.values, mean, square, state.sizes)
   return State(values, mean, square, state.sizes)

@@ -110,7 +110,7 @@ def distill(
     return small
   tree = _Tree.of(fn, params, small, kept[0])
   dense = _Dense(fn, params)
-  run = low_rank(fn)
+  run, rest = low_rank(fn), tree.rest()
 
   def each(values, rest, batch, outputs):
     return divergence(outputs, run(tree.joined(values, rest), batch), batch)
@@ -118,7 +118,8 @@ def distill(
   def mean(*args):
     return jnp.mean(each(*args))
 
-  def step(state, count, rate, *args):
+  @jax.jit
+  def update(state, count, rate, *args):
     gradient = jax.grad(mean)(state.values, *args)
     return descent.update(state, gradient, count, rate)
 
@@ -126,14 +127,13 @@ def distill(
   judge = jax.jit(each)
 
   def look(values):
-    parts = [judge(values, tree.rest, *pair) for pair in judged]
+    parts = [judge(values, rest, *pair) for pair in judged]
     return np.concatenate([np.asarray(part, np.float64) for part in parts])
 
   state = tree.start()
-  first = training[0], dense.outputs(training[0])
-  if why := _no_gradient(step, state, 1.0, learning_rate, tree.rest, *first):
+  piece = next(_pieces(training, dense, batch_size))
+  if why := _fails(update, state, 1.0, learning_rate, rest, *piece):
     raise NoDerivative(f'the function has no reverse derivative ({why})')
-  update = jax.jit(step)
   best, before = state.values, look(state.values)
   nearest = before
   counts: Iterable[int] = range(1, steps + 1)
@@ -149,7 +149,7 @@ def distill(
   every = max(1, steps // LOOKS)
   for count, (batch, outputs) in zip(counts, pieces):
     rate = descent.rate_at(count, steps, learning_rate)
-    state = update(state, float(count), rate, tree.rest, batch, outputs)
+    state = update(state, float(count), rate, rest, batch, outputs)
     if count % every == 0 or count == steps:
       now = look(state.values)
       if now.mean() < nearest.mean():
@@ -188,10 +188,10 @@ def _rows(tree: Any, rows: Any, size: int) -> Any:
   )
 
 
-def _no_gradient(step: Callable[..., Any], *args: Any) -> str | None:
-  """What tracing a step raises, its first line; None where it is traced."""
+def _fails(update: Callable[..., Any], *args: Any) -> str | None:
+  """What tracing an update raises, its first line; None if it is traced."""
   try:
-    jax.eval_shape(step, *args)
+    jax.eval_shape(update, *args)
   except Exception as error:  # each primitive's author raises another
     return (str(error).strip() or type(error).__name__).splitlines()[0]
   return None
@@ -238,11 +238,10 @@ class _Tree:
     )
     return cls(treedef, named, trained, positive)
 
-  @property
   def rest(self) -> Leaves:
-    """The arrays that are not trained."""
+    """The arrays that are not trained, on the device."""
     return {
-      path: leaf
+      path: jnp.asarray(leaf)
       for path, leaf in self.named.items()
       if path not in self.trained and tracing.is_array(leaf)
     }
@@ -296,7 +295,8 @@ class _Dense:
   """The dense function, some of whose outputs are remembered."""
 
   def __init__(self, fn: Callable[[Any, Any], Any], params: Any):
-    self._arrays, join = tracing.split(params)
+    arrays, join = tracing.split(params)
+    self._arrays = list(map(jnp.asarray, arrays))
     self._run = jax.jit(lambda arrays, batch: fn(join(arrays), batch))
     self._kept: dict[int, Any] = {}
     self._left = _MOST_BYTES
