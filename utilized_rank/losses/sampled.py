@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -95,4 +96,11 @@ def sampled_cross_entropy(
   >>> loss(jnp.zeros((3, 5)), None).shape
   (3,)
   """
+  if logits is identity:  # one object: what is compiled for it is kept
+    return _of_logits(seed)
   return SampledCrossEntropy(logits, seed)
+
+
+@functools.cache
+def _of_logits(seed: int) -> SampledCrossEntropy:
+  return SampledCrossEntropy(identity, seed)

@@ -44,6 +44,11 @@ class Measurement:
         'fisher_rows=True squares gradients of a loss: give loss='
       )
 
+  def key(self) -> tuple[Any, ...]:
+    """What tells it from others of the same function and loss."""
+    rules = self.select, self.sides.from_outputs, self.sides.sketch
+    return self.fisher_rows, self.on_opaque, repr(rules)
+
   def only(self, members: Iterable[str]) -> Measurement:
     """The same for some kernels."""
     return dataclasses.replace(self, select=paths.only(members))
