@@ -36,7 +36,7 @@ def layer(path, index=(), d_in=64, d_out=256, k_in=21, k_out=70, decay=0.7):
     k_out=k_out,
     spectrum_in=decay ** np.arange(d_in),
     spectrum_out=decay ** np.arange(d_out),
-    error_projected=0.021,
+    projected=0.021,
     error_bound=0.0098,
   )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+import dataclasses
 import os
 from typing import Any
 import warnings
@@ -30,10 +31,13 @@ from utilized_rank.moments.sides import Columns
 from utilized_rank.moments.sides import Sides
 from utilized_rank.tree import paths
 from utilized_rank.walk import tracing
+from utilized_rank.walk.kept import Kept
+from utilized_rank.walk.tracing import Form
 
 _JOINT = 'parameters that are spread over processes'
 
 
+@tracing.remembered()
 def collect(
   fn: Callable[[Any, Any], Any],
   params: Any,
@@ -165,7 +169,7 @@ def collect(
   sides = Sides(from_outputs, sketch)
   what = Measurement(fn, loss, fisher_rows, coupled, select, on_opaque, sides)
   accumulation.check(accumulate)
-  values, tree_of = tracing.split(params)
+  values, _ = tracing.split(params)
   place = placement(values, mesh, batch_axes, pmap_axis)
   everywhere = place.everywhere
   stream = started(batches, everywhere)
@@ -184,6 +188,11 @@ def collect(
       ),
     ]
   )
+  form = Form(params)
+  names = [
+    p for p, v in paths.flatten(params)[0].items() if tracing.is_array(v)
+  ]
+  tree_of = lambda arrays: form.filled(dict(zip(names, arrays, strict=True)))
   spread = place.devices(values)
   with spread.within():
     sites = spread.sites(
@@ -206,13 +215,19 @@ def collect(
     layouts = {path: sites[path].layout for path in members}
     # All of them are what the caller's own rules select.
     part = what if len(layouts) == len(sites) else what.only(layouts)
-    measure = part.sums(layouts, spread.over)
-    return RunningSums(
-      lambda params, batch: measure(tree_of(params), batch),
-      spread,
-      accumulate,
-      everywhere,
+    over = spread.over
+
+    def make(fn, loss=None):
+      measure = dataclasses.replace(part, fn=fn, loss=loss).sums(layouts, over)
+      return lambda params, batch: measure(tree_of(params), batch)
+
+    made = Kept(
+      [fn] if loss is None else [fn, loss],
+      (form, *part.key(), tuple(layouts.items()), spread.key()),
+      make,
     )
+    measure = make(fn, loss)
+    return RunningSums(measure, spread, accumulate, everywhere, made)
 
   masked = Masked(mask, spread.shares, 0 if pmap_axis is None else 1)
   with_sums = loss is not None, fisher_rows, coupled

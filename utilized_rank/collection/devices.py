@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+import functools
 import math
 from typing import Any
 import zlib
@@ -48,6 +49,10 @@ class Devices:
     self.placement = NamedSharding(self.mesh, PartitionSpec(EXAMPLES))
     everywhere = NamedSharding(self.mesh, PartitionSpec())
     self.params = [jax.device_put(local_copy(v), everywhere) for v in params]
+
+  def key(self) -> Any:
+    """What its steps depend on, beside what they sum."""
+    return type(self), self.mesh
 
   @property
   def shares(self) -> int:
@@ -129,11 +134,9 @@ class Devices:
     )
 
   def zeros(self, shapes: Any) -> Any:
-    # One program: those of single arrays take longer to compile than to run.
-    make = lambda: jax.tree.map(
-      lambda s: jnp.zeros(s.shape, s.dtype), self.states(shapes)
-    )
-    return jax.jit(make, out_shardings=self.placement)()
+    leaves, treedef = jax.tree.flatten(self.states(shapes))
+    types = tuple((s.shape, s.dtype) for s in leaves)
+    return jax.tree.unflatten(treedef, _zeros(types, self.placement)())
 
   def put(self, state: Any) -> Any:
     """Running sums from the host."""
@@ -216,6 +219,9 @@ class Sharded(Devices):
       v if on_mesh(v) else jax.device_put(v, everywhere) for v in params
     ]
 
+  def key(self) -> Any:
+    return *super().key(), self.names, self.in_force, self.spreads
+
   @property
   def over(self) -> tuple[Mesh, tuple[str, ...]]:
     return self.mesh, self.names
@@ -248,43 +254,28 @@ class Sharded(Devices):
 
   def run(self, measure: Measure, accumulate: Any, whole: bool) -> Any:
     assert not whole
+    # What is made here outlives this object, and the parameters that it has.
+    mesh, names = self.mesh, self.names
 
     def add(state, new):
-      new = self._parts_first(new)
+      new = _parts_first(new)
       state, finite, most = jax.vmap(accumulate)(state, new)
       # A few numbers; the function's own steps are joint ones anyway.
       return state, finite.all(0)[None], most.max()[None]
 
     def step(state, params, batch):
       join = add
-      if meshes.is_explicit(self.mesh):
-        kept = jax.tree.map(lambda _: PartitionSpec(self.names), state)
+      if meshes.is_explicit(mesh):
+        kept = jax.tree.map(lambda _: PartitionSpec(names), state)
         outs = kept, PartitionSpec(), PartitionSpec()
         join = jax.sharding.auto_axes(add, out_sharding=outs)
       return join(state, measure(params, batch))
 
-    everywhere = NamedSharding(self.mesh, PartitionSpec())
+    everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
       step,
       donate_argnums=0,
       out_shardings=(self.placement, everywhere, everywhere),
-    )
-
-  def _parts_first(self, moments: Moments) -> Moments:
-    """The parts' axis, which is in front of the features, in front of all."""
-    front = lambda a, features: jnp.moveaxis(a, a.ndim - 1 - features, 0)
-    panels = lambda second: jax.tree.map(lambda a: front(a, 2), second)
-    sums = tuple(
-      Sums(front(s.count, 0), front(s.total, 1), panels(s.panels))
-      for s in moments.sums
-    )
-    grads = moments.grads and tuple(map(panels, moments.grads))
-    rows = moments.row_grads and tuple(front(g, 1) for g in moments.row_grads)
-    coupled = moments.coupled and jax.tree.map(
-      lambda a: front(a, 2), moments.coupled
-    )
-    return Moments(
-      moments.table, sums, grads, moments.examples, rows, coupled=coupled
     )
 
   def shapes(self, fn: Callable[..., Any], batch: Any) -> Any:
@@ -292,7 +283,7 @@ class Sharded(Devices):
     shapes = jax.eval_shape(fn, self.params, batch)
     if not isinstance(shapes, Moments):
       return shapes
-    shapes = jax.eval_shape(self._parts_first, _bare(shapes))
+    shapes = jax.eval_shape(_parts_first, _bare(shapes))
     return jax.tree.map(
       lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shapes
     )
@@ -312,6 +303,32 @@ class Sharded(Devices):
   def reducer(self, state: Any) -> Any:
     specs = jax.tree.map(lambda _: PartitionSpec(self.names), state)
     return processes.reducer(self.mesh, specs, self.names)
+
+
+def _parts_first(moments: Moments) -> Moments:
+  """The parts' axis, which is in front of the features, in front of all."""
+  front = lambda a, features: jnp.moveaxis(a, a.ndim - 1 - features, 0)
+  panels = lambda second: jax.tree.map(lambda a: front(a, 2), second)
+  sums = tuple(
+    Sums(front(s.count, 0), front(s.total, 1), panels(s.panels))
+    for s in moments.sums
+  )
+  grads = moments.grads and tuple(map(panels, moments.grads))
+  rows = moments.row_grads and tuple(front(g, 1) for g in moments.row_grads)
+  coupled = moments.coupled and jax.tree.map(
+    lambda a: front(a, 2), moments.coupled
+  )
+  return Moments(
+    moments.table, sums, grads, moments.examples, rows, coupled=coupled
+  )
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(types: Any, placement: NamedSharding) -> Callable[[], list[Any]]:
+  """Makes zeros; in one program, as single arrays take longer to compile than
+  to run."""
+  make = lambda: [jnp.zeros(shape, dtype) for shape, dtype in types]
+  return jax.jit(make, out_shardings=placement)
 
 
 def _bare(shapes: Any) -> Any:

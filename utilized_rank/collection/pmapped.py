@@ -35,6 +35,9 @@ class Pmapped(Devices):
         )
     self.params = [jax.device_put(v, self.placement) for v in params]
 
+  def key(self) -> Any:
+    return *super().key(), self.axis
+
   @property
   def shares(self) -> int:
     return 1

@@ -22,6 +22,7 @@ from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.sites import Site
 from utilized_rank.walk import compat
 from utilized_rank.walk import cost
+from utilized_rank.walk.kept import Kept
 
 # Rows that the devices may count before the host takes the sums over: int32
 # ends at twice this.
@@ -51,10 +52,12 @@ class RunningSums:
     spread: Devices,
     accumulate: str = 'float32',
     everywhere: bool = False,
+    made: Kept | None = None,
   ):
-    """`everywhere`: the result is that of all processes."""
+    """`everywhere`: the result is that of all processes; `made`: makes the
+    measure again, of functions for which its steps are kept."""
     self.spread = spread
-    self._measure = measure
+    self._measure, self._made = measure, made
     self._accumulate = accumulate
     self._everywhere = everywhere
     self.state: State | None = None
@@ -65,7 +68,12 @@ class RunningSums:
   def step(self, whole: bool = False) -> Any:
     """The program that adds a batch to the running sums."""
     if whole not in self._steps:
-      self._steps[whole] = self.spread.run(self._measure, _add, whole)
+      run = lambda measure: self.spread.run(measure, _add, whole)
+      self._steps[whole] = (
+        run(self._measure)
+        if self._made is None
+        else self._made.into(whole, run)
+      )
     return self._steps[whole]
 
   @_in_place

@@ -37,9 +37,11 @@ from utilized_rank.report.measure import measure
 from utilized_rank.report.report import Report
 from utilized_rank.tree import paths
 from utilized_rank.walk import compat
+from utilized_rank.walk import tracing
 
 
 @compat.moves_data
+@tracing.remembered()
 def compress(
   fn: Callable[[Any, Any], Any],
   params: Any,

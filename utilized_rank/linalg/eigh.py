@@ -43,6 +43,40 @@ def eigh(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
   return np.where(values > floor, values, 0.0), vectors
 
 
+def eigenvalues(matrix: np.ndarray) -> np.ndarray:
+  """Eigenvalues of a symmetric matrix, ascending, checked; no vectors.
+
+  A third of the time of a decomposition.
+
+  Raises:
+    FloatingPointError: no way gave finite numbers.
+  """
+  symmetric = (matrix + matrix.T) / 2
+  (values,) = _first_finite(
+    'eigenvalues',
+    symmetric,
+    lambda: (np.linalg.eigvalsh(symmetric, 'L'),),
+    lambda: (np.linalg.eigvalsh(symmetric, 'U'),),
+    lambda: (_eigh_by_svd(symmetric)[0],),
+  )
+  return values
+
+
+def spectrum(matrix: np.ndarray) -> np.ndarray:
+  """The values that `eigh` gives of one matrix, without the vectors.
+
+  Raises:
+    FloatingPointError: the matrix holds NaN or infinity.
+  """
+  if not np.all(np.isfinite(matrix)):
+    raise FloatingPointError(
+      f'a {matrix.shape} moment holds NaN or infinite numbers'
+    )
+  values = eigenvalues(matrix)[::-1]
+  floor = EIGENVALUE_FLOOR * max(values[0], 0)
+  return np.where(values > floor, values, 0.0)
+
+
 def symmetric_eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Eigenvalues, ascending, and eigenvectors of symmetric matrices, checked.
 

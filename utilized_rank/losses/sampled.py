@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -135,7 +136,14 @@ def sampled_cross_entropy(
   >>> loss(jnp.zeros((3, 5)), None).shape
   (3,)
   """
+  if logits is identity:  # one object: what is compiled for it is kept
+    return _of_logits(seed)
   return SampledCrossEntropy(logits, seed)
+
+
+@functools.cache
+def _of_logits(seed: int) -> SampledCrossEntropy:
+  return SampledCrossEntropy(identity, seed)
 
 
 def sampled_squared_error(

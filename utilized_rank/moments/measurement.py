@@ -53,6 +53,11 @@ class Measurement:
         'coupled=True sums inputs as they are: not from_outputs=, sketch='
       )
 
+  def key(self) -> tuple[Any, ...]:
+    """What tells it from others of the same function and loss."""
+    rules = self.select, self.sides.from_outputs, self.sides.sketch
+    return self.fisher_rows, self.on_opaque, repr(rules)
+
   def only(self, members: Iterable[str]) -> Measurement:
     """The same for some kernels."""
     return dataclasses.replace(self, select=paths.only(members))

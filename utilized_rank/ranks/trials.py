@@ -88,8 +88,12 @@ class Trials:
   @property
   def few(self) -> list[int]:
     """Numbers of the first batches, which hold a quarter of the examples."""
+    return self.first(1 / 4)
+
+  def first(self, share: float) -> list[int]:
+    """Numbers of the first batches, which hold a share of the examples."""
     ends = np.cumsum(self._sizes)
-    return list(range(int(np.searchsorted(ends, ends[-1] / 4)) + 1))
+    return list(range(int(np.searchsorted(ends, share * ends[-1])) + 1))
 
   @property
   def others(self) -> list[int]:
@@ -123,10 +127,11 @@ class Trials:
     self, made: list[Leaves], batches: Sequence[int] | None
   ) -> np.ndarray:
     numbers = range(len(self._data)) if batches is None else batches
+    run: Callable[..., Any]
     if self._at_once == 1:
-      (one,) = made
-      leaves = {**self._rest, **one}
-      run = lambda *data: self._programs.each(self._form, leaves, *data)[None]
+      leaves = {**self._rest, **made[0]}
+      one = functools.partial(self._programs.each, self._form, leaves)
+      run = lambda *data: np.asarray(one(*data))[None]
     else:
       # Always as many, so that one program serves.
       filled = made + made[-1:] * (self._at_once - len(made))
@@ -160,23 +165,33 @@ class Trials:
     return None
 
   def slopes(
-    self, ranks: Mapping[str, int], families: Families
+    self,
+    ranks: Mapping[str, int],
+    families: Families,
+    batches: Sequence[int] | None = None,
   ) -> dict[str, np.ndarray]:
     """The derivative of the mean divergence by how much of a direction is kept.
+
+    Args:
+      ranks: where it is taken.
+      families: the factors.
+      batches: numbers of the batches to look at; default all.
 
     Returns:
       Path to (num_groups, R); below zero where giving a direction back would
       lower the divergence.
     """
     leaves = self._leaves(ranks, families)
+    numbers = range(len(self._data)) if batches is None else batches
     parts = [
-      self._programs.slopes(self._form, leaves, self._rest, *data)
-      for data in self._data
+      self._programs.slopes(self._form, leaves, self._rest, *self._data[i])
+      for i in numbers
     ]
+    examples = sum(self._sizes[i] for i in numbers)
     total = lambda *g: sum(np.asarray(v, np.float64) for v in g)
     by_leaf = jax.tree.map(total, *parts)
     return {
-      path: self._by_direction(path, by_leaf, families) / self.examples
+      path: self._by_direction(path, by_leaf, families) / examples
       for path in self._moments
     }
 

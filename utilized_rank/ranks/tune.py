@@ -31,6 +31,7 @@ from utilized_rank.moments.moments import Moments
 from utilized_rank.ranks.budget import budget_ranks
 from utilized_rank.ranks.trials import Trials
 from utilized_rank.walk import compat
+from utilized_rank.walk import tracing
 
 # Of the gradient moment's mean diagonal. Little trusts the quadratic
 # approximation of the loss, much tends to 'output'; no value is best for all.
@@ -39,6 +40,9 @@ DAMPINGS = (0.01, 0.1, 1.0)
 METRICS = ('loss', 'geometric', 'relative')
 # Shares of the correction that are tried, the boldest first.
 _STEPS = (1.0, 0.5, 0.25)
+# Share of the examples that slopes are averaged over: of a sum over directions
+# they tell enough.
+_OF_SLOPES = 0.5
 # Standard errors of the difference beyond which a set of ranks that is further
 # off on the first quarter of the examples is not tried on the rest.
 _FAR = 2.0
@@ -99,6 +103,7 @@ class TunedRanks(dict[str, int]):
 
 
 @compat.moves_data
+@tracing.remembered()
 def tune_ranks(
   fn: Callable[[Any, Any], Any],
   params: Any,
@@ -301,7 +306,8 @@ class _Search:
 
   def correct(self) -> bool:
     """Scales the predictions to what is seen; whether that helped."""
-    slopes = self._trials.slopes(self.ranks, self.families)
+    few = self._trials.first(_OF_SLOPES)
+    slopes = self._trials.slopes(self.ranks, self.families, few)
     effects = {
       path: max(0.0, -float(slopes[path][:, rank:].sum()))
       for path, rank in self.ranks.items()

@@ -46,6 +46,7 @@ from utilized_rank.walk import tracing
 
 
 @compat.moves_data
+@tracing.remembered()
 def anchor(
   fn: Callable[[Any, Any], Any],
   params: Any,

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from utilized_rank.host import meshes
 from utilized_rank.linalg import gram
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.low_rank import low_rank
@@ -30,6 +29,7 @@ from utilized_rank.refit.blocks import Program
 from utilized_rank.refit.blocks import State
 from utilized_rank.refit.readings import PairSums
 from utilized_rank.tree.layout import Layout
+from utilized_rank.walk import compat
 from utilized_rank.walk import tracing
 from utilized_rank.walk.kept import kept
 from utilized_rank.walk.tracing import Form
@@ -132,7 +132,7 @@ class Streams:
     """What a block's step makes of arguments, compiled once for all alike."""
     leaves, treedef = jax.tree.flatten(args)
     places = [str(getattr(v, 'sharding', None)) for v in leaves]
-    key = number, what, treedef, *(_type(v) for v in leaves), *places
+    key = number, what, treedef, *(compat.type_of(v) for v in leaves), *places
     if key not in program.compiled:
       program.compiled[key] = compiled(step, args, self._known)
     return program.compiled[key](*args)
@@ -231,14 +231,18 @@ class _Cuts:
     self._made: dict[Any, Program] = {}
     self._key = (
       Form(params),
-      tuple(map(_type, filter(tracing.is_array, jax.tree.leaves(params)))),
+      tuple(
+        map(compat.type_of, filter(tracing.is_array, jax.tree.leaves(params)))
+      ),
       tuple(layouts.items()),
-      meshes.ambient(),
+      compat.trace_context(),
     )
 
   def of(self, batch: Any) -> Program:
     """Where it is cut for batches like this."""
-    types = tuple(map(_type, filter(tracing.is_array, jax.tree.leaves(batch))))
+    types = tuple(
+      map(compat.type_of, filter(tracing.is_array, jax.tree.leaves(batch)))
+    )
     key = Form(batch), types
     if key not in self._made:
       make = lambda fn: blocks.cut(
@@ -250,11 +254,6 @@ class _Cuts:
         else make(self._fn)
       )
     return self._made[key]
-
-
-def _type(array: Any) -> Any:
-  """What a trace knows of an array."""
-  return jax.typeof(array)
 
 
 def _own(block: Block, leaves: Leaves) -> list[Any]:

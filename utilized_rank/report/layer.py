@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -27,8 +29,7 @@ class LayerReport:
     spectrum_in: eigenvalues of S, shape (d_in,), descending; (0,) if S is not
       known.
     spectrum_out: eigenvalues of T, shape (d_out,), descending.
-    error_projected: share of the output energy that the paper's
-      W' = P_S W P_T loses, E|x(W - W')|^2 / E|xW|^2; None if S is not known.
+    projected: `error_projected`, or what makes it.
     error_bound: the same share for the best factor pair of the same rank.
     number: in which pass over the batches it was measured, from 0.
     columns: of the sketch that S was measured by; 0 if it was measured whole.
@@ -52,13 +53,20 @@ class LayerReport:
   k_out: int
   spectrum_in: np.ndarray
   spectrum_out: np.ndarray
-  error_projected: float | None
+  projected: Callable[[], float | None] | float | None
   error_bound: float
   number: int = 0
   columns: int = 0
   k_in_least: int | None = None
   unseen: float = 0.0
   dependence: float | None = None
+
+  @functools.cached_property
+  def error_projected(self) -> float | None:
+    """Share of the output energy that the paper's W' = P_S W P_T loses,
+    E|x(W - W')|^2 / E|xW|^2; None if S is not known. It needs the eigenvectors
+    of S and T, which take longer than all else here: made when asked for."""
+    return self.projected() if callable(self.projected) else self.projected
 
   @property
   def side(self) -> str:

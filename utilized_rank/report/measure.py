@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+import functools
+import threading
 from typing import Any
+import warnings
 
 import numpy as np
 
@@ -57,14 +61,13 @@ def measure(
   Source: arXiv 2407.04797.
   """
   check_energy(energy)
-  every = (
-    kernel
-    for _, members in kernels(params, moments, centered=centered)
-    for kernel in members
-  )
+  every = _every(params, moments, centered)
+  later = _Projected(params, moments, centered, energy)
   # A kernel that waits is no more than W in float64.
   layers = threads.ordered_map(
-    lambda kernel: _layer(kernel, energy, moments), every, ahead=threads.FAR
+    lambda kernel: _layer(kernel, energy, moments, later),
+    every,
+    ahead=threads.FAR,
   )
   if progress:
     total = sum(moments[path].layout.num_groups for path in moments)
@@ -72,25 +75,27 @@ def measure(
   return Report(list(layers), energy, centered, moments.coverage)
 
 
-def _layer(kernel: Kernel, energy: float, moments: Moments) -> LayerReport:
+def _layer(
+  kernel: Kernel, energy: float, moments: Moments, later: _Projected
+) -> LayerReport:
   d, m = kernel.w.shape
-  t = kernel.out_basis
-  k_out = subspace.energy_rank(t.values, energy)
-  total = float(t.values.sum())
+  t = kernel.out_spectrum()
+  k_out = subspace.energy_rank(t, energy)
+  total = float(t.sum())
   k_in, spectrum_in = None, np.zeros(0)
-  projected, least, unseen = None, None, 0.0
+  least, unseen = None, 0.0
+  projected: Callable[[], float | None] | None = None
   if not kernel.from_outputs:
-    s = kernel.in_basis
-    k_in, spectrum_in = subspace.energy_rank(s.values, energy), s.values
+    spectrum_in = kernel.in_spectrum
+    k_in = subspace.energy_rank(spectrum_in, energy)
     if kernel.sketched is not None:
       known = kernel.sketched()
       least, k_in = known.energy_ranks(energy)
       unseen = known.unseen / known.trace if known.trace > 0 else 0.0
-    error = subspace.projected_error(kernel.w, s, k_in, t.vectors[:, :k_out])
-    projected = error / total if total > 0 else 0.0
+    projected = functools.partial(later.of, kernel.name)
   rank = utilized(k_in, k_out)
   spectrum_out = np.zeros(m)
-  spectrum_out[: len(t.values)] = t.values
+  spectrum_out[: len(t)] = t
   return LayerReport(
     kernel.path,
     kernel.index,
@@ -103,10 +108,52 @@ def _layer(kernel: Kernel, energy: float, moments: Moments) -> LayerReport:
     spectrum_in,
     spectrum_out,
     projected,
-    float(t.values[rank:].sum()) / total if total > 0 else 0.0,
+    float(t[rank:].sum()) / total if total > 0 else 0.0,
     moments[kernel.path].entry.number,
     moments[kernel.path].entry.columns,
     least,
     unseen,
     None if kernel.coupled is None else dependence(kernel),
   )
+
+
+class _Projected:
+  """`LayerReport.error_projected` of all kernels: made when first asked for."""
+
+  def __init__(
+    self, params: Any, moments: Moments, centered: bool, energy: float
+  ):
+    self._params, self._moments = params, moments
+    self._centered, self._energy = centered, energy
+    self._lock = threading.Lock()
+    self._found: dict[str, float | None] = {}
+
+  def of(self, name: str) -> float | None:
+    """That of one of them."""
+    with self._lock:
+      if not self._found:
+        every = _every(self._params, self._moments, self._centered)
+        with warnings.catch_warnings():
+          warnings.simplefilter('ignore')  # `measure` has said it
+          self._found = dict(
+            threads.ordered_map(self._one, every, ahead=threads.FAR)
+          )
+        # What it was made of need not be kept any longer.
+        self._params = self._moments = None
+      return self._found[name]
+
+  def _one(self, kernel: Kernel) -> tuple[str, float | None]:
+    if kernel.from_outputs:
+      return kernel.name, None
+    k_s, k_t = kernel.ranks(self._energy, self._energy)
+    if kernel.sketched is not None:
+      _, k_s = kernel.sketched().energy_ranks(self._energy)
+    s, t = kernel.in_basis, kernel.out_basis
+    total = float(t.values.sum())
+    error = subspace.projected_error(kernel.w, s, k_s, t.vectors[:, :k_t])
+    return kernel.name, error / total if total > 0 else 0.0
+
+
+def _every(params: Any, moments: Moments, centered: bool) -> Iterator[Kernel]:
+  for _, members in kernels(params, moments, centered=centered):
+    yield from members

@@ -192,7 +192,8 @@ class Report(Mapping[str, LayerReport]):
       'choice': _record(self.choice),
       'layers': [
         {
-          **dataclasses.asdict(layer),
+          **{f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)},
+          'projected': layer.error_projected,
           'spectrum_in': layer.spectrum_in.tolist(),
           'spectrum_out': layer.spectrum_out.tolist(),
         }
@@ -210,7 +211,8 @@ class Report(Mapping[str, LayerReport]):
     """
     layer_of = lambda layer: LayerReport(
       **{
-        **layer,
+        # The name that files of before 0.2.0 have.
+        **{_RENAMED.get(k, k): v for k, v in layer.items()},
         'index': tuple(layer['index']),
         'spectrum_in': np.array(layer['spectrum_in']),
         'spectrum_out': np.array(layer['spectrum_out']),
@@ -232,6 +234,9 @@ class Report(Mapping[str, LayerReport]):
 
 def _record(known: Coverage | Choice | None) -> dict[str, Any] | None:
   return None if known is None else dataclasses.asdict(known)
+
+
+_RENAMED = {'error_projected': 'projected'}
 
 
 def _ranks_at(layer: LayerReport, energy: float) -> tuple[int | None, int, int]:

@@ -16,6 +16,7 @@ What is used, and since when it looks like this:
 * `shard_map` names its axes `newly_manual_axes` (0.10.2 and later; in
   `sharded.py`); the axes along which a value varies are
   `aval.manual_axis_type.varying` (0.10.2 and later).
+* `jax._src.config.trace_context`, the key of JAX's own caches (0.5 and later).
 * `jax.lax.pcast` (0.10 and later); arrays are taken apart by `unstack` from
   0.11, by slices before.
 """
@@ -28,6 +29,7 @@ import functools
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+from jax._src import config
 from jax.extend import source_info_util
 import jax.extend.core as jex_core
 from jax.interpreters import partial_eval
@@ -87,6 +89,18 @@ def trace(
     jaxpr, [True] * len(jaxpr.outvars), instantiate=True
   )
   return jaxpr, consts, out_shape
+
+
+def type_of(array: Any) -> Any:
+  """What a trace knows of an array, a tracer or a shape."""
+  if isinstance(array, jax.ShapeDtypeStruct):
+    return array.shape, array.dtype, array.sharding, array.weak_type
+  return jax.typeof(array)
+
+
+def trace_context() -> Any:
+  """What a trace depends on beside its arguments: meshes, axes, settings."""
+  return config.trace_context()
 
 
 def sub_jaxprs(eqn: Any) -> list[Any]:

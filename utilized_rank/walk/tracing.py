@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import contextvars
 import dataclasses
 import functools
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 from utilized_rank.tree import paths
 from utilized_rank.walk import compat
 from utilized_rank.walk import rescaling
+from utilized_rank.walk.kept import identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,12 @@ class Traced:
   def rescaling(self) -> rescaling.Rescaling:
     """What it does to its parameters before it uses them."""
     return rescaling.find(self.jaxpr, list(self.params))
+
+
+# Of the call that is at work, if it asked for it: signature -> trace.
+_TRACES: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
+  'traces', default=None
+)
 
 
 def is_array(leaf: Any) -> bool:
@@ -168,6 +177,18 @@ def trace(
 
   shapes = [shape_of(v) for v in arrays.values()]
   arg_arrays = [rest[i] for i in moving]
+  memo = _TRACES.get()
+  key = None
+  if memo is not None:
+    key = (
+      identity(fn),
+      Form(params, is_leaf),
+      Form((tuple(args), kwargs)),
+      *map(compat.type_of, (*shapes, *arg_arrays)),
+      compat.trace_context(),
+    )
+    if key in memo:
+      return dataclasses.replace(memo[key][1], params=arrays, args=arg_arrays)
   try:
     jaxpr, consts, out_shape = compat.trace(flat, (shapes, arg_arrays))
   except Exception as error:
@@ -181,6 +202,24 @@ def trace(
       f'({[tuple(a.shape) for a in arg_arrays]}): '
       f'{type(error).__name__}: {error}'
     ) from error
-  return Traced(
-    jaxpr, consts, arrays, arg_arrays, jax.tree.structure(out_shape)
-  )
+  structure = jax.tree.structure(out_shape)
+  found = Traced(jaxpr, consts, arrays, arg_arrays, structure)
+  if memo is not None and not any(
+    isinstance(c, jax.core.Tracer) for c in consts
+  ):
+    # With the function, whose identity is not another's as long as it lives.
+    memo[key] = fn, dataclasses.replace(found, params={}, args=[])
+  return found
+
+
+@contextlib.contextmanager
+def remembered() -> Iterator[None]:
+  """In it a function is traced once for each signature."""
+  if _TRACES.get() is not None:
+    yield
+    return
+  token = _TRACES.set({})
+  try:
+    yield
+  finally:
+    _TRACES.reset(token)
