@@ -79,17 +79,18 @@ class LowRank(NoArray):
   def boxed(self, box: Any) -> LowRank:
     """The leaf with a variable around each factor, its axes named anew."""
     around = lambda name, v: _variable(box, v, self.axes[name], self.layout)
-    return self._with_factors(around, box)
+    return self.changed(around, box)
 
   def opened(self) -> LowRank:
     """The leaf without them."""
     if self.box is None:
       return self
-    return self._with_factors(lambda _, v: jax.tree.leaves(v)[0], None)
+    return self.changed(lambda _, v: jax.tree.leaves(v)[0])
 
-  def _with_factors(
-    self, change: Callable[[str, Any], Any], box: Any
+  def changed(
+    self, change: Callable[[str, Any], Any], box: Any = None
   ) -> LowRank:
+    """The leaf with `change(name, factor)` for each factor that it holds."""
     held = {name: getattr(self, name) for name in ('a', 'b', 'c')}
     new = {k: change(k, v) for k, v in held.items() if v is not None}
     return dataclasses.replace(self, **new, box=box)
