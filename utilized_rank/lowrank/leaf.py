@@ -19,7 +19,7 @@ from utilized_rank.walk import tracing
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LowRank(NoArray):
   """A kernel as a pair of factors: W = A B as a matrix, per group.
 
@@ -75,6 +75,15 @@ class LowRank(NoArray):
   @property
   def dtype(self) -> Any:
     return self.b.dtype
+
+  def __repr__(self) -> str:
+    held = self.a if self.b is None else self.b
+    if not hasattr(held, 'dtype'):  # specs, or what a tree function made
+      return f'{type(self).__name__}(a={self.a}, b={self.b}, c={self.c})'
+    return (
+      f'{type(self).__name__}(shape={self.shape}, rank={self.rank}, '
+      f'dtype={self.dtype})'
+    )
 
   def boxed(self, box: Any) -> LowRank:
     """The leaf with a variable around each factor, its axes named anew."""

@@ -1,7 +1,8 @@
 """What was measured, as tables, figures and pages.
 
 * `measure`: the public verb; `report` what it returns, `layer` of one kernel.
-* `tables`, `plots`, `page`: for a terminal, as figures, as a page.
+* `tables`, `plots`, `page`: for a terminal, as figures, as a page, whose table
+  is `layers_section`.
 * `depth`: where layers stand along a model; `look`: how figures look.
 * `comparison`, `comparison_page`, `comparison_plots`: several reports side by
   side, over `repetitions`.

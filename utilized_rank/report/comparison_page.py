@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from utilized_rank.report import look
 from utilized_rank.report import page
+from utilized_rank.report.look import escape
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -40,8 +41,8 @@ def html(
   (heading, first), *others = tables.items()
   drawn = look.inline(picture, 'depth', 'Layer utilization along the models')
   parts = [
-    f'<header><h1>{page.escape(title)}</h1>\n'
-    f'<p class="sub">{page.escape(" · ".join(facts))}</p></header>',
+    f'<header><h1>{escape(title)}</h1>\n'
+    f'<p class="sub">{escape(" · ".join(facts))}</p></header>',
     page.section(heading, note + _table(*first)),
     page.section('By depth', f'<div class="plot">{drawn}</div>'),
   ]
@@ -50,11 +51,11 @@ def html(
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  head = ''.join(f'<th scope="col">{page.escape(t)}</th>' for t in titles)
+  head = ''.join(f'<th scope="col">{escape(t)}</th>' for t in titles)
   body = ''
   for name, *cells in rows:
-    body += f'<tr><th scope="row">{page.escape(name)}</th>'
-    body += ''.join(f'<td>{page.escape(cell)}</td>' for cell in cells)
+    body += f'<tr><th scope="row">{escape(name)}</th>'
+    body += ''.join(f'<td>{escape(cell)}</td>' for cell in cells)
     body += '</tr>\n'
   return (
     f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
