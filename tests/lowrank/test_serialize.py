@@ -280,3 +280,35 @@ FLAX, OURS = 'from flax import serialization', 'import utilized_rank as ur'
 def test_flax_may_be_imported_before_or_after(first, then):
   program = PROGRAM.format(first=first, then=then)
   subprocess.run([sys.executable, '-c', program], check=True, timeout=300)
+
+
+ELSEWHERE = """
+import sys
+sys.modules['utilized_rank'] = None  # whoever imports it fails
+import numpy as np
+from jax import export
+
+folder = sys.argv[1]
+with open(f'{folder}/program', 'rb') as file:
+  program = export.deserialize(bytearray(file.read()))
+x = np.load(f'{folder}/x.npy')
+for n in (1, 7, 64):
+  np.save(f'{folder}/{n}.npy', program.call(x[:n]))
+"""
+
+
+def test_a_program_runs_where_this_library_is_not(tmp_path):
+  pytest.importorskip('flatbuffers')
+  fn, params, shape = CASES['tokens']
+  x = np.asarray(normal(9, 64, *shape))
+  tree = trees(fn, params, x)['identity']
+  small = ur.low_rank(fn)
+  program = export.export(jax.jit(lambda x: small(tree, x)))(symbolic(shape))
+  (tmp_path / 'program').write_bytes(program.serialize())
+  np.save(tmp_path / 'x.npy', x)
+  subprocess.run([sys.executable, '-c', ELSEWHERE, tmp_path], check=True)
+  for n in (1, 7, 64):
+    # The same products in float32, compiled for another number of rows.
+    np.testing.assert_allclose(
+      np.load(tmp_path / f'{n}.npy'), small(tree, x[:n]), atol=1e-6
+    )

@@ -2,6 +2,7 @@
 
 from html.parser import HTMLParser
 import re
+import sys
 
 import pytest
 from reports import RUNS
@@ -27,7 +28,7 @@ META = {
 class Page(HTMLParser):
   """Collects what the assertions need; raises on tags that do not match."""
 
-  VOID = frozenset(['meta', 'wbr', 'br', 'link', 'img'])
+  VOID = frozenset(['meta', 'wbr', 'br', 'link', 'img', 'input'])
 
   def __init__(self, text):
     super().__init__()
@@ -135,3 +136,34 @@ def test_bad_input_is_named():
     page.html(vit(1), MLU, [RUNS[0], bad])
   with pytest.raises(ValueError, match="unknown keys \\['titel'\\]"):
     page.html(vit(1), MLU, meta={'titel': 'x'})
+
+
+def test_accuracies_have_counts_and_intervals_and_speed_has_no_tile():
+  counted = [
+    {**run, 'test_correct': round(360 * run['test_accuracy']),
+     'test_count': 360, 'latency_batch_size': 64}
+    for run in RUNS
+  ]  # fmt: skip
+  shown = Page(page.html(vit(1), MLU, counted)).text
+  assert '355 of 360, ' in shown and '354 of 360, −0.28 points' in shown
+  assert '96.8–99.4%' in shown and 'Of 360 test images' in shown
+  assert 'speed' not in shown
+  assert '64 images a call' in shown
+  assert 'interval' not in Page(page.html(vit(1), MLU, RUNS)).text
+
+
+def test_the_script_of_a_page_without_the_table_does_nothing():
+  text = page.document('Empty', '<p></p>')
+  assert 'if (!table) return;' in text
+
+
+def test_a_notebook_gets_the_page_in_a_frame(monkeypatch):
+  shown = report.Report(vit(1), 0.99, centered=False)
+  framed = shown._repr_html_()
+  assert framed.startswith('<iframe srcdoc="&lt;!doctype html&gt;')
+  assert repr(shown) == (
+    f'<Report of 3 layers: mean layer utilization '
+    f'{shown.mean_layer_utilization:.1%} at energy 0.99>'
+  )
+  monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+  assert shown._repr_html_().startswith('<pre>')

@@ -77,29 +77,41 @@ def test_bar(share, bar):
 def test_run_table():
   lines = tables.run_table(RUNS).splitlines()
   assert len(lines) == 2 + len(RUNS)
-  assert len({len(line) for line in lines}) == 1
   dense, half, quarter = lines[2:]
   assert re.sub(' +', ' ', dense) == (
-    'dense 205,322 100% 6.81 M 100% 1.92 ms 100% – 98.61% –'
+    'dense 98.61% – – 205,322 100% 6.81 M 100% 1.92 ms 100%'
   )
-  assert half.startswith('50% of block kernels, output  108,100   53%')
-  assert half.endswith('96.11%    98.33%     −0.28')
+  assert half.startswith(
+    '50% of block kernels, output    98.33%  96.11%     −0.28  108,100   53%'
+  )
   # What is not known is a dash, not a zero and not a crash.
   assert re.sub(' +', ' ', quarter).endswith(
-    'kernels 59,300 29% – – – – 87.22% 98.06% −0.55'
+    'kernels 98.06% 87.22% −0.55 59,300 29% – – – –'
   )
 
 
 def test_run_table_leaves_out_what_was_not_measured():
   runs = [{**run, 'flops': None, 'latency_ms': None} for run in RUNS]
   head, _, dense, *_ = tables.run_table(runs).splitlines()
-  assert ' '.join(head.split()) == 'model params before accuracy vs dense'
-  assert dense.split() == ['dense', '205,322', '100%', '–', '98.61%', '–']
+  assert ' '.join(head.split()) == 'model accuracy before vs dense params'
+  assert dense.split() == ['dense', '98.61%', '–', '–', '205,322', '100%']
 
 
 def test_no_change_has_a_sign_but_no_minus():
   runs = [RUNS[0], {**RUNS[1], 'test_accuracy': 0.98609999}]
-  assert tables.run_table(runs).splitlines()[-1].endswith(' +0.00')
+  assert ' +0.00 ' in tables.run_table(runs).splitlines()[-1]
+
+
+def test_counted_accuracies_have_an_interval():
+  runs = [{**run, 'test_correct': 357, 'test_count': 360} for run in RUNS]
+  head, _, dense, *_ = tables.run_table(runs).splitlines()
+  assert head.split()[:4] == ['model', 'accuracy', '95%', 'interval']
+  # R: prop.test(357, 360, correct = FALSE)$conf.int
+  assert dense.split()[2] == '97.6–99.7%'
+  # Never beyond what a share can be, where the normal's own interval is.
+  for correct in (0, 5):
+    low, high = tables.wilson(correct, 5)
+    assert 0 <= low < high <= 1
 
 
 def test_short_count():

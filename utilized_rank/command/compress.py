@@ -41,7 +41,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   """Makes smaller what the flags say."""
   if len(argv) != 2:
     raise app.UsageError(f'one CHECKPOINT is wanted, got {argv[1:]}')
-  errors.quiet()
+  errors.prepare()
   with errors.in_one_line():
     if os.path.exists(values.out):
       raise FileExistsError(f'--out={values.out}: it is there already')

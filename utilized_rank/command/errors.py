@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 import contextlib
 import errno
 import os
+import shutil
+import tempfile
 
 from utilized_rank.host.extras import extra
 from utilized_rank.host.stopping import Preempted
@@ -47,8 +50,15 @@ def in_one_line(again: str = '') -> Iterator[None]:
     raise
 
 
-def quiet() -> None:
-  """Takes back the INFO that absl sets: orbax tells of every file."""
+def prepare() -> None:
+  """Keeps libraries from what nobody asked for.
+
+  absl sets INFO, where orbax tells of every file; matplotlib would write its
+  caches to the home folder.
+  """
+  if 'MPLCONFIGDIR' not in os.environ:
+    folder = os.environ['MPLCONFIGDIR'] = tempfile.mkdtemp(prefix='matplotlib-')
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
   if logging.get_verbosity() == logging.INFO:
     logging.set_verbosity(logging.WARNING)
 

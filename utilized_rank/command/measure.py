@@ -35,7 +35,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   """Measures what the flags say."""
   if len(argv) != 2:
     raise app.UsageError(f'one CHECKPOINT is wanted, got {argv[1:]}')
-  errors.quiet()
+  errors.prepare()
   with errors.in_one_line():
     out = values.out or ''
     if values.out is not None and not out.endswith(('.html', '.json')):

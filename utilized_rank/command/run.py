@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import re
-import shlex
 import sys
 
 from utilized_rank.command import configs
@@ -64,8 +63,8 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   """Runs what the flags say."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}')
-  errors.quiet()
-  with errors.in_one_line(f'the same command again: {shlex.join(sys.argv)}'):
+  errors.prepare()
+  with errors.in_one_line(f'the same command again: {" ".join(sys.argv)}'):
     import jax
 
     from utilized_rank.experiment import pipeline

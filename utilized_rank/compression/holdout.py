@@ -25,8 +25,8 @@ from utilized_rank.compression.candidates import Compressed
 from utilized_rank.compression.problem import Problem
 from utilized_rank.factorization.factorize import factorize
 from utilized_rank.losses.divergence import comes_closer
-from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.merging import merge_moments
+from utilized_rank.moments.moments import Moments
 from utilized_rank.ranks.uniform import uniform_ranks
 from utilized_rank.tree import paths
 

@@ -8,5 +8,6 @@
 * `stack`: layers of a scan taken apart and put together.
 * `restored`: pairs that were restored as dictionaries.
 * `store`: from float64 pairs to leaves, constants where they fit; `place`:
-  on the devices of the kernels.
+  on the devices of the kernels; `shardings`: their specs.
+* `two_layers`: stock layers in place of pairs.
 """

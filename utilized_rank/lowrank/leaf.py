@@ -19,7 +19,7 @@ from utilized_rank.walk import tracing
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LowRank(NoArray):
   """A kernel as a pair of factors: W = A B as a matrix, per group.
 
@@ -76,20 +76,30 @@ class LowRank(NoArray):
   def dtype(self) -> Any:
     return self.b.dtype
 
+  def __repr__(self) -> str:
+    held = self.a if self.b is None else self.b
+    if not hasattr(held, 'dtype'):  # specs, or what a tree function made
+      return f'{type(self).__name__}(a={self.a}, b={self.b}, c={self.c})'
+    return (
+      f'{type(self).__name__}(shape={self.shape}, rank={self.rank}, '
+      f'dtype={self.dtype})'
+    )
+
   def boxed(self, box: Any) -> LowRank:
     """The leaf with a variable around each factor, its axes named anew."""
     around = lambda name, v: _variable(box, v, self.axes[name], self.layout)
-    return self._with_factors(around, box)
+    return self.changed(around, box)
 
   def opened(self) -> LowRank:
     """The leaf without them."""
     if self.box is None:
       return self
-    return self._with_factors(lambda _, v: jax.tree.leaves(v)[0], None)
+    return self.changed(lambda _, v: jax.tree.leaves(v)[0])
 
-  def _with_factors(
-    self, change: Callable[[str, Any], Any], box: Any
+  def changed(
+    self, change: Callable[[str, Any], Any], box: Any = None
   ) -> LowRank:
+    """The leaf with `change(name, factor)` for each factor that it holds."""
     held = {name: getattr(self, name) for name in ('a', 'b', 'c')}
     new = {k: change(k, v) for k, v in held.items() if v is not None}
     return dataclasses.replace(self, **new, box=box)

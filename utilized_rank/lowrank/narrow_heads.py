@@ -27,7 +27,7 @@ from utilized_rank.tree.layout import pieces_of
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class NarrowHeads(LowRank):
   """A kernel that is zero beyond the first r of each head's features.
 

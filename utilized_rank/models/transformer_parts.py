@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank.host.extras import extra
 from utilized_rank.models.rotary import GridRotation
 from utilized_rank.models.rotary import rotate
-
-from utilized_rank.host.extras import extra
 
 with extra('models'):
   import flax.linen as nn

@@ -5,8 +5,8 @@ from __future__ import annotations
 from utilized_rank.report.choice import Choice
 from utilized_rank.report.choice import stage_table
 from utilized_rank.report.depth import relative_names
-from utilized_rank.report.frame import escape
 from utilized_rank.report.frame import table
+from utilized_rank.report.look import escape
 
 
 def html(choice: Choice) -> str:

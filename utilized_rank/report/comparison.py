@@ -9,6 +9,7 @@ import numpy as np
 
 from utilized_rank.linalg.subspace import check_energy
 from utilized_rank.report import depth
+from utilized_rank.report import look
 from utilized_rank.report import tables
 from utilized_rank.report.repetitions import Spread
 from utilized_rank.report.repetitions import percent
@@ -78,6 +79,13 @@ class Comparison(Mapping[str, tuple[Report, ...]]):
       (kind, spread(values[:, kinds == kind].mean(axis=1)))
       for kind in plan.kinds
     ]
+
+  def __repr__(self) -> str:
+    return f'<Comparison of {", ".join(self)}>'
+
+  def _repr_html_(self) -> str:
+    """What a notebook shows: the page in a frame; without matplotlib text."""
+    return look.framed(self)
 
   def __str__(self) -> str:
     about = 'about the mean' if self.centered else 'uncentred'

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from utilized_rank.report import look
 from utilized_rank.report.frame import document
-from utilized_rank.report.frame import escape
 from utilized_rank.report.frame import section
 from utilized_rank.report.frame import table
+from utilized_rank.report.look import escape
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure

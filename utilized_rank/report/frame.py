@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-import html as html_lib
 import importlib.resources
-from typing import Any
+
+from utilized_rank.report.look import escape
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -40,11 +40,6 @@ def _resource(name: str) -> str:
   """Text of a file that is installed beside this one."""
   package = importlib.resources.files('utilized_rank.report')
   return package.joinpath(name).read_text('utf-8')
-
-
-def escape(value: Any) -> str:
-  """Text, with what HTML would read as its own set apart."""
-  return html_lib.escape(str(value), quote=True)
 
 
 def section(title: str, body: str) -> str:

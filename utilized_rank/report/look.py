@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -118,3 +118,32 @@ def inline(figure: Figure, name: str, label: str) -> str:
   text = re.sub(r'(\d\.\d\d)\d+', r'\1', text)
   head = f'<svg role="img" aria-label="{html.escape(label)}"'
   return text.replace('<svg', head, 1).strip()
+
+
+def escape(value: Any) -> str:
+  """Text, with what HTML would read as its own set apart."""
+  return html.escape(str(value), quote=True)
+
+
+def math(text: str) -> str:
+  """Escapes, and sets r, k_S, d_in as symbols, with the index below."""
+  text = re.sub(r'\br\b', '<i>r</i>', escape(text))
+  return re.sub(r'\b([kd])_(\w+)', r'<i>\1</i><sub>\2</sub>', text)
+
+
+class _Page(Protocol):
+  def html(self) -> str:
+    """A page of its own."""
+    ...
+
+
+def framed(report: _Page) -> str:
+  """A page inside another one, whose styles it neither takes nor changes."""
+  try:
+    text = report.html()
+  except ModuleNotFoundError:
+    return f'<pre>{escape(report)}</pre>'
+  return (
+    f'<iframe srcdoc="{escape(text)}" style="width: 100%; height: 640px; '
+    'border: 0"></iframe>'
+  )

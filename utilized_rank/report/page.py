@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import json
-import re
 from typing import Any
 
 import numpy as np
 
 from utilized_rank.report import depth
+from utilized_rank.report import layers_section
 from utilized_rank.report import look
 from utilized_rank.report import plots
 from utilized_rank.report import tables
 from utilized_rank.report.frame import document
-from utilized_rank.report.frame import escape
 from utilized_rank.report.frame import section
 from utilized_rank.report.layer import LayerReport
+from utilized_rank.report.look import escape
 
 META_KEYS = (
   'title',
@@ -99,7 +99,7 @@ def html(
   sections += [
     section('Utilization by depth', _depth_section(layers)),
     section('Spectra', _spectra_section(layers, energy)),
-    section('Layers', _layer_section(layers)),
+    section('Layers', layers_section.html(layers)),
   ]
   details = _details(meta)
   return document(title, '\n'.join([*sections, details]))
@@ -148,19 +148,17 @@ def _tiles(
       (
         tables.percent(dense['test_accuracy']),
         'dense test accuracy',
-        f'{tables.unit_count(dense["params"])} parameters',
+        f'{tables.counted(dense)}{tables.unit_count(dense["params"])} '
+        'parameters',
       )
     )
     for run in small:
       method = f', {run["method"]}' if run.get('method') else ''
-      cost = [f'{tables.points_gained(run, dense)} points']
-      if run['latency_ms'] and dense['latency_ms']:
-        cost.append(f'{dense["latency_ms"] / run["latency_ms"]:.2f}× speed')
       tiles.append(
         (
           tables.percent(run['test_accuracy']),
           f'with {100 * run["params_fraction"]:.3g}% of block kernels{method}',
-          ', '.join(cost),
+          f'{tables.counted(run)}{tables.points_gained(run, dense)} points',
         )
       )
   else:
@@ -192,19 +190,13 @@ def _mlu_table(mlu: Mapping[float, float]) -> str:
 
 def _terms() -> str:
   items = ''.join(
-    f'<div><dt>{_math(term)}</dt><dd>{_math(meaning)}.</dd></div>'
+    f'<div><dt>{look.math(term)}</dt><dd>{look.math(meaning)}.</dd></div>'
     for term, meaning in _TERMS
   )
   return (
     '<details class="terms" open><summary>What the terms mean</summary>'
     f'<dl>{items}</dl></details>'
   )
-
-
-def _math(text: str) -> str:
-  """Escapes, and sets r, k_S, d_in as symbols, with the index below."""
-  text = re.sub(r'\br\b', '<i>r</i>', escape(text))
-  return re.sub(r'\b([kd])_(\w+)', r'<i>\1</i><sub>\2</sub>', text)
 
 
 def _run_section(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -215,6 +207,12 @@ def _run_section(runs: Sequence[Mapping[str, Any]]) -> str:
       groups.append([title, 1])
     else:
       groups[-1][1] += 1
+  intervals = ''
+  if tables.INTERVAL in titles:
+    intervals = (
+      f' Of {runs[0]["test_count"]:,} test images; the interval is Wilson’s, '
+      'for the share of all such images.'
+    )
   names = {
     'before': 'accuracy before fine-tuning',
     'accuracy': 'accuracy after fine-tuning',
@@ -224,18 +222,25 @@ def _run_section(runs: Sequence[Mapping[str, Any]]) -> str:
     f'<th scope="col" colspan="{span}">{escape(names.get(title, title))}</th>'
     for title, span in groups
   )
-  body = ''
+  body, share = '', ' class="share"'
   for name, *cells in rows:
     body += f'<tr><th scope="row">{escape(name)}</th>'
-    body += ''.join(f'<td>{escape(cell)}</td>' for cell in cells) + '</tr>\n'
+    body += ''.join(
+      f'<td{"" if title else share}>{escape(cell)}</td>'
+      for title, cell in zip(titles[1:], cells, strict=True)
+    )
+    body += '</tr>\n'
   table = (
     f'<div class="scroll"><table class="runs"><thead><tr>{head}</tr></thead>'
     f'<tbody>{body}</tbody></table></div>'
   )
+  batch = runs[0].get('latency_batch_size')
+  many = f', {batch} images a call' if batch else ''
   note = (
-    '<p class="note">Parameters are those of the whole model, FLOPs and '
-    'latency as measured for this run; percentages compare with the dense '
-    'model.</p>'
+    '<p class="note">Parameters are those of the whole model, FLOPs those of '
+    f'one image. Latency is milliseconds an image{many}, on the device below: '
+    'one measurement, which another run may find otherwise. Percentages '
+    f'compare with the dense model.{intervals}</p>'
   )
   if runs[0]['test_accuracy'] is None:
     return table + note
@@ -279,56 +284,6 @@ def _spectra_section(layers: Sequence[LayerReport], energy: float) -> str:
     '<p class="note">Energy outside the leading directions, against the share '
     f'of directions kept.{line} {key}</p><div class="panels">{panels}</div>'
   )
-
-
-def _layer_section(layers: Sequence[LayerReport]) -> str:
-  prefix, suffix, names = depth.relative_names(layers)
-  titles = ['layer', 'd_in', 'd_out', 'k_S', 'k_T', 'r', 'utilization']
-  titles += ['error, projected', 'error, best pair']
-  head = ''.join(
-    f'<th scope="col"><button>{_math(title)}</button></th>' for title in titles
-  )
-  body = []
-  for layer, name in zip(layers, names, strict=True):
-    counts = (layer.d_in, layer.d_out, layer.k_in, layer.k_out, layer.rank)
-    share = 100 * layer.utilization
-    cells = ''.join(
-      f'<td data-v="{-1 if v is None else v}">{_number(v)}</td>' for v in counts
-    )
-    errors = ''.join(
-      f'<td data-v="{-1.0 if value is None else float(value)!r}">'
-      f'{_error(value)}</td>'
-      for value in (layer.error_projected, layer.error_bound)
-    )
-    # Breaks after the slashes only, so that names wrap on a phone.
-    shown = escape(name).replace('/', '/<wbr>')
-    body.append(
-      f'<tr><th scope="row" title="{escape(layer.name)}">{shown}</th>{cells}'
-      f'<td class="bar" data-v="{share:.6g}">'
-      f'<i style="--w:{share:.1f}%"></i>{share:.1f}%</td>{errors}</tr>'
-    )
-  shared = ''
-  if prefix or suffix:
-    shared = f' Names stand for <code>{escape(f"{prefix}…{suffix}")}</code>.'
-  return (
-    '<p class="note">Errors are shares of the layer’s output energy: lost by '
-    'the projection onto the utilized directions, and by the best pair of '
-    f'factors of the same rank.{shared}</p>'
-    '<div class="scroll tall"><table class="layers" id="layers" '
-    f'style="--name:{max(map(len, names)) + 2}ch">'
-    f'<thead><tr>{head}</tr></thead>\n<tbody>{"".join(body)}</tbody></table>'
-    '</div>'
-  )
-
-
-def _number(value: int | None) -> str:
-  return tables.MISSING if value is None else f'{value:,}'
-
-
-def _error(value: float | None) -> str:
-  if value is None or np.isnan(value):
-    return tables.MISSING
-  return f'{100 * value:.2f}%'
 
 
 def _details(meta: Mapping[str, Any]) -> str:

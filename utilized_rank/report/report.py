@@ -16,6 +16,7 @@ from utilized_rank.linalg import subspace
 from utilized_rank.linalg.subspace import check_energy
 from utilized_rank.moments import coverage as coverages
 from utilized_rank.moments.coverage import Coverage
+from utilized_rank.report import look
 from utilized_rank.report import tables
 from utilized_rank.report.choice import Choice
 from utilized_rank.report.layer import LayerReport
@@ -92,6 +93,17 @@ class Report(Mapping[str, LayerReport]):
     return np.array(
       [_ranks_at(layer, energy)[2] / layer.full_rank for layer in self.layers]
     )
+
+  def __repr__(self) -> str:
+    mean = self.mean_layer_utilization if self else float('nan')
+    return (
+      f'<Report of {len(self)} layers: mean layer utilization {mean:.1%} at '
+      f'energy {self.energy:g}>'
+    )
+
+  def _repr_html_(self) -> str:
+    """What a notebook shows: the page in a frame; without matplotlib text."""
+    return look.framed(self)
 
   def __str__(self) -> str:
     about = 'about the mean' if self.centered else 'uncentred'

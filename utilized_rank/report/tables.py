@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+import math
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ MISSING = '–'
 
 # Columns of a terminal.
 LINE = WIDTH
+
+# The title of what `wilson` gives.
+INTERVAL = '95% interval'
 _BAR = 10
 
 
@@ -122,7 +126,8 @@ def run_table(runs: Sequence[Mapping[str, Any]]) -> str:
   Args:
     runs: the dense model first. Keys: `params_fraction` (of the block
       kernels), `params` (whole model), `flops` (per example), `latency_ms`,
-      `test_accuracy` and `test_accuracy_before_finetune` (shares in [0, 1]),
+      `test_accuracy` and `test_accuracy_before_finetune` (shares in [0, 1]);
+      `test_correct` and `test_count` where the share is to have an interval,
       and `method` where several are compared. A value that is not known is
       None; a column of such values is left out.
 
@@ -192,19 +197,50 @@ def run_cells(
     rows.append(
       [
         'dense' if run is dense else name,
+        percent(run['test_accuracy']),
+        _interval(run),
+        MISSING if run is dense else percent(before),
+        MISSING if run is dense else points_gained(run, dense),
         _count(run['params']),
         _ratio(run['params'], dense['params']),
         unit_count(run['flops']),
         _ratio(run['flops'], dense['flops']),
         _number(run['latency_ms'], '.3g', ' ms'),
         _ratio(run['latency_ms'], dense['latency_ms']),
-        MISSING if run is dense else percent(before),
-        percent(run['test_accuracy']),
-        MISSING if run is dense else points_gained(run, dense),
       ]
     )
-  titles = ['model', 'params', '', 'FLOPs', '', 'latency', '']
-  return [*titles, 'before', 'accuracy', 'vs dense'], rows
+  titles = ['model', 'accuracy', INTERVAL, 'before', 'vs dense']
+  titles += ['params', '', 'FLOPs', '', 'latency', '']
+  if all(row[2] == MISSING for row in rows):
+    titles, rows = titles[:2] + titles[3:], [r[:2] + r[3:] for r in rows]
+  return titles, rows
+
+
+def wilson(correct: int, count: int) -> tuple[float, float]:
+  """Wilson's 95 % interval for a share of which `correct` of `count` are seen.
+
+  >>> [round(share, 3) for share in wilson(357, 360)]
+  [0.976, 0.997]
+  """
+  z = 1.959964  # of the normal distribution, 2.5 % beyond it on either side
+  share, more = correct / count, z * z / count
+  middle = (share + more / 2) / (1 + more)
+  half = z * math.sqrt(share * (1 - share) / count + more / (4 * count))
+  return middle - half / (1 + more), middle + half / (1 + more)
+
+
+def counted(run: Mapping[str, Any]) -> str:
+  """How many of how many test examples were right, if that is known."""
+  if run.get('test_count') is None:
+    return ''
+  return f'{run["test_correct"]:,} of {run["test_count"]:,}, '
+
+
+def _interval(run: Mapping[str, Any]) -> str:
+  if run.get('test_count') is None:
+    return MISSING
+  low, high = wilson(run['test_correct'], run['test_count'])
+  return f'{100 * low:.1f}–{100 * high:.1f}%'
 
 
 def short_count(value: float) -> str:

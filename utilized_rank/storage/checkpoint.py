@@ -34,6 +34,7 @@ from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.moments import Sums
 from utilized_rank.products.gauge import Order
 from utilized_rank.storage import containers
+from utilized_rank.storage import modules
 from utilized_rank.tree.layout import Layout
 from utilized_rank.walk import compat
 
@@ -53,7 +54,9 @@ def save(
   Args:
     path: directory to make.
     tree: dictionaries of any class (keys strings or integers), lists and
-      tuples of arrays, `LowRank`, `Moments`, strings, flags, numbers and None.
+      tuples of arrays, `LowRank`, `Moments`, strings, flags, numbers and None;
+      modules and states of NNX and Equinox, which are written as dictionaries
+      of their arrays.
     metadata: JSON to keep with it; `load_metadata` returns it.
     overwrite: replace what is there; an error otherwise.
 
@@ -86,15 +89,22 @@ def save(
 
 
 @compat.moves_data
-def load(path: str | os.PathLike[str]) -> Any:
+def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
   """Reads a tree that `save` wrote; no target tree is needed.
 
   Arrays of 64 bits are numpy's where JAX has them disabled.
 
+  Args:
+    path: what `save` wrote.
+    like: the module that was saved, or one like it: dense will do. Its class
+      and its functions are no arrays, so that without it a module comes back
+      as dictionaries.
+
   Raises:
     FileNotFoundError: there is no checkpoint at `path`.
     ValueError: it is damaged, or was not written by `save`; it holds
-      dictionaries of a class whose module was not imported.
+      dictionaries of a class whose module was not imported; `like` has other
+      leaves.
   """
   where = os.path.abspath(os.fspath(path))
   record, shapes = _open(where)
@@ -117,7 +127,8 @@ def load(path: str | os.PathLike[str]) -> Any:
         f'checkpoint {where!r} is damaged: the array {name!r} is not the '
         'one that was saved'
       )
-  return _decode(arrays, record['structure'])
+  tree = _decode(arrays, record['structure'])
+  return tree if like is None else modules.filled(like, tree)
 
 
 def load_metadata(path: str | os.PathLike[str]) -> Any:
@@ -286,13 +297,14 @@ def _encode(tree: Any, where: str) -> tuple[Any, Any]:
     return tree, 'array'
   elif isinstance(tree, np.generic) and tree.dtype.kind not in 'OSUMm':
     return tree, {'kind': 'scalar'}
+  elif modules.is_container(tree) and not hasattr(tree, '_fields'):
+    return _encode(modules.as_dictionaries(tree), where)
   else:
     raise TypeError(
       f'cannot save a {type(tree).__name__} at {where!r}: trees of '
       'dictionaries, lists, tuples, non-empty arrays, LowRank, Moments, '
-      'strings, flags and numbers are written; leave functions out and '
-      'convert other containers first (nnx.to_pure_dict, '
-      'flax.serialization.to_state_dict, eqx.filter)'
+      'strings, flags and numbers are written, and modules of these; leave '
+      'functions and named tuples out'
     )
   parts = {k: _encode(v, f'{where}/{k}') for k, v in items.items()}
   arrays = {k: a for k, (a, _) in parts.items() if a is not None}

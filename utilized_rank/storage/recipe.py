@@ -227,9 +227,9 @@ class Recipe:
       shapes[path] = leaf.abstract(named[path].dtype)
     return paths.unflatten(treedef, shapes)
 
-  def save(self, path: str | os.PathLike[str]) -> None:
-    """Writes JSON: all of it, or nothing."""
-    record = {
+  def json(self) -> dict[str, Any]:
+    """What `save` writes."""
+    return {
       'kind': _KIND,
       'format': _FORMAT,
       'method': self.method,
@@ -245,7 +245,10 @@ class Recipe:
       'leaves': {name: _record(leaf) for name, leaf in self.leaves.items()},
       'narrowed': {name: list(v) for name, v in self.narrowed.items()},
     }
-    files.write_text(path, json.dumps(record, indent=1) + '\n')
+
+  def save(self, path: str | os.PathLike[str]) -> None:
+    """Writes JSON: all of it, or nothing."""
+    files.write_text(path, json.dumps(self.json(), indent=1) + '\n')
 
   @classmethod
   def load(cls, path: str | os.PathLike[str]) -> Recipe:

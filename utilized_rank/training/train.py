@@ -281,7 +281,7 @@ def minimize(
       if leaves and not is_last:
         raise stopping.Preempted(
           f'{desc} is stopped after step {step} of {config.steps}, which is '
-          'saved; the same call goes on from it'
+          'saved'
         )
   return state.params
 
