@@ -199,7 +199,13 @@ KINDS = {
 }
 
 
+MODULES = {kind.__module__ for kind in KINDS}
+
+
 def facts(name):
+  module = timm.model_entrypoint(name).__module__
+  if module not in MODULES:
+    raise Unknown(f'of {module}')
   with torch.device('meta'), warnings.catch_warnings():
     warnings.simplefilter('ignore')
     model = timm.create_model(name, pretrained=False)
@@ -214,7 +220,7 @@ def main():
     try:
       groups.setdefault(repr(facts(name)), []).append(name)
     except Unknown as reason:
-      print(f'{name}\t{reason}')
+      print(f'{name}\t{reason}', flush=True)
     except Exception as error:  # what cannot be built is not known either
       print(f'{name}\tnot built: {type(error).__name__} {error}'[:160])
   root = pathlib.Path(utilized_rank.__file__).parent

@@ -160,6 +160,7 @@ class ViT(nn.Module):
     positions: there are learned positions.
     class_position: the class token has a position of its own.
     registers: number of register tokens.
+    register_position: they have positions of their own.
     representation_size: width of a tanh layer before the head, or None.
     patch_bias: the patch embedding has a bias.
     head_bias: the head has a bias.
@@ -210,6 +211,7 @@ class ViT(nn.Module):
   positions: bool = True
   class_position: bool = True
   registers: int = 0
+  register_position: bool = False
   representation_size: int | None = None
   patch_bias: bool = True
   head_bias: bool = True
@@ -260,7 +262,7 @@ class ViT(nn.Module):
     cls = registers = None
     if self._has_class_token():
       cls = self.param('cls', nn.initializers.zeros, (1, 1, self.width))
-    if self.distilled:
+    if cls is not None and self.distilled:
       more = self.param('distilled', nn.initializers.zeros, (1, 1, self.width))
       cls = jnp.concatenate([cls, more], axis=1)
     if self.registers:
@@ -269,6 +271,9 @@ class ViT(nn.Module):
         nn.initializers.normal(0.02),
         (1, self.registers, self.width),
       )
+    if self.register_position and registers is not None:
+      before = (registers,) if cls is None else (cls, registers)
+      cls, registers = jnp.concatenate(before, axis=1), None
     patches = x.shape[1]
     x = Encoder(
       options,
@@ -308,13 +313,10 @@ class ViT(nn.Module):
     )(x)
 
   def _distilled(self, x: Array) -> Array:
-    both = x[:, 0], x[:, 1]
+    a, b = x[:, 0], x[:, 1]
     if self.num_classes:
-      both = tuple(
-        self._classes(token, name)
-        for token, name in zip(both, ('head', 'head_distilled'), strict=True)
-      )
-    return ((both[0] + both[1]) / 2).astype(jnp.float32)
+      a, b = self._classes(a, 'head'), self._classes(b, 'head_distilled')
+    return ((a + b) / 2).astype(jnp.float32)
 
   def _has_class_token(self) -> bool:
     reads = self.distilled is not None or self.pool in (
