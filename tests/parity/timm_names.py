@@ -84,7 +84,7 @@ def pool(model):
       raise Unknown('pooling: with heads of its own')
     if head.pos_embed is not None or isinstance(head.q, torch.nn.Identity):
       raise Unknown('pooling: with positions')
-    return 'map'
+    return 'map_all' if getattr(model, 'pool_include_prefix', True) else 'map'
   whole = getattr(model, 'pool_include_prefix', False)
   return 'all' if whole and name == 'avg' else POOLS[name]
 
@@ -123,16 +123,9 @@ def of_eva(model):
   only('attention', attention, eva.EvaAttention, eva.AttentionRope)
   if getattr(attention, 'gate', None) is not None:
     raise Unknown('attention: gated')
-  if (
-    len(
-      {
-        b.attn.q_proj.out_features if getattr(b.attn, 'q_proj', None) else 0
-        for b in model.blocks
-      }
-    )
-    > 1
-  ):
-    raise Unknown('attention: widths of several kinds')
+  kv = {getattr(b.attn, 'num_kv_heads', None) for b in model.blocks}
+  if kv - {None, attention.num_heads}:
+    raise Unknown('attention: heads that share keys')
   more = {}
   rope = model.rope
   if rope is not None:

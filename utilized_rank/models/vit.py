@@ -152,7 +152,7 @@ class ViT(nn.Module):
     heads: number of attention heads.
     mlp_dim: hidden width of the MLPs.
     pool: one of `pooling.POOLS`: `'token'` reads a class token, `'gap'`
-      averages the patches, `'map'` is attention's.
+      averages the patches, `'map'` is attention to them (`'map_all'`: to all).
     class_token: whether there is one; None: only where `pool` reads it.
     distilled: a second token behind the class token
       (https://arxiv.org/abs/2012.12877): `'token'`: it is not read;
@@ -289,8 +289,9 @@ class ViT(nn.Module):
     )(x, cls, registers, train=train)
     if self.distilled == 'average':
       return self._distilled(x)
-    if self.pool == 'map':
-      x = pooling.MapHead(options, name='MAPHead_0')(x)
+    if self.pool in ('map', 'map_all'):
+      seen = x if self.pool == 'map_all' else x[:, -patches:]
+      x = pooling.MapHead(options, name='MAPHead_0')(seen)
     else:
       x = pooling.pooled(x, self.pool, patches)
     if self.norm_after_pool:
