@@ -283,6 +283,7 @@ def test_assumptions_are_named(loaded, tmp_path):
     'epsilon': 1e-5,
     'pool': None,
     'norm_order': 'before',
+    'rotation': None,
     'heads': 3,
   }
   assert (model.heads, model.epsilon, model.pre_norm) == (3, 1e-5, True)

@@ -84,7 +84,7 @@ def pool(model):
       raise Unknown('pooling: with heads of its own')
     if head.pos_embed is not None or isinstance(head.q, torch.nn.Identity):
       raise Unknown('pooling: with positions')
-    return 'map'
+    return 'map_all' if getattr(model, 'pool_include_prefix', True) else 'map'
   whole = getattr(model, 'pool_include_prefix', False)
   return 'all' if whole and name == 'avg' else POOLS[name]
 
@@ -123,16 +123,9 @@ def of_eva(model):
   only('attention', attention, eva.EvaAttention, eva.AttentionRope)
   if getattr(attention, 'gate', None) is not None:
     raise Unknown('attention: gated')
-  if (
-    len(
-      {
-        b.attn.q_proj.out_features if getattr(b.attn, 'q_proj', None) else 0
-        for b in model.blocks
-      }
-    )
-    > 1
-  ):
-    raise Unknown('attention: widths of several kinds')
+  kv = {getattr(b.attn, 'num_kv_heads', None) for b in model.blocks}
+  if kv - {None, attention.num_heads}:
+    raise Unknown('attention: heads that share keys')
   more = {}
   rope = model.rope
   if rope is not None:
@@ -199,7 +192,13 @@ KINDS = {
 }
 
 
+MODULES = {kind.__module__ for kind in KINDS}
+
+
 def facts(name):
+  module = timm.model_entrypoint(name).__module__
+  if module not in MODULES:
+    raise Unknown(f'of {module}')
   with torch.device('meta'), warnings.catch_warnings():
     warnings.simplefilter('ignore')
     model = timm.create_model(name, pretrained=False)
@@ -214,7 +213,7 @@ def main():
     try:
       groups.setdefault(repr(facts(name)), []).append(name)
     except Unknown as reason:
-      print(f'{name}\t{reason}')
+      print(f'{name}\t{reason}', flush=True)
     except Exception as error:  # what cannot be built is not known either
       print(f'{name}\tnot built: {type(error).__name__} {error}'[:160])
   root = pathlib.Path(utilized_rank.__file__).parent

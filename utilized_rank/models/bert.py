@@ -121,8 +121,8 @@ class Bert(nn.Module):
       rows = (mask != 0).astype(x.dtype)[..., None]
       return (x * rows).sum(axis=1) / rows.sum(axis=1)
     if self.output == 'classes':
-      activation = {'tanh': jnp.tanh, 'relu': nn.relu}[self.pooler_activation]
-      x = activation(dense(self.width, 'pooler')(x[:, 0]))
+      x = dense(self.width, 'pooler')(x[:, 0])
+      x = {'tanh': jnp.tanh, 'relu': nn.relu}[self.pooler_activation](x)
       return dense(self.num_classes, 'head')(x)
     if self.output == 'vocabulary':
       activation = transformer_parts.ACTIVATIONS[self.activation]

@@ -252,11 +252,10 @@ class LlamaBlock(nn.Module):
 
 
 def _norm(options: Any, name: str) -> nn.Module:
-  kind = nn.RMSNorm
-  more = {}
+  common = {'epsilon': options.epsilon, 'dtype': options.dtype, 'name': name}
   if options.norm == 'fixed':
-    kind, more = nn.LayerNorm, {'use_scale': False, 'use_bias': False}
-  return kind(epsilon=options.epsilon, dtype=options.dtype, name=name, **more)
+    return nn.LayerNorm(use_scale=False, use_bias=False, **common)
+  return nn.RMSNorm(**common)
 
 
 def _attend(

@@ -12,11 +12,11 @@ from utilized_rank.models import transformer_parts
 
 Array = jax.Array
 
-POOLS = ('token', 'gap', 'all', 'token_and_gap', 'map', 'none')
+POOLS = ('token', 'gap', 'all', 'token_and_gap', 'map', 'map_all', 'none')
 
 
 def pooled(x: Array, pool: str, patches: int) -> Array:
-  """`(B, N, D)` to `(B, D)`; `'map'` is a module of its own.
+  """`(B, N, D)` to `(B, D)`; `MapHead` does it for `'map'`.
 
   Args:
     x: tokens, the patches last.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import math
 from typing import Any
 
@@ -51,20 +52,32 @@ def _sincos(grid: tuple[int, int], width: int) -> Array:
 
 
 def square_grid(
-  positions: int, most: int = 1
+  positions: int, before: Sequence[int] = (0, 1)
 ) -> tuple[tuple[int, int], int] | None:
   """The square grid of a table's rows and the rows before it, or None.
 
-  Before it are at most `most`.
+  Args:
+    positions: rows of the table.
+    before: how many rows may come before the grid.
+
+  Raises:
+    ValueError: two grids fit.
 
   >>> square_grid(197), square_grid(196), square_grid(200)
   (((14, 14), 1), ((14, 14), 0), None)
   """
-  for tokens in range(most + 1):
-    side = math.isqrt(positions - tokens)
-    if side * side == positions - tokens and side:
-      return (side, side), tokens
-  return None
+  fitting = [
+    ((side, side), tokens)
+    for tokens in before
+    if positions > tokens
+    and (side := math.isqrt(positions - tokens)) ** 2 == positions - tokens
+  ]
+  if len(fitting) > 1:
+    raise ValueError(
+      f'{positions} positions are {fitting[0][0]} patches behind '
+      f'{fitting[0][1]} tokens or {fitting[1][0]} behind {fitting[1][1]}.'
+    )
+  return fitting[0] if fitting else None
 
 
 def resize_positions(

@@ -95,6 +95,8 @@ class BlockOptions:
       raise ValueError(
         f'activation={self.activation!r}; it is one of {sorted(ACTIVATIONS)}.'
       )
+    if self.grid is None and (self.rotation or self.relative_positions):
+      raise ValueError('rotation and relative_positions need grid=.')
     if self.norm_order not in NORM_ORDERS:
       raise ValueError(
         f'norm_order={self.norm_order!r}; it is one of {NORM_ORDERS}.'
@@ -239,10 +241,11 @@ class Attention(nn.Module):
     v = project(use_bias=o.qkv_bias, name='value')(x)
     if o.qk_norm:
       q, k = make_norm(o, 'query_norm')(q), make_norm(o, 'key_norm')(k)
-    if o.rotation is not None:
-      q, k = _turned(q, o), _turned(k, o)
+    if o.rotation is not None and o.grid is not None:
+      turn = functools.partial(_turned, rotation=o.rotation, grid=o.grid)
+      q, k = turn(q), turn(k)
     bias = None
-    if o.relative_positions:
+    if o.relative_positions and o.grid is not None:
       bias = RelativePositions(o.grid, o.heads, name='relative')(x.shape[1])
     if o.attention_dropout > 0 and not self.deterministic:
       causal = nn.make_causal_mask(x[..., 0], dtype=bool) if o.causal else None
@@ -271,9 +274,8 @@ class Attention(nn.Module):
     )(y)
 
 
-def _turned(x: Array, options: BlockOptions) -> Array:
+def _turned(x: Array, rotation: GridRotation, grid: tuple[int, int]) -> Array:
   """Patches are; tokens before them have no position."""
-  rotation, grid = options.rotation, options.grid
   tokens = x.shape[1] - grid[0] * grid[1]
   patches = rotate(
     x[:, tokens:], rotation.angles(grid), interleaved=rotation.interleaved

@@ -155,7 +155,7 @@ class ViT(nn.Module):
     heads: number of attention heads.
     mlp_dim: hidden width of the MLPs.
     pool: one of `pooling.POOLS`: `'token'` reads a class token, `'gap'`
-      averages the patches, `'map'` is attention's.
+      averages the patches, `'map'` is attention to them (`'map_all'`: to all).
     class_token: whether there is one; None: only where `pool` reads it.
     distilled: a second token behind the class token
       (https://arxiv.org/abs/2012.12877): `'token'`: it is not read;
@@ -163,6 +163,7 @@ class ViT(nn.Module):
     positions: there are learned positions.
     class_position: the class token has a position of its own.
     registers: number of register tokens.
+    register_position: they have positions of their own.
     representation_size: width of a tanh layer before the head, or None.
     patch_bias: the patch embedding has a bias.
     head_bias: the head has a bias.
@@ -213,6 +214,7 @@ class ViT(nn.Module):
   positions: bool = True
   class_position: bool = True
   registers: int = 0
+  register_position: bool = False
   representation_size: int | None = None
   patch_bias: bool = True
   head_bias: bool = True
@@ -263,7 +265,7 @@ class ViT(nn.Module):
     cls = registers = None
     if self._has_class_token():
       cls = self.param('cls', nn.initializers.zeros, (1, 1, self.width))
-    if self.distilled:
+    if cls is not None and self.distilled:
       more = self.param('distilled', nn.initializers.zeros, (1, 1, self.width))
       cls = jnp.concatenate([cls, more], axis=1)
     if self.registers:
@@ -272,6 +274,9 @@ class ViT(nn.Module):
         nn.initializers.normal(0.02),
         (1, self.registers, self.width),
       )
+    if self.register_position and registers is not None:
+      before = (registers,) if cls is None else (cls, registers)
+      cls, registers = jnp.concatenate(before, axis=1), None
     patches = x.shape[1]
     x = Encoder(
       options,
@@ -287,8 +292,9 @@ class ViT(nn.Module):
     )(x, cls, registers, train=train)
     if self.distilled == 'average':
       return self._distilled(x)
-    if self.pool == 'map':
-      x = pooling.MapHead(options, name='MAPHead_0')(x)
+    if self.pool in ('map', 'map_all'):
+      seen = x if self.pool == 'map_all' else x[:, -patches:]
+      x = pooling.MapHead(options, name='MAPHead_0')(seen)
     else:
       x = pooling.pooled(x, self.pool, patches)
     if self.norm_after_pool:
@@ -311,13 +317,10 @@ class ViT(nn.Module):
     )(x)
 
   def _distilled(self, x: Array) -> Array:
-    both = x[:, 0], x[:, 1]
+    a, b = x[:, 0], x[:, 1]
     if self.num_classes:
-      both = tuple(
-        self._classes(token, name)
-        for token, name in zip(both, ('head', 'head_distilled'), strict=True)
-      )
-    return ((both[0] + both[1]) / 2).astype(jnp.float32)
+      a, b = self._classes(a, 'head'), self._classes(b, 'head_distilled')
+    return ((a + b) / 2).astype(jnp.float32)
 
   def _has_class_token(self) -> bool:
     reads = self.distilled is not None or self.pool in (

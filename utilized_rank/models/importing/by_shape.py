@@ -52,7 +52,9 @@ def vit(
   patch, _, channels, width = mapped['params/embedding/kernel']
   class_token = 'params/cls' in mapped
   distilled = 'params/distilled' in mapped
-  side, tokens = _grid(mapped, patch, options, class_token + distilled)
+  registers = mapped.get('params/registers', (0, 0, 0))[-2]
+  before = class_token + distilled
+  side, tokens = _grid(mapped, patch, options, (before, before + registers))
   query = mapped[f'{attention}query/kernel']
   if len(query) == 3:
     heads = query[1]
@@ -85,7 +87,8 @@ def vit(
       'distilled': 'token' if distilled else None,
       'positions': 'params/Transformer/posembed_input/pos_embedding' in mapped,
       'class_position': tokens > 0,
-      'registers': mapped.get('params/registers', (0, 0, 0))[-2],
+      'registers': registers,
+      'register_position': tokens > before,
       'representation_size': mapped.get('params/pre_logits/kernel', (0, None))[
         1
       ],
@@ -114,7 +117,7 @@ def vit(
 
 
 def _grid(
-  mapped: Shapes, patch: int, options: dict[str, Any], most: int
+  mapped: Shapes, patch: int, options: dict[str, Any], before: Shape
 ) -> tuple[int, int]:
   """Side of the grid of patches, and tokens that have a position."""
   asked = options.pop('input_size', None)
@@ -124,15 +127,17 @@ def _grid(
     'relative/table'
   )
   if table is not None:
-    found = square_grid(table[-2], max(most, 1))
+    found = square_grid(table[-2], sorted({0, *before}))
     if found is None:
       raise ValueError(
-        f'{table[-2]} position embeddings are no square grid of patches with '
-        f'at most {max(most, 1)} token in front.'
+        f'{table[-2]} position embeddings are no square grid of patches, with '
+        f'none or {" or ".join(map(str, sorted(set(before))))} tokens in front.'
       )
     return found[0][0], found[1]
   if relative is not None:
     return (math.isqrt(relative[0] - 3) + 1) // 2, 0
+  if options.get('rotation') is None and options.get('rope') is None:
+    raise KeyError('params/Transformer/posembed_input/pos_embedding')
   return (asked or 224) // patch, 0
 
 

@@ -129,7 +129,9 @@ def load_checkpoint(
   layout = match.layout
   inside = {n.removeprefix(match.prefix): s for n, s in shapes.items()}
   mapped = {p: t.shape(shapes[t.name]) for p, t in match.targets.items()}
-  assumed = _unsaid(path, layout, mapped, said, assume)
+  assumed = {}
+  if metadata.architecture is None:  # a name says everything
+    assumed = _unsaid(path, layout, mapped, said, assume)
   chosen = {**layout.settings, **assumed, **said}
   resize = chosen.pop('resize', None)
   try:
@@ -223,10 +225,10 @@ def _recognise(
     )
   nearest = min(partial, key=lambda m: (len(m.unknown), not m.targets))
   if not nearest.unknown:
-    prefixes = {m.prefix: None for m in partial if not m.unknown}
+    several = {m.prefix: None for m in partial if not m.unknown}
     raise ValueError(
       f'{path} has the layout of {nearest.layout.name} more than once, below '
-      f'{", ".join(map(repr, prefixes))}; name all but one in ignore=.'
+      f'{", ".join(map(repr, several))}; name all but one in ignore=.'
     )
   raise ValueError(
     f'{path} is nearest to the layout of {nearest.layout.name} (prefix '

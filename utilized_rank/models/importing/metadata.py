@@ -84,9 +84,8 @@ def _of(config: Mapping[str, Any], source: str) -> Metadata:
       f'{config["architecture"]}; give what they say as options, and '
       'architecture= in place of the config.'
     )
-  pool = {'avg': 'gap'}.get(
-    config.get('global_pool'), config.get('global_pool')
-  )
+  named = str(config.get('global_pool'))
+  pool = {'avg': 'gap', 'None': None}.get(named, named)
   if 'pool' in found.facts and pool not in (None, found.facts['pool']):
     raise ValueError(
       f'{source} has global_pool={pool!r} where {config["architecture"]} has '

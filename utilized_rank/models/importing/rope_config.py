@@ -106,11 +106,10 @@ def _yarn(
 
   scale = given.get('attention_factor')
   if scale is None:
-    weights = given.get('mscale'), given.get('mscale_all_dim')
-    if all(weights):
-      scale = log_scale(weights[0]) / log_scale(weights[1])
-    else:
-      scale = log_scale(1.0)
+    mscale, all_dim = given.get('mscale'), given.get('mscale_all_dim')
+    scale = log_scale(1.0)
+    if mscale and all_dim:
+      scale = log_scale(mscale) / log_scale(all_dim)
 
   def pair(turns: float) -> float:
     length = given['original_max_position_embeddings']

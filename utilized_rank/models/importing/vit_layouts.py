@@ -195,6 +195,7 @@ _TIMM = {
   'epsilon': Usual(1e-6, '1e-5'),
   'pool': POOL,
   'norm_order': _ORDER,
+  'rotation': Usual(None, 'not in EVA-02 and DINOv3'),
 }
 _CLIP = {
   'activation': Usual('quick_gelu', "'gelu' in OpenCLIP"),
@@ -277,5 +278,6 @@ LAYOUTS = (
     by_shape.vit,
     settings=_GELU,
     heads=HEADS,
+    architectures=True,
   ),
 )
