@@ -20,6 +20,7 @@ from utilized_rank.version import __version__
 __all__ = [
   'Attention',
   'Comparison',
+  'FactorOptimizer',
   'Families',
   'LatencyTable',
   'Layout',
@@ -49,6 +50,7 @@ __all__ = [
   'factorize_heads',
   'find_attention',
   'find_sites',
+  'finetune',
   'head_damages',
   'kl_divergence',
   'load',

@@ -2,7 +2,7 @@
 
 * `pipeline`: train, collect, measure, factorize, finetune, evaluate, report.
 * `network`: the network of a run, built or read.
-* `shrink`: a stage and its options.
+* `shrink`, `recover`: two stages: made smaller, fine-tuned.
 * `costs`: FLOPs and milliseconds.
 * `workdir`: a run's folder, its finished stages and results.
 """

@@ -10,7 +10,7 @@ import importlib.metadata
 import itertools
 import os
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from utilized_rank.collection.collect import collect
 from utilized_rank.data import splits
 from utilized_rank.experiment import costs
 from utilized_rank.experiment import network
+from utilized_rank.experiment.recover import recover
 from utilized_rank.experiment.shrink import CompressConfig
 from utilized_rank.experiment.shrink import shrink
 from utilized_rank.experiment.workdir import Workdir
@@ -38,8 +39,12 @@ from utilized_rank.storage.checkpoint import load
 from utilized_rank.storage.checkpoint import save
 from utilized_rank.training import batch_statistics
 from utilized_rank.training import train
+from utilized_rank.training.config import FinetuneConfig
+from utilized_rank.training.config import TrainConfig
+from utilized_rank.training.parts import take_apart
 from utilized_rank.tree import paths
 
+T = TypeVar('T')
 # A run with a checkpoint has 'restore' in place of the first.
 STAGES = (
   'train',
@@ -98,20 +103,20 @@ class Job:
         network.CheckpointConfig, plain['checkpoint'], 'config.checkpoint'
       )
     else:
-      self.train_config = self._training(plain, 'train')
+      self.train_config = self._training(plain, 'train', TrainConfig)
     self.compress = options.from_config(
       CompressConfig, plain['compress'], 'config.compress'
     )
     if self.compress.fractions:
-      self.finetune_config = self._training(plain, 'finetune')
+      self.finetune_config = self._training(plain, 'finetune', FinetuneConfig)
     first = 'train' if self.checkpoint is None else 'restore'
     self.stages = (first, *STAGES[1:])
     self.config = plain
     self.workdir = Workdir(workdir, plain)
 
-  def _training(self, plain: Mapping[str, Any], name: str):
+  def _training(self, plain: Mapping[str, Any], name: str, kind: type[T]) -> T:
     section = {'seed': plain['seed'], **plain[name]}
-    return options.from_config(train.TrainConfig, section, f'config.{name}')
+    return options.from_config(kind, section, f'config.{name}')
 
   # --- what stages share ---
 
@@ -154,28 +159,33 @@ class Job:
     name = 'finetuned' if tuned else 'factorized'
     return load(self.workdir.file(name, str(fraction)))
 
-  def _fit(self, forward, params, config, *where: str, **more) -> Any:
-    """Trains, and brings batch norms' statistics in line."""
-    batches = lambda start: self.sources['train'].batches(
+  def _batches(self, config: TrainConfig) -> Callable[[int], Any]:
+    """Training batches from a step on."""
+    return lambda start: self.sources['train'].batches(
       config.batch_size, seed=config.seed, start_step=start
     )
-    params = train.fit(
-      forward,
-      params,
-      batches,
-      config,
-      directory=self.workdir.file(*where),
-      **more,
-    )
-    fresh = itertools.islice(batches(config.steps), _STATISTICS_BATCHES)
-    return batch_statistics.reestimate(self.model, params, fresh)
 
   # --- stages ---
 
   def train(self) -> dict[str, Any]:
     image = jnp.zeros((1, *self.sources['train'].image_shape))
     params = jax.jit(self.model.init)(jax.random.key(self.seed), image)
-    params = self._fit(self.forward, params, self.train_config, 'train')
+    config = self.train_config
+    assert config is not None  # or the stage would be 'restore'
+    batches = self._batches(config)
+    params = train.fit(
+      self.forward,
+      params,
+      batches,
+      config,
+      directory=self.workdir.file('train'),
+    )
+    params = batch_statistics.reestimate(
+      batch_statistics.linen(self.model),
+      params,
+      itertools.islice(batches(config.steps), _STATISTICS_BATCHES),
+      take_apart(params).moving,
+    )
     save(self.workdir.file('dense'), params, overwrite=True)
     return {'validation': self._evaluate(self.forward, params, 'validation')}
 
@@ -254,18 +264,15 @@ class Job:
     validation: dict[str, Any] = {}
     if self.finetune_config is None:
       return {'validation': validation}
-    teacher = None
-    if self.finetune_config.distill_weight > 0:
-      teacher = train.Teacher(self.forward, self.dense)
     for fraction in self.compress.fractions:
-      small = self._fit(
-        self.small_forward,
+      small = recover(
+        self.model,
         self._small(fraction, tuned=False),
+        self.dense,
+        self._batches(self.finetune_config),
+        lambda: self.sources['validation'].epoch(self.compress.batch_size),
         self.finetune_config,
-        'finetune',
-        str(fraction),
-        teacher=teacher,
-        desc='finetune',
+        self.workdir.file('finetune', str(fraction)),
       )
       save(self.workdir.file('finetuned', str(fraction)), small, overwrite=True)
       validation[str(fraction)] = self._evaluate(
