@@ -47,7 +47,9 @@ def stream(batches: Batches, start: int) -> Generator[Any, None, None]:
   if first is batches:
     yield from itertools.islice(first, start, None)
     return
-  left = start % len(batches) if isinstance(batches, Sized) else start
+  left = start
+  if isinstance(batches, Sized) and len(batches):
+    left %= len(batches)
   ended = False
   while not ended:
     ended = True

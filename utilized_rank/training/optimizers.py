@@ -60,7 +60,9 @@ class FactorOptimizer:
         raise ValueError(f'{name}={getattr(self, name)!r} must be positive.')
     for name in ('weight_decay', 'warmup'):
       if not getattr(self, name) >= 0:
-        raise ValueError(f'{name}={getattr(self, name)!r} must be positive, 0')
+        raise ValueError(
+          f'{name}={getattr(self, name)!r} must not be negative.'
+        )
 
   def schedule(self, steps: int) -> optax.Schedule:
     """The learning rate of a run of so many steps."""
