@@ -67,9 +67,23 @@ def recover(
     norms=norms,
     balance=config.balance,
     compute_dtype=config.compute_dtype or None,
+    mesh=_mesh(config.devices),
     directory=directory,
     **judged,
     **dataclasses.asdict(config.loop),
+  )
+
+
+def _mesh(devices: int) -> jax.sharding.Mesh | None:
+  if devices == 1:
+    return None
+  if devices > jax.device_count():
+    raise ValueError(
+      f'config.finetune.devices={devices}; there are {jax.device_count()}'
+    )
+  kind = (jax.sharding.AxisType.Auto,)
+  return jax.make_mesh(
+    (devices,), ('data',), kind, devices=jax.devices()[:devices]
   )
 
 

@@ -115,6 +115,7 @@ class FinetuneConfig(TrainConfig):
     validate_every: steps between two validations, of which the best parameters
       are kept; 0 for none.
     patience: validations without a new best after which it stops; 0 for never.
+    devices: how many batches are spread over.
   """
 
   distill_weight: float = 0.0
@@ -128,6 +129,7 @@ class FinetuneConfig(TrainConfig):
   trainable: tuple[tuple[str, bool], ...] = ()
   validate_every: int = 0
   patience: int = 0
+  devices: int = 1
 
   def __post_init__(self):
     super().__post_init__()
