@@ -39,6 +39,7 @@ def parser(
   doc: str | None,
   *,
   default: Sequence[str],
+  choices: Sequence[str] | None = None,
   out: pathlib.Path,
   fractions: Sequence[float] | None = None,
   repeats: int | None = None,
@@ -48,12 +49,13 @@ def parser(
   Args:
     doc, out, repeats: of `arguments.parser`.
     default: names of networks.
+    choices: names that there are; default those of `LOADERS`.
     fractions: default of `--fractions`; None for no such option.
   """
   made = arguments.parser(doc, out=out, repeats=repeats)
   made.add_argument('--data_root', required=True)
   made.add_argument(
-    '--networks', nargs='+', default=default, choices=list(LOADERS)
+    '--networks', nargs='+', default=default, choices=choices or list(LOADERS)
   )
   if fractions is not None:
     made.add_argument('--fractions', nargs='+', type=float, default=fractions)

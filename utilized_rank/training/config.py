@@ -133,6 +133,7 @@ class FinetuneConfig(TrainConfig):
 
   def __post_init__(self):
     super().__post_init__()
+    self.require('devices', self.devices >= 1, 'at least 1')
     self.require('distill_weight', 0 <= self.distill_weight <= 1, 'in [0, 1]')
     self.require(
       'distill_temperature', self.distill_temperature > 0, 'positive'
