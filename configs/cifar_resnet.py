@@ -21,6 +21,7 @@ Paper:    it reports ResNets on CIFAR (arXiv 2407.04797); which, and with what
 
 import ml_collections
 
+from configs import digits_vit
 from configs import imagenet_resnet50
 from configs import imagenet_vit_b16
 
@@ -63,11 +64,10 @@ def base(arg: str | None, name: str) -> ml_collections.ConfigDict:
   config = imagenet_vit_b16.base(None, name)
   if arg != 'checkpoint':
     del config.checkpoint
-    config.train = config.finetune.copy_and_resolve_references()
+    config.train = digits_vit.training(config.finetune)
     config.train.steps = 78_000
     config.train.batch_size = 128
     config.train.learning_rate = 3e-3
-    config.train.distill_weight = 0.0
     config.train.label_smoothing = 0.0
   config.data.name = 'cifar10'
   config.data.preprocess = ml_collections.config_dict.placeholder(str)
@@ -80,6 +80,7 @@ def base(arg: str | None, name: str) -> ml_collections.ConfigDict:
   config.data.splits.calibration = 'train[94%:97%]'
   config.data.splits.validation = 'train[97%:]'
   config.data.splits.test = 'test'
+  config.finetune.compute_dtype = ''
   # Forty epochs.
   config.finetune.steps = 16_000
   config.finetune.batch_size = 128

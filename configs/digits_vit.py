@@ -13,7 +13,12 @@ Expected: mean test accuracy of the seeds 0, 1, 2: dense 98.7 %, with 50 % of
 `--config=configs/digits_vit.py:testing` makes everything tiny, for tests.
 """
 
+import dataclasses
+
 import ml_collections
+
+from utilized_rank.training.config import FinetuneConfig
+from utilized_rank.training.config import TrainConfig
 
 # Every kernel of the blocks: q, k, v, out and the two of the MLP.
 BLOCK_KERNELS = r'params/Transformer/encoderblock(_\d+)?/.*kernel'
@@ -79,6 +84,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.finetune.log_every = 100
   config.finetune.distill_weight = 0.9
   config.finetune.distill_temperature = 2.0
+  complete(config.finetune)
 
   config.compress = ml_collections.ConfigDict()
   config.compress.fractions = (0.5, 0.25)
@@ -104,3 +110,21 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       section.checkpoint_every = 3
       section.log_every = 3
   return config
+
+
+def complete(section: ml_collections.ConfigDict) -> None:
+  """Gives `config.finetune` the keys that it lacks, for flags to override."""
+  for field in dataclasses.fields(FinetuneConfig):
+    # The seed is the run's own.
+    if field.name not in (*section, 'seed'):
+      section[field.name] = field.default
+
+
+def training(section: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A `config.train` of what a `config.finetune` has that both have."""
+  names = {field.name for field in dataclasses.fields(TrainConfig)}
+  made = ml_collections.ConfigDict()
+  for key in section:
+    if key in names:
+      made[key] = section[key]
+  return made

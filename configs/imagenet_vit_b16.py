@@ -9,9 +9,13 @@ Purpose:  mean layer utilization of ViT-B/16, and half of its block kernels'
 Data:     DIR holds TFDS's imagenet2012, prepared; FILE is an AugReg `.npz`
           fine-tuned on ImageNet-1k at 224 pixels. For another family of
           checkpoints set `--config.data.preprocess` to its key in
-          `utilized_rank/preprocess.py`.
+          `utilized_rank/data/preprocess.py`.
 Hardware: made for one GPU of 40 GiB or more; never run by us, who have
-          neither the data nor the checkpoint.
+          neither the data nor the checkpoint. `--config.finetune.devices=8`
+          spreads batches over as many.
+Time:     fine-tuning 2.6 hours on an A100, if the data keep up. Not measured:
+          50,000 steps of 256 images, each three passes of 18.4 GFLOP and one of
+          the teacher's 35.2, at 40 % of 312 TFLOP/s.
 Paper:    mean layer utilization 35 %, parameters reduced to 50 %, less than
           0.2 % accuracy lost after fine-tuning (arXiv 2407.04797, abstract).
           `--config.compress.method=utilized
@@ -82,6 +86,10 @@ def base(arg: str | None, name: str) -> ml_collections.ConfigDict:
   config.finetune.log_every = 250
   config.finetune.distill_weight = 0.9
   config.finetune.distill_temperature = 2.0
+  config.finetune.compute_dtype = 'bfloat16'
+  # The best of them on the validation split is kept.
+  config.finetune.validate_every = 5_000
+  digits_vit.complete(config.finetune)
 
   config.compress = ml_collections.ConfigDict()
   config.compress.energies = (0.9, 0.95, 0.99, 0.999)
@@ -122,3 +130,5 @@ def shrink(config: ml_collections.ConfigDict) -> None:
         config[name].warmup_steps = 1
         config[name].checkpoint_every = 0
         config[name].log_every = 1
+    if 'finetune' in config:
+      config.finetune.validate_every = 1

@@ -20,6 +20,7 @@ from utilized_rank.version import __version__
 __all__ = [
   'Attention',
   'Comparison',
+  'FactorOptimizer',
   'Families',
   'Hidden',
   'HiddenLayer',
@@ -54,6 +55,7 @@ __all__ = [
   'find_attention',
   'find_hidden',
   'find_sites',
+  'finetune',
   'head_damages',
   'hidden_damages',
   'kl_divergence',

@@ -79,6 +79,8 @@ from utilized_rank.storage.recipe import Recipe as Recipe
 from utilized_rank.storage.safetensors_file import (
   save_safetensors as save_safetensors,
 )
+from utilized_rank.training.finetune import finetune as finetune
+from utilized_rank.training.optimizers import FactorOptimizer as FactorOptimizer
 from utilized_rank.tree.layout import Layout as Layout
 from utilized_rank.version import __version__ as __version__
 from utilized_rank.walk.interpret import UnsupportedError as UnsupportedError

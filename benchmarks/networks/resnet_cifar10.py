@@ -40,7 +40,7 @@ NETWORKS = {
 }
 
 
-def _jpeg(root: str, name: str, count: int) -> common.Batch:
+def jpeg(root: str, name: str, count: int) -> common.Batch:
   """The first `count` images of a file of JPEG bytes."""
   file = common.read(os.path.join(root, 'data'), name)
   data, offsets = file['bytes'].tobytes(), file['offsets']
@@ -80,8 +80,8 @@ def load(name: str, root: str) -> common.Network:
     [('params/layer.*conv.*kernel', True)],
     [
       (
-        _jpeg(root, 'cifar10_train_jpeg.npz', CALIBRATION),
-        _jpeg(root, 'cifar10_test_jpeg.npz', JUDGED),
+        jpeg(root, 'cifar10_train_jpeg.npz', CALIBRATION),
+        jpeg(root, 'cifar10_test_jpeg.npz', JUDGED),
       )
     ],
     f'calibrated on {CALIBRATION} training images, judged on {JUDGED} test '

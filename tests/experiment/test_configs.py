@@ -19,6 +19,7 @@ from utilized_rank.data import splits
 from utilized_rank.host import options
 from utilized_rank.models import vit
 from utilized_rank.training import train
+from utilized_rank.training.config import FinetuneConfig
 
 CONFIGS = {
   'digits': digits_vit.get_config(),
@@ -33,8 +34,11 @@ CONFIGS = {
 def test_sections_are_read(name):
   config = CONFIGS[name]
   options.from_config(splits.DataConfig, config.data, 'config.data')
-  for section in (config.train, config.finetune):
-    options.from_config(train.TrainConfig, section, 'config.train')
+  options.from_config(train.TrainConfig, config.train, 'config.train')
+  options.from_config(FinetuneConfig, config.finetune, 'config.finetune')
+  # Flags can only override what is there.
+  keys = {field.name for field in dataclasses.fields(FinetuneConfig)}
+  assert set(config.finetune) == keys - {'seed'}
   fields = {field.name for field in dataclasses.fields(vit.ViT)}
   assert set(config.model) <= fields
   assert set(config.model) >= {'patch_size', 'width', 'depth', 'heads'}

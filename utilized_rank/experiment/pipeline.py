@@ -21,6 +21,7 @@ from utilized_rank.collection.collect import collect
 from utilized_rank.data import splits
 from utilized_rank.experiment import costs
 from utilized_rank.experiment import occupied
+from utilized_rank.experiment.recover import recover
 from utilized_rank.experiment.settings import Settings
 from utilized_rank.experiment.shrink import shrink
 from utilized_rank.experiment.workdir import Workdir
@@ -39,6 +40,8 @@ from utilized_rank.storage.checkpoint import load
 from utilized_rank.storage.checkpoint import save
 from utilized_rank.training import batch_statistics
 from utilized_rank.training import train
+from utilized_rank.training.config import TrainConfig
+from utilized_rank.training.parts import take_apart
 from utilized_rank.tree import paths
 
 # Enough to forget all statistics from before, see `batch_statistics`.
@@ -151,28 +154,33 @@ class Job:
     name = 'finetuned' if tuned else 'factorized'
     return load(self.workdir.file(name, str(fraction)))
 
-  def _fit(self, forward, params, config, *where: str, **more) -> Any:
-    """Trains, and brings batch norms' statistics in line."""
-    batches = lambda start: self.sources['train'].batches(
+  def _batches(self, config: TrainConfig) -> Callable[[int], Any]:
+    """Training batches from a step on."""
+    return lambda start: self.sources['train'].batches(
       config.batch_size, seed=config.seed, start_step=start
     )
-    params = train.fit(
-      forward,
-      params,
-      batches,
-      config,
-      directory=self.workdir.file(*where),
-      **more,
-    )
-    fresh = itertools.islice(batches(config.steps), _STATISTICS_BATCHES)
-    return batch_statistics.reestimate(self.model, params, fresh)
 
   # --- stages ---
 
   def train(self) -> dict[str, Any]:
     image = jnp.zeros((1, *self.sources['train'].image_shape))
     params = jax.jit(self.model.init)(jax.random.key(self.settings.seed), image)
-    params = self._fit(self.forward, params, self.settings.train, 'train')
+    config = self.settings.train
+    assert config is not None  # or the stage would be 'restore'
+    batches = self._batches(config)
+    params = train.fit(
+      self.forward,
+      params,
+      batches,
+      config,
+      directory=self.workdir.file('train'),
+    )
+    params = batch_statistics.reestimate(
+      batch_statistics.linen(self.model),
+      params,
+      itertools.islice(batches(config.steps), _STATISTICS_BATCHES),
+      take_apart(params).moving,
+    )
     save(self.workdir.file('dense'), params, overwrite=True)
     return {'validation': self._evaluate(self.forward, params, 'validation')}
 
@@ -256,17 +264,14 @@ class Job:
   def _finetune(self, fraction: float) -> dict[str, float]:
     config = self.settings.finetune
     assert config is not None  # there are fractions
-    teacher = None
-    if config.distill_weight > 0:
-      teacher = train.Teacher(self.forward, self.dense)
-    small = self._fit(
-      self.small_forward,
+    small = recover(
+      self.model,
       self._small(fraction, tuned=False),
+      self.dense,
+      self._batches(config),
+      lambda: self.sources['validation'].epoch(self.compress.batch_size),
       config,
-      'finetune',
-      str(fraction),
-      teacher=teacher,
-      desc='finetune',
+      self.workdir.file('finetune', str(fraction)),
     )
     save(self.workdir.file('finetuned', str(fraction)), small, overwrite=True)
     return self._evaluate(self.small_forward, small, 'validation')

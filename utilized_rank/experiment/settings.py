@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from utilized_rank.data import splits
 from utilized_rank.experiment import network
 from utilized_rank.experiment.shrink import CompressConfig
 from utilized_rank.host import options
 from utilized_rank.host.extras import extra
-from utilized_rank.training.train import TrainConfig
+from utilized_rank.training.config import FinetuneConfig
+from utilized_rank.training.config import TrainConfig
 
 with extra('all'):
   import ml_collections
 
+T = TypeVar('T')
 # A run with a checkpoint has 'restore' in place of the first.
 STAGES = (
   'train',
@@ -62,7 +64,7 @@ class Settings:
   data: splits.DataConfig
   checkpoint: network.CheckpointConfig | None
   train: TrainConfig | None
-  finetune: TrainConfig | None
+  finetune: FinetuneConfig | None
   compress: CompressConfig
 
   @classmethod
@@ -81,14 +83,15 @@ class Settings:
     )
     compress = read(CompressConfig, 'compress')
     restores = 'checkpoint' in plain
+    training = lambda kind, name: _training(kind, plain, name)
     return cls(
       plain,
       plain['seed'],
       network.ModelConfig.of(plain['model']),
       read(splits.DataConfig, 'data'),
       read(network.CheckpointConfig, 'checkpoint') if restores else None,
-      None if restores else _training(plain, 'train'),
-      _training(plain, 'finetune') if compress.fractions else None,
+      None if restores else training(TrainConfig, 'train'),
+      training(FinetuneConfig, 'finetune') if compress.fractions else None,
       compress,
     )
 
@@ -107,9 +110,9 @@ class Settings:
     return self.stages[0]
 
 
-def _training(plain: Mapping[str, Any], name: str) -> TrainConfig:
+def _training(kind: type[T], plain: Mapping[str, Any], name: str) -> T:
   section = {'seed': plain['seed'], **plain[name]}
-  return options.from_config(TrainConfig, section, f'config.{name}')
+  return options.from_config(kind, section, f'config.{name}')
 
 
 def _check_sections(plain: Mapping[str, Any]) -> None:

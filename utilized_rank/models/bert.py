@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from utilized_rank.host.extras import extra
 from utilized_rank.models import transformer_parts
+
+with extra('models'):
+  import flax.linen as nn
 
 Array = jax.Array
 

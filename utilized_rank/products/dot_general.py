@@ -83,7 +83,7 @@ def dot(eqn: Any, view: View, which: int) -> Product | str:
       preferred_element_type=eqn.params['preferred_element_type'],
     )
     lead = tuple(range(nb))
-    a_dims = (tuple(range(nb, nb + nc)), lead)
+    a_dims = (tuple(range(nb + 1, nb + 1 + nc)), lead)
     x_dims = (x_contract, x_batch)
     sharding = eqn.params.get('out_sharding')
     at = nb + len(x_free) if which else nb  # where z has the rank
@@ -98,7 +98,8 @@ def dot(eqn: Any, view: View, which: int) -> Product | str:
       )
 
     def left():
-      operands, dims = (x, lay(pair.first, kernel_contract)), (x_dims, a_dims)
+      a = by_rows(lay(pair.first, kernel_contract, rank_first=True))
+      operands, dims = (x, a), (x_dims, a_dims)
       if not which:
         operands, dims = operands[::-1], dims[::-1]
       return jax.lax.dot_general(
@@ -157,6 +158,22 @@ def dot(eqn: Any, view: View, which: int) -> Product | str:
     factored,
     aligned=same_rows if in_output == sorted(in_output) else aligned,
   )
+
+
+@jax.custom_jvp
+def by_rows(a: Any) -> Any:
+  """A factor (..., r, d) as it is, with a gradient that is made like that.
+
+  XLA would fold its transposition to (d, r) into the product z'^T x that makes
+  it, and then transpose x, which is r times as large as it needs to be: on CPUs
+  that takes as long as the product. As a rule of JVPs it transposes too.
+  """
+  return a
+
+
+@by_rows.defjvp
+def _by_rows_jvp(primals: Any, tangents: Any) -> Any:
+  return primals[0], jax.lax.optimization_barrier(tangents[0])
 
 
 def _with_rank(sharding: Any, at: int, kernel_axes: int) -> Any:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+import types
 from typing import Any
 
 import jax
@@ -18,7 +19,17 @@ class DivergedError(FloatingPointError):
 
 
 class Log:
-  """Gathers metrics on the device; fetches, checks and writes them rarely."""
+  """Gathers metrics on the device; fetches, checks and writes them rarely.
+
+  Args:
+    directory: of `metrics.jsonl`, of which lines after `start` are dropped;
+      None writes nothing.
+    start: steps that an earlier run has done.
+    desc: name of the run, for errors.
+    every: steps between two lines.
+    schedule: the learning rate after so many steps, or None.
+    tensorboard: write events there as well; needs tensorboardX.
+  """
 
   def __init__(
     self,
@@ -26,31 +37,51 @@ class Log:
     start: int,
     desc: str,
     *,
-    batch_size: int,
     every: int,
-    schedule: Callable[[int], Any],
+    schedule: Callable[[int], Any] | None = None,
+    tensorboard: bool = False,
   ):
     self._desc = desc
-    self._batch_size = batch_size
     self._every = every
     self._schedule = schedule
     self._window: list[dict[str, jax.Array]] = []
+    self._examples = 0
     self._since = time.monotonic()
     self._text = ''
-    self._path = None
+    self._path = self._events = None
     if directory is not None:
       self._path = os.path.join(directory, 'metrics.jsonl')
       kept = _lines_until(self._path, start)
       with open(self._path, 'w', encoding='utf-8') as file:
         file.writelines(kept)
+    if tensorboard:
+      self._events = _event_writer(directory, start)
+
+  def __enter__(self) -> Log:
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: types.TracebackType | None,
+  ) -> None:
+    if self._events is not None:
+      self._events.close()
 
   def status(self) -> str:
     return self._text
 
   def add(
-    self, step: int, metrics: dict[str, jax.Array], *, flush: bool
+    self,
+    step: int,
+    metrics: dict[str, jax.Array],
+    examples: int,
+    *,
+    flush: bool,
   ) -> None:
     self._window.append(metrics)
+    self._examples += examples
     if not flush and step % self._every:
       return
     first = step - len(self._window) + 1
@@ -61,23 +92,55 @@ class Log:
         if not math.isfinite(values[name]):
           raise DivergedError(
             f'{self._desc}: {name} is {values[name]} at step {first + i}, '
-            f'seen in steps {first} to {step}. Lower the learning rate '
-            f'({float(self._schedule(first + i - 1)):.3g} there), or check the '
+            f'seen in steps {first} to {step}. Lower the learning rate'
+            f'{self._rate_at(first + i - 1)}, or check the '
             'data and the parameters for values that are not finite.'
           )
     record: dict[str, float] = {'step': step}
     for name in window[0]:
       record[name] = float(np.mean([values[name] for values in window]))
-    record['learning_rate'] = float(self._schedule(step - 1))
-    images = len(window) * self._batch_size
-    record['images_per_second'] = round(images / seconds, 1)
+    if self._schedule is not None:
+      record['learning_rate'] = float(self._schedule(step - 1))
+    record['examples_per_second'] = round(self._examples / seconds, 1)
     shown = [name for name in window[0] if name != 'grad_norm']
     self._text = ', '.join(f'{name} {record[name]:.4f}' for name in shown)
+    self.write(record)
+    self._window, self._examples = [], 0
+    self._since = time.monotonic()
+
+  def write(self, record: dict[str, float]) -> None:
+    """Writes one line; `step` is in it."""
     if self._path is not None:
       with open(self._path, 'a', encoding='utf-8') as file:
         file.write(json.dumps(record) + '\n')
-    self._window = []
-    self._since = time.monotonic()
+    if self._events is not None:
+      for name, value in record.items():
+        if name != 'step':
+          self._events.add_scalar(name, value, int(record['step']))
+
+  def _rate_at(self, step: int) -> str:
+    if self._schedule is None:
+      return ''
+    return f' ({float(self._schedule(step)):.3g} there)'
+
+
+def _event_writer(directory: Any, start: int) -> Any:
+  """Writes events for TensorBoard, those after `start` being dropped there.
+
+  Raises:
+    ValueError: there is no directory.
+    ImportError: tensorboardX is not installed.
+  """
+  if directory is None:
+    raise ValueError('tensorboard=True writes into directory=, which is None')
+  try:
+    from tensorboardX import SummaryWriter
+  except ImportError as error:
+    raise ImportError(
+      'tensorboard=True needs the package tensorboardX (pip install '
+      'tensorboardX); metrics.jsonl holds the same numbers without it'
+    ) from error
+  return SummaryWriter(os.fspath(directory), purge_step=start + 1)
 
 
 def _lines_until(path: str, step: int) -> list[str]:

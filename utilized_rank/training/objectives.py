@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -26,48 +25,53 @@ class Objective(Protocol):
 
     Args:
       params: what is trained.
-      frozen: any pytree that is not, such as a teacher's parameters.
+      frozen: any pytree that is not.
       batch: a batch of the data.
       rng: a key for this step alone.
     """
     ...
 
-  def __hash__(self) -> int:
-    """Compilations are kept by the function itself."""
-    ...
 
-
-@functools.cache
-def supervised(
-  forward: Forward,
-  label_smoothing: float = 0.0,
-  teacher: Forward | None = None,
-  weight: float = 0.0,
-  temperature: float = 1.0,
-) -> Objective:
-  """Cross-entropy of a classifier, with distillation where there is a teacher.
-
-  Equal arguments give the same function.
+def supervised(forward: Forward, label_smoothing: float = 0.0) -> Objective:
+  """Cross-entropy of a classifier.
 
   Args:
     forward: the classifier.
     label_smoothing: see `cross_entropy`.
-    teacher: a classifier whose parameters are the objective's `frozen`.
-    weight: part a of (1 - a) cross-entropy + a distillation.
-    temperature: see `distillation`.
   """
 
   def objective(
     params: Any, frozen: Any, batch: Mapping[str, Array], rng: Array
   ) -> tuple[Array, dict[str, Array]]:
+    del frozen
     images, labels = batch['image'], batch['label']
     logits = forward(params, images, train=True, rng=rng)
     loss = cross_entropy(logits, labels, label_smoothing)
-    if teacher is not None:
-      target = teacher(frozen, images, train=False, rng=None)
-      imitation = distillation(logits, target, temperature)
-      loss = (1 - weight) * loss + weight * imitation
     accuracy = jnp.mean(logits.argmax(axis=-1) == labels)
     return loss.mean(), {'accuracy': accuracy}
 
   return objective
+
+
+def labels(label_smoothing: float = 0.0) -> Callable[[Any, Any], Array]:
+  """`loss(logits, batch) -> (B,)`: cross-entropy of `batch['label']`."""
+
+  def loss(logits: Array, batch: Mapping[str, Array]) -> Array:
+    return cross_entropy(logits, batch['label'], label_smoothing)
+
+  return loss
+
+
+def mistakes(logits: Array, batch: Mapping[str, Array]) -> Array:
+  """(B,): 1 where the largest logit is not that of `batch['label']`."""
+  return (logits.argmax(axis=-1) != batch['label']).astype(jnp.float32)
+
+
+def imitation(temperature: float = 1.0) -> Callable[[Any, Any, Any], Array]:
+  """`divergence(dense, logits, batch) -> (B,)`, see `distillation`."""
+
+  def divergence(dense: Array, logits: Array, batch: Any) -> Array:
+    del batch
+    return distillation(logits, dense, temperature)
+
+  return divergence
