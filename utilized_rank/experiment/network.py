@@ -113,7 +113,9 @@ class ModelConfig:
       ValueError: the checkpoint holds another network than the config says,
         or is not read (see `load_checkpoint`).
     """
-    size = {'image_size': image_size} if self.name == 'vit' else {}
+    size: dict[str, Any] = {}
+    if self.name == 'vit':
+      size['image_size'] = image_size
     model, variables, _ = load_checkpoint(
       checkpoint.path, ignore=checkpoint.ignore, **size, **self.options
     )

@@ -6,6 +6,7 @@
 * `progress`: a bar on a terminal, a line every few seconds elsewhere.
 * `usage`: what a step takes.
 * `stopping`: Ctrl-C and SIGTERM, after which what is done is kept.
+* `kept`: what was made of a function, as long as the function lives.
 * `threads`: independent decompositions side by side.
 * `meshes`: the mesh that the caller's code runs under.
 * `processes`, `agreement`: what the processes of a job tell each other, and
