@@ -48,8 +48,13 @@ class Recipe(NamedTuple):
 DEFAULT = Recipe('all steps', 'compress')
 COMPRESS: dict[Recipe, dict[str, Any]] = {
   DEFAULT: {},
-  Recipe('no heads', 'compress'): {'heads': False},
-  Recipe('no gauge', 'compress'): {'heads': False, 'gauge': None},
+  Recipe('no layers', 'compress'): {'layers': False},
+  Recipe('no heads', 'compress'): {'heads': False, 'layers': False},
+  Recipe('no gauge', 'compress'): {
+    'heads': False,
+    'layers': False,
+    'gauge': None,
+  },
 }
 RECIPES = (
   *COMPRESS,

@@ -39,7 +39,8 @@ PANELS = (
 # What `ur.compress` does, for comparison in every panel.
 COMPRESS = (
   ('all steps', 'compress', '-'),
-  ('no heads', 'compress without narrower heads', ':'),
+  ('no layers', 'compress without narrower layers', '-.'),
+  ('no heads', 'compress without narrower heads, layers', ':'),
   ('no gauge', 'compress, pairs alone', '--'),
 )
 
