@@ -29,6 +29,7 @@ from utilized_rank.losses.divergence import comes_closer
 from utilized_rank.moments.gradients import first_line
 from utilized_rank.moments.moments import Moments
 from utilized_rank.ranks.budget import budget_ranks
+from utilized_rank.ranks.offers import OF_FAMILY
 from utilized_rank.ranks.trials import OnDevice
 from utilized_rank.ranks.trials import Trials
 from utilized_rank.walk import compat
@@ -37,7 +38,7 @@ from utilized_rank.walk import compat
 # approximation of the loss, much tends to 'output'; no value is best for all.
 DAMPINGS = (0.01, 0.1, 1.0)
 # Predictions of damage whose allocations are tried.
-METRICS = ('loss', 'geometric', 'relative')
+METRICS = ('loss', 'geometric', 'balanced')
 # Shares of the correction that are tried, the boldest first.
 _STEPS = (1.0, 0.5, 0.25)
 # No kernel counts for less than this share of the mean effect: a slope at one
@@ -217,7 +218,7 @@ class _Search:
 
   def try_predictions(self, families: Families) -> None:
     """Tries the allocations that each prediction of damage asks for."""
-    metrics = [m for m in METRICS if m in families.metrics]
+    metrics = [m for m in METRICS if OF_FAMILY[m] in families.metrics]
     candidates = [self._spend(families, metric) for metric in metrics]
     family = self._trials.on_device(families)
     found = self._trials.measure(candidates, family)
@@ -250,7 +251,7 @@ class _Search:
     least = _LEAST_EFFECT * sum(effects.values()) / max(len(effects), 1)
     wanted: dict[Any, float] = {}
     for path, rank in self.ranks.items():
-      predicted = self.families.damages(path, self._metric)[rank]
+      predicted = self.families.damages(path, OF_FAMILY[self._metric])[rank]
       if predicted > 0 and least > 0:
         wanted[path] = np.log(max(effects[path], least) / predicted)
     if not wanted:
