@@ -25,6 +25,8 @@ from utilized_rank.ranks.latency import LatencyTable
 _BLOCK = 4_000_000
 # The metrics of families, and one that knows what kernels cost.
 METRICS = (*methods.METRICS, 'balanced')
+# Which of a family's metrics each is made of.
+OF_FAMILY = {**{name: name for name in methods.METRICS}, 'balanced': 'relative'}
 # What 'balanced' adds of the damage that uniform ranks minimise.
 _UNIFORM = 0.3
 # Kernels that an error names.
@@ -158,7 +160,7 @@ def _damages(
     return families.damages(key, terms.metric)[ranks]
   names = shared_left.names_of(key)
   matrices = sum(terms.moments[name].layout.num_groups for name in names)
-  lost = families.damages(key, 'relative')[ranks] / matrices
+  lost = families.damages(key, OF_FAMILY['balanced'])[ranks] / matrices
   dense = terms.dense_cost(key)
   gone = np.maximum(1 - costs / dense, 0)
   return dense * (lost + _UNIFORM * gone**2)

@@ -29,6 +29,7 @@ from utilized_rank.losses.divergence import comes_closer
 from utilized_rank.moments.gradients import first_line
 from utilized_rank.moments.moments import Moments
 from utilized_rank.ranks.budget import budget_ranks
+from utilized_rank.ranks.offers import OF_FAMILY
 from utilized_rank.ranks.trials import Trials
 from utilized_rank.walk import compat
 from utilized_rank.walk import tracing
@@ -37,7 +38,7 @@ from utilized_rank.walk import tracing
 # approximation of the loss, much tends to 'output'; no value is best for all.
 DAMPINGS = (0.01, 0.1, 1.0)
 # Predictions of damage whose allocations are tried.
-METRICS = ('loss', 'geometric', 'relative')
+METRICS = ('loss', 'geometric', 'balanced')
 # Shares of the correction that are tried, the boldest first.
 _STEPS = (1.0, 0.5, 0.25)
 # Share of the examples that slopes are averaged over: of a sum over directions
@@ -250,7 +251,7 @@ class _Search:
     """Tries the allocations that each prediction of damage asks for."""
     allocations: dict[Any, tuple[str, dict[str, int]]] = {}
     for metric in METRICS:
-      if metric in families.metrics:
+      if OF_FAMILY[metric] in families.metrics:
         ranks = self._spend(families, metric)
         # Predictions that agree are tried once.
         allocations.setdefault(_key(ranks, families), (metric, ranks))
@@ -316,7 +317,7 @@ class _Search:
     least = _LEAST_EFFECT * sum(effects.values()) / max(len(effects), 1)
     wanted: dict[Any, float] = {}
     for path, rank in self.ranks.items():
-      predicted = self.families.damages(path, self._metric)[rank]
+      predicted = self.families.damages(path, OF_FAMILY[self._metric])[rank]
       if predicted > 0 and least > 0:
         wanted[path] = np.log(max(effects[path], least) / predicted)
     if not wanted:
