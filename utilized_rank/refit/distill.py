@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-import dataclasses
 from typing import Any
 
 import jax
@@ -16,14 +15,11 @@ from utilized_rank.host.progress import track
 from utilized_rank.losses.divergence import Divergence
 from utilized_rank.losses.divergence import comes_closer
 from utilized_rank.losses.divergence import squared_error
-from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.low_rank import low_rank
-from utilized_rank.moments.capture import find_sites
 from utilized_rank.refit import descent
-from utilized_rank.tree import paths
+from utilized_rank.refit.trained import Trained
 from utilized_rank.walk import compat
 from utilized_rank.walk import tracing
-from utilized_rank.walk.interpret import UnsupportedError
 
 # One batch of so many is held out; of fewer, as large a part of each batch.
 HELD_OUT = 5
@@ -31,10 +27,11 @@ HELD_OUT = 5
 LEAST_HELD, MOST_HELD = 8, 1024
 # How often the examples held out are looked at.
 LOOKS = 10
+# Rates that are tried, and the share of the updates that each gets for it.
+RATES = (0.01, 0.002, 0.0005)
+TRIAL = 0.1
 # Dense outputs are kept up to this, and computed anew beyond.
 _MOST_BYTES = 2**30
-
-Leaves = dict[str, Any]
 
 
 class NoDerivative(ValueError):
@@ -50,7 +47,7 @@ def distill(
   *,
   divergence: Divergence = squared_error,
   steps: int = 300,
-  learning_rate: float = 0.01,
+  learning_rate: float | None = None,
   batch_size: int = 32,
   progress: bool = True,
 ) -> Any:
@@ -73,7 +70,9 @@ def distill(
     steps: number of updates.
     learning_rate: its peak, as a share of each array's root mean square; it
       rises over a tenth of the updates and falls to 0 along a cosine. Of what
-      is above 0 everywhere the logarithm is moved, so that it stays so.
+      is above 0 everywhere the logarithm is moved, so that it stays so. By
+      default three are tried for a tenth of the updates each, and the one that
+      comes nearest on the examples held out is taken.
     batch_size: examples of an update; fewer where a batch has fewer.
     progress: show a progress bar.
 
@@ -97,7 +96,8 @@ def distill(
   >>> bool(error(near) < error(small))
   True
   """
-  if steps < 1 or batch_size < 1 or not learning_rate > 0:
+  rates = RATES if learning_rate is None else (learning_rate,)
+  if steps < 1 or batch_size < 1 or not min(rates) > 0:
     raise ValueError(
       'steps, batch_size and learning_rate must be positive, got '
       f'{steps}, {batch_size} and {learning_rate}'
@@ -108,7 +108,7 @@ def distill(
   training, held = hold_out(kept)
   if sum(check_batch(batch, 0) for batch in held) < LEAST_HELD:
     return small
-  tree = _Tree.of(fn, params, small, kept[0])
+  tree = Trained.of(fn, params, small, kept[0])
   dense = _Dense(fn, params)
   run, rest = low_rank(fn), tree.rest()
 
@@ -132,28 +132,44 @@ def distill(
 
   state = tree.start()
   piece = next(_pieces(training, dense, batch_size))
-  if why := _fails(update, state, 1.0, learning_rate, rest, *piece):
+  if why := _fails(update, state, 1.0, 1.0, rest, *piece):
     raise NoDerivative(f'the function has no reverse derivative ({why})')
-  best, before = state.values, look(state.values)
-  nearest = before
-  counts: Iterable[int] = range(1, steps + 1)
+
+  def descend(peak, steps, looks):
+    """Update by update: None, or how far outputs are, and the values."""
+    now, every = state, max(1, steps // looks)
+    pieces = _pieces(training, dense, batch_size)
+    for count, (batch, outputs) in zip(range(1, steps + 1), pieces):
+      rate = descent.rate_at(count, steps, peak)
+      now = update(now, float(count), rate, rest, batch, outputs)
+      is_seen = count % every == 0 or count == steps
+      yield (look(now.values), now.values) if is_seen else None
+
+  trial = max(1, round(TRIAL * steps)) if len(rates) > 1 else 0
+
+  def every_update():
+    ends = []
+    for rate in rates if trial else ():
+      for found in descend(rate, trial, 1):
+        yield found
+      ends.append(found[0].mean())
+    chosen = int(np.argmin(np.nan_to_num(ends, nan=np.inf))) if trial else 0
+    yield from descend(rates[chosen], steps, LOOKS)
+
+  before = look(state.values)
+  best, nearest = state.values, before
+  updates: Iterable[Any] = every_update()
   if progress:
-    counts = track(
-      counts,
-      total=steps,
+    updates = track(
+      updates,
+      total=steps + trial * len(rates),
       desc='distill',
       unit='step',
       status=lambda: f'divergence {nearest.mean():.4g}',
     )
-  pieces = _pieces(training, dense, batch_size)
-  every = max(1, steps // LOOKS)
-  for count, (batch, outputs) in zip(counts, pieces):
-    rate = descent.rate_at(count, steps, learning_rate)
-    state = update(state, float(count), rate, rest, batch, outputs)
-    if count % every == 0 or count == steps:
-      now = look(state.values)
-      if now.mean() < nearest.mean():
-        best, nearest = state.values, now
+  for found in updates:
+    if found is not None and found[0].mean() < nearest.mean():
+      nearest, best = found
   return tree.stored(best) if comes_closer(before, nearest) else small
 
 
@@ -195,100 +211,6 @@ def _fails(update: Callable[..., Any], *args: Any) -> str | None:
   except Exception as error:  # each primitive's author raises another
     return (str(error).strip() or type(error).__name__).splitlines()[0]
   return None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tree:
-  """A tree as what is trained and what is not.
-
-  Attributes:
-    treedef: its structure.
-    named: all leaves by path.
-    trained: those that are trained.
-    positive: paths of those whose logarithm is.
-  """
-
-  treedef: Any
-  named: Leaves
-  trained: Leaves
-  positive: frozenset[str]
-
-  @classmethod
-  def of(cls, fn: Any, params: Any, small: Any, batch: Any) -> _Tree:
-    named, treedef = paths.flatten(small, is_low_rank)
-    leaves, _ = paths.flatten(params)
-    try:
-      kernels = set(find_sites(fn, params, batch))
-    except UnsupportedError:  # who knows what is one
-      kernels = set(leaves)
-    trained = {
-      path: leaf
-      for path, leaf in named.items()
-      if is_low_rank(leaf)
-      or (
-        tracing.is_array(leaf)
-        and compat.is_floating(leaf.dtype)
-        and (path not in kernels or _differs(leaf, leaves.get(path)))
-      )
-    }
-    positive = frozenset(
-      path
-      for path, leaf in trained.items()
-      if not is_low_rank(leaf) and bool(np.all(np.asarray(leaf) > 0))
-    )
-    return cls(treedef, named, trained, positive)
-
-  def rest(self) -> Leaves:
-    """The arrays that are not trained, on the device."""
-    return {
-      path: jnp.asarray(leaf)
-      for path, leaf in self.named.items()
-      if path not in self.trained and tracing.is_array(leaf)
-    }
-
-  def start(self) -> descent.State:
-    """The trained leaves in float32, before the first update."""
-    wide = {
-      path: jax.tree.map(
-        lambda v: jnp.array(v, jnp.promote_types(v.dtype, jnp.float32)), leaf
-      )
-      for path, leaf in self.trained.items()
-    }
-    size = lambda v: jnp.sqrt(jnp.mean(jnp.square(v)))
-    sizes = {path: jax.tree.map(size, leaf) for path, leaf in wide.items()}
-    for path in self.positive:
-      wide[path] = jnp.log(wide[path])
-      sizes[path] = jnp.ones((), wide[path].dtype)
-    return descent.start(wide, sizes)
-
-  def _narrow(self, values: Leaves) -> Leaves:
-    """Trained values as leaves, in the leaves' own dtypes."""
-    return {
-      path: jax.tree.map(
-        lambda v, old: v.astype(old.dtype),
-        jnp.exp(values[path]) if path in self.positive else values[path],
-        leaf,
-      )
-      for path, leaf in self.trained.items()
-    }
-
-  def joined(self, values: Leaves, rest: Leaves) -> Any:
-    """The tree of trained values and the other arrays."""
-    return paths.unflatten(
-      self.treedef, self.named | rest | self._narrow(values)
-    )
-
-  def stored(self, values: Leaves) -> Any:
-    """The tree of trained values, its other leaves being what they were."""
-    return self.joined(values, {})
-
-
-def _differs(leaf: Any, old: Any) -> bool:
-  """Whether a leaf is not the dense tree's."""
-  return leaf is not old and (
-    np.shape(leaf) != np.shape(old)
-    or not np.array_equal(np.asarray(leaf), np.asarray(old))
-  )
 
 
 class _Dense:
