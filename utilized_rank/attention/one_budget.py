@@ -22,12 +22,14 @@ class Narrowed(NamedTuple):
     tree: with `NarrowHeads` leaves.
     ranks: of the narrowed kernels, by path.
     rest: moments of the kernels that are in no pair.
+    rest_ranks: the ranks that the budget gives them.
     params_fraction: share of their parameters that the budget leaves.
   """
 
   tree: Any
   ranks: dict[str, int]
   rest: Moments
+  rest_ranks: dict[Any, int]
   params_fraction: float
 
 
@@ -99,6 +101,9 @@ def narrow(
     ranks |= taken
   if not ranks:
     return None
+  rest_ranks: dict[Any, int] = {}
+  for taken, _ in spent[len(of_heads) :]:
+    rest_ranks |= taken
   left = sum(cost for _, cost in spent[len(of_heads) :])
   return Narrowed(
     factorize_heads(
@@ -115,6 +120,7 @@ def narrow(
       for side in (found[name].left, found[name].right)
     },
     rest,
+    rest_ranks,
     # Half a number more, so that rounding does not lose one.
     min(1.0, (left + 0.5) / whole) if whole else 1.0,
   )

@@ -55,9 +55,12 @@ class Tried(Compressed):
 
   Attributes:
     divergences: of every example, (B,), from the dense outputs.
+    predicted: mean divergence of what was predicted to be best, before
+      trials; None where that is not known.
   """
 
   divergences: np.ndarray
+  predicted: float | None = None
 
 
 class Candidate(Protocol):

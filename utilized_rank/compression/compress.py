@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Sized
+import dataclasses
 import itertools
 from typing import Any
 
@@ -194,4 +195,6 @@ def _choose(problem: Problem, kinds: Sequence[Candidate]) -> Compressed:
     blind = holdout.unfitted(problem)
     if not holdout.generalises(problem, blind.tree, factor_pairs):
       return blind
-  return nearest(factor_pairs(problem), (kind(problem) for kind in kinds))
+  pairs = factor_pairs(problem)
+  problem = dataclasses.replace(problem, to_beat=pairs.predicted)
+  return nearest(pairs, (kind(problem) for kind in kinds))

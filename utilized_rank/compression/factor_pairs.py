@@ -10,9 +10,11 @@ from utilized_rank.collection.one_pass import check_batch
 from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.candidates import nearest
 from utilized_rank.compression.problem import Problem
+from utilized_rank.factorization import methods
 from utilized_rank.factorization.factorize import factorize
 from utilized_rank.factorization.kernels import ENOUGH_ROWS
 from utilized_rank.moments.capture import find_sites
+from utilized_rank.ranks.tune import TunedRanks
 from utilized_rank.ranks.tune import tune_ranks
 from utilized_rank.refit.anchor import anchor
 from utilized_rank.refit.streams import Streams
@@ -62,7 +64,17 @@ def _tuned(problem: Problem) -> Tried:
     damping=families.damping,
     compensate_mean=problem.compensate_mean,
     divergences=ranks.divergences,
+    predicted=_predicted(ranks),
   )
+
+
+def _predicted(ranks: TunedRanks) -> float | None:
+  """Mean divergence where 'loss' chose both the factors and their ranks."""
+  asked = 'loss', methods.DAMPING, 'loss'
+  for trial in ranks.trials:
+    if (trial.method, trial.damping, trial.allocation) == asked:
+      return trial.divergence
+  return None
 
 
 def _anchored(problem: Problem, tuned: Tried) -> Tried | None:

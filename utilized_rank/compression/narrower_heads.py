@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any
 
 from utilized_rank.attention import one_budget
@@ -12,8 +13,12 @@ from utilized_rank.attention.heads import Attention
 from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.factor_pairs import factor_pairs
 from utilized_rank.compression.problem import Problem
-from utilized_rank.lowrank.leaf import merge
+from utilized_rank.factorization.factorize import factorize
+from utilized_rank.lowrank.store import on_host_tree
 from utilized_rank.walk.interpret import UnsupportedError
+
+# What a search gains differs between two kinds by less than this factor.
+_FAR = 2.0
 
 
 def narrower_heads(problem: Problem) -> Tried | None:
@@ -38,10 +43,11 @@ def narrower_heads(problem: Problem) -> Tried | None:
   )
   if less is None:
     return None
+  start = on_host_tree(less.tree)
+  if _begins_far(problem, less, start):
+    return None
   if less.rest:
-    found = factor_pairs(
-      problem.left(merge(less.tree), less.rest, less.params_fraction)
-    )
+    found = factor_pairs(problem.left(start, less.rest, less.params_fraction))
     tree = one_budget.put_back(found.tree, less)
     return dataclasses.replace(found, tree=tree, ranks=found.ranks | less.ranks)
   # Attention's kernels are all there are.
@@ -52,6 +58,26 @@ def narrower_heads(problem: Problem) -> Tried | None:
     compensate_mean=problem.compensate_mean,
     divergences=problem.divergences(less.tree, problem.batches),
   )
+
+
+def _begins_far(
+  problem: Problem, less: one_budget.Narrowed, start: Any
+) -> bool:
+  """Whether the heads and pairs that one budget asks for are so much further
+  off than pairs alone that the same search from there would not catch up."""
+  if problem.to_beat is None:
+    return False
+  tree = factorize(
+    start,
+    less.rest,
+    less.rest_ranks,
+    method='loss',
+    compensate_mean=problem.compensate_mean,
+    progress=False,
+  )
+  few = problem.batches[: math.ceil(len(problem.batches) / 4)]
+  each = problem.divergences(tree, few)
+  return bool(each.mean() > _FAR * problem.to_beat)
 
 
 def _attention(

@@ -66,6 +66,8 @@ class Problem:
     compensate_mean: as for `factorize`.
     mask: which examples or tokens of a batch are real; None if all are. It is
       set by `without_padding`, which hides the others as well.
+    to_beat: mean divergence of the pairs that `loss` predicts to be best, as
+      far as it is known: a kind that begins further off need not be searched.
   """
 
   fn: Callable[[Any, Any], Any]
@@ -80,6 +82,7 @@ class Problem:
   progress: bool
   compensate_mean: bool = True
   mask: Mask | None = None
+  to_beat: float | None = None
 
   @property
   def is_scarce(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from utilized_rank.lowrank.leaf import LowRank
 from utilized_rank.products.factored import Factored
@@ -97,6 +98,11 @@ def _order(layout: Layout, groups: Atoms | None = None) -> Atoms:
 
 def _pad(array: Any, axis: int, size: int) -> Any:
   """Zeros after the end of an axis."""
+  if isinstance(array, np.ndarray):
+    more = [
+      (0, size - n if i == axis else 0) for i, n in enumerate(array.shape)
+    ]
+    return np.pad(array, more)
   config = [(0, 0, 0)] * array.ndim
   config[axis] = (0, size - array.shape[axis], 0)
   return jax.lax.pad(array, jnp.zeros((), array.dtype), config)
