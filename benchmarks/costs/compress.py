@@ -51,7 +51,7 @@ class Meter:
     self._programs = 0
     jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-  def _listen(self, event: str, seconds: float, **_: Any) -> None:
+  def _listen(self, event: str, seconds: float, **_: str | int) -> None:
     del seconds
     self._programs += event == '/jax/core/compile/backend_compile_duration'
 

@@ -67,14 +67,16 @@ def _begins_far(
   off than pairs alone that the same search from there would not catch up."""
   if problem.to_beat is None:
     return False
-  tree = factorize(
-    start,
-    less.rest,
-    less.rest_ranks,
-    method='loss',
-    compensate_mean=problem.compensate_mean,
-    progress=False,
-  )
+  tree = start
+  if less.rest_ranks:
+    tree = factorize(
+      start,
+      less.rest,
+      less.rest_ranks,
+      method='loss',
+      compensate_mean=problem.compensate_mean,
+      progress=False,
+    )
   few = problem.batches[: math.ceil(len(problem.batches) / 4)]
   each = problem.divergences(tree, few)
   return bool(each.mean() > _FAR * problem.to_beat)

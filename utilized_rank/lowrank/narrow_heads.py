@@ -99,9 +99,8 @@ def _order(layout: Layout, groups: Atoms | None = None) -> Atoms:
 def _pad(array: Any, axis: int, size: int) -> Any:
   """Zeros after the end of an axis."""
   if isinstance(array, np.ndarray):
-    more = [
-      (0, size - n if i == axis else 0) for i, n in enumerate(array.shape)
-    ]
+    more = [(0, 0)] * array.ndim
+    more[axis] = (0, size - array.shape[axis])
     return np.pad(array, more)
   config = [(0, 0, 0)] * array.ndim
   config[axis] = (0, size - array.shape[axis], 0)
