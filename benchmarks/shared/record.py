@@ -21,6 +21,7 @@ _PACKAGES = ('utilized_rank', 'jax', 'jaxlib', 'flax', 'numpy', 'torch')
 # Their values are places of one machine.
 _PLACES = {
   '--data_root': 'DIR',
+  '--base': 'CHECKOUT',
   '--out': None,
   '--cache': None,
   '--workdir': None,

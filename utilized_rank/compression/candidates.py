@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 from typing import Any, Protocol
 
@@ -14,6 +14,10 @@ from utilized_rank.factorization import methods
 from utilized_rank.losses.divergence import comes_closer
 from utilized_rank.moments.moments import Moments
 from utilized_rank.storage.recipe import Recipe
+
+# What a search gains differs between two kinds by less than this factor.
+FAR = 2.0
+_AT_A_GLANCE = 'where its search would begin'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,11 +84,54 @@ class Tried(Compressed):
   divergences: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+  """Where the search for the best tree of a kind begins.
+
+  Attributes:
+    name: of the kind.
+    glance: mean divergence, on some of the examples, of the tree that one
+      prediction asks for.
+    search: finds the best of the kind.
+  """
+
+  name: str
+  glance: Callable[[], float]
+  search: Callable[[], Tried]
+
+
 class Candidate(Protocol):
   """A kind of compression, such as pairs of factors or narrower heads."""
 
-  def __call__(self, problem: Problem) -> Tried | None:
-    """The best of its kind within the budget; None where there is none."""
+  def __call__(self, problem: Problem) -> list[Beginning]:
+    """Where its searches would begin; empty where there is none."""
+
+
+def promising(
+  found: list[Beginning], journal: Journal | None = None
+) -> list[Beginning]:
+  """Those that begin no further off than the same search may gain.
+
+  Args:
+    found: of all kinds.
+    journal: where it is written down which are not searched.
+
+  >>> begin = lambda name, far: Beginning(name, lambda: far, lambda: None)
+  >>> some = promising([begin('a', 1.0), begin('b', 0.3), begin('c', 0.5)])
+  >>> [one.name for one in some]
+  ['b', 'c']
+  """
+  if len(found) < 2:
+    return found
+  seen = [one.glance() for one in found]
+  least = min(seen)
+  kept = []
+  for one, far in zip(found, seen, strict=True):
+    if far <= FAR * least:
+      kept.append(one)
+    elif journal is not None:
+      journal.compared(one.name, None, np.array([far]), False, _AT_A_GLANCE)
+  return kept
 
 
 def nearest(

@@ -18,7 +18,8 @@ from utilized_rank.compression.candidates import Candidate
 from utilized_rank.compression.candidates import Compressed
 from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.candidates import nearest
-from utilized_rank.compression.factor_pairs import factor_pairs
+from utilized_rank.compression.candidates import promising
+from utilized_rank.compression.factor_pairs import pairs
 from utilized_rank.compression.journal import Journal
 from utilized_rank.compression.narrower_heads import narrower_heads
 from utilized_rank.compression.narrower_layers import narrower_layers
@@ -188,6 +189,7 @@ def compress(
       report = measure(params, moments, energy=energy, progress=progress)
     # Tried in this order; what comes later must come closer.
     kinds: dict[Candidate, bool] = {
+      pairs: True,
       narrower_heads: heads,
       functools.partial(narrower_layers, heads=heads): layers,
     }
@@ -259,5 +261,8 @@ def _choose(problem: Problem, kinds: Sequence[Candidate]) -> Compressed:
       if isinstance(best, Tried):
         at.after = float(best.divergences.mean())
     return best
-  others = (kind(problem) for kind in kinds)
-  return nearest(factor_pairs(problem), others, problem.journal)
+  begins = [one for kind in kinds for one in kind(problem)]
+  with problem.journal.stage('glance'):
+    begins = promising(begins, problem.journal)
+  first, *others = begins
+  return nearest(first.search(), (o.search() for o in others), problem.journal)

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from utilized_rank.collection.one_pass import check_batch
+from utilized_rank.compression.candidates import Beginning
 from utilized_rank.compression.candidates import Compressed
 from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.candidates import nearest
@@ -46,6 +47,17 @@ def factor_pairs(problem: Problem) -> Tried:
       at.before = float(found.divergences.mean())
       at.after = float(anchored.divergences.mean())
   return nearest(found, [anchored], journal)
+
+
+def pairs(problem: Problem) -> list[Beginning]:
+  """Pairs at all kernels: a kind of candidate."""
+  return [
+    Beginning(
+      TUNED,
+      lambda: problem.glance(closed_form(problem).tree),
+      lambda: factor_pairs(problem),
+    )
+  ]
 
 
 def closed_form(problem: Problem) -> Compressed:

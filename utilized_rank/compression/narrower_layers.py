@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from utilized_rank.attention.heads import Attention
-from utilized_rank.compression.candidates import Tried
-from utilized_rank.compression.candidates import nearest
-from utilized_rank.compression.narrowed import attention
-from utilized_rank.compression.narrowed import hidden
+from utilized_rank.compression.candidates import Beginning
 from utilized_rank.compression.narrowed import narrow_first
 from utilized_rank.compression.narrowed import narrowed
 from utilized_rank.compression.problem import Problem
@@ -16,7 +13,7 @@ _BOTH = 'narrower layers and heads'
 _FIRST = 'pairs of narrower layers'
 
 
-def narrower_layers(problem: Problem, heads: bool = True) -> Tried | None:
+def narrower_layers(problem: Problem, heads: bool = True) -> list[Beginning]:
   """Layers as narrow as one budget asks for; pairs at the other kernels.
 
   Where the function takes widths from its leaves, less narrow layers with
@@ -27,17 +24,14 @@ def narrower_layers(problem: Problem, heads: bool = True) -> Tried | None:
     heads: try it with narrower heads in the same budget as well.
 
   Returns:
-    None where rows are few, where there is no share of parameters or no loss
-    (damages of layers and of pairs have nats alone in common), and where no
-    layer would be narrower.
+    None of a kind where there is no share of parameters or no gradient
+    (damages of layers and of pairs have the loss alone in common), and where
+    no layer would be narrower.
   """
-  layers = hidden(problem)
+  layers = problem.hidden
   if not layers:
-    return None
-  pairs = attention(problem) if heads else None
-  tried = [narrowed(problem, _NAME, Attention({}, {}), layers)]
-  if pairs:
-    tried.append(narrowed(problem, _BOTH, pairs, layers))
-  tried.append(narrow_first(problem, _FIRST, layers))
-  found = [one for one in tried if one is not None]
-  return nearest(found[0], found[1:], problem.journal) if found else None
+    return []
+  found = narrowed(problem, _NAME, Attention({}, {}), layers)
+  if heads and problem.attention:
+    found += narrowed(problem, _BOTH, problem.attention, layers)
+  return found + narrow_first(problem, _FIRST, layers)

@@ -10,8 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from utilized_rank.attention.find_attention import find_attention
+from utilized_rank.attention.heads import Attention
 from utilized_rank.compression import independence
 from utilized_rank.compression.journal import Journal
+from utilized_rank.hidden.find_hidden import find_hidden
+from utilized_rank.hidden.layers import Hidden
 from utilized_rank.losses.divergence import Divergence
 from utilized_rank.moments import masks
 from utilized_rank.moments.gradients import LossFn
@@ -21,6 +25,7 @@ from utilized_rank.moments.moments import Moments
 from utilized_rank.ranks.budget import one_fraction
 from utilized_rank.ranks.offers import Terms
 from utilized_rank.ranks.trials import divergences
+from utilized_rank.walk.interpret import UnsupportedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +131,33 @@ class Problem:
       batches: the examples.
     """
     return divergences(self.fn, self.params, tree, batches, self.divergence)
+
+  @functools.cached_property
+  def attention(self) -> Attention:
+    """Pairs of attention's kernels; none where the function hides them."""
+    try:
+      return find_attention(self.fn, self.params, self.batches[0])
+    except UnsupportedError:
+      return Attention({}, {})
+
+  @functools.cached_property
+  def hidden(self) -> Hidden:
+    """Hidden layers of whose kernels there are moments."""
+    found = find_hidden(self.fn, self.params, self.batches[0])
+    return found.only(
+      name
+      for name, layer in found.items()
+      if all(kernel.path in self.moments for kernel in layer.kernels)
+    )
+
+  def glance(self, tree: Any) -> float:
+    """Mean divergence on the first quarter of the batches.
+
+    Args:
+      tree: for `low_rank(fn)`.
+    """
+    few = self.batches[: -(-len(self.batches) // 4)]
+    return float(self.divergences(tree, few).mean())
 
   def without_padding(self, mask: Mask | str) -> Problem:
     """The same, with zeros in place of what outputs say of padding.

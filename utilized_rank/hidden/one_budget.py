@@ -28,6 +28,7 @@ class Narrowed(NamedTuple):
   Attributes:
     tree: with `NarrowHeads` leaves, those of all layers among them.
     rest: moments of the kernels that are in no pair and no layer.
+    rest_ranks: what the budget gives them.
     params_fraction: share of their parameters that the budget leaves.
     cuts: layers that are narrower, and which units stay.
     damages: predicted nats per example, by the path of each pair's left and
@@ -37,6 +38,7 @@ class Narrowed(NamedTuple):
 
   tree: Any
   rest: Moments
+  rest_ranks: dict[Any, int]
   params_fraction: float
   cuts: tuple[Cut, ...]
   damages: dict[str, float]
@@ -138,6 +140,7 @@ def narrow(
   return Narrowed(
     tree,
     rest,
+    _together(spent[second:]),
     # Half a number more, so that rounding does not lose one.
     min(1.0, (left + 0.5) / whole) if whole else 1.0,
     tuple(Cut(layers[cut.layer.name], cut.units) for cut in cuts),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
+import functools
 import itertools
 from typing import Any, TypeVar
 
@@ -168,12 +169,26 @@ def reducer(mesh: Mesh, specs: Any, over: Sequence[str]) -> Any:
     as digits that `decoded` reads. XLA joins its reductions into one.
   """
 
+  leaves, treedef = jax.tree.flatten(specs, is_leaf=_is_spec)
+  return _reducer(mesh, treedef, tuple(leaves), tuple(over))
+
+
+def _is_spec(value: Any) -> bool:
+  return isinstance(value, PartitionSpec)
+
+
+@functools.lru_cache(maxsize=64)
+def _reducer(mesh: Mesh, treedef: Any, leaves: Any, over: Any) -> Any:
+  """One for each mesh and structure: compiled once."""
+  specs = jax.tree.unflatten(treedef, leaves)
+
   def local(state):
     state = jax.tree.map(lambda a: _encoded(a[0]), state)
-    return jax.lax.psum(state, tuple(over))
+    return jax.lax.psum(state, over)
 
   # Digits are one more axis, which is not spread.
-  outs = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), specs)
+  cut = lambda spec: PartitionSpec(*spec[1:])
+  outs = jax.tree.unflatten(treedef, map(cut, leaves))
   return jax.jit(
     jax.shard_map(
       local, mesh=mesh, in_specs=(specs,), out_specs=outs, check_vma=False

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from utilized_rank.lowrank.leaf import LowRank
 from utilized_rank.products.factored import Factored
@@ -100,6 +101,10 @@ def _pad(array: Any, axis: int, size: int) -> Any:
   """Zeros after the end of an axis, where it is shorter."""
   if array.shape[axis] == size:
     return array
+  if isinstance(array, np.ndarray):
+    more = [(0, 0)] * array.ndim
+    more[axis] = (0, size - array.shape[axis])
+    return np.pad(array, more)
   config = [(0, 0, 0)] * array.ndim
   config[axis] = (0, size - array.shape[axis], 0)
   return jax.lax.pad(array, jnp.zeros((), array.dtype), config)

@@ -10,12 +10,15 @@ import numpy as np
 
 from utilized_rank.linalg.best_pairs import Pair
 from utilized_rank.lowrank.leaf import LowRank
+from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.lowrank.leaf import with_left
 from utilized_rank.lowrank.place import place
 from utilized_rank.lowrank.place import place_like
 from utilized_rank.products.gauge import Order
 from utilized_rank.products.gauge import has_identity
 from utilized_rank.products.gauge import to_identity
 from utilized_rank.products.gauge import widen
+from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Layout
 
 
@@ -103,11 +106,20 @@ def on_host(leaf: Any) -> Any:
   if not isinstance(leaf, LowRank):
     return leaf
   if leaf.b is None:
-    return leaf.dense()  # narrower heads, which are padded
+    # Narrower heads, which are padded.
+    held = dataclasses.replace(leaf, a=np.asarray(leaf.opened().a), box=None)
+    return np.asarray(held.dense())
   pairs = stored_pairs(leaf.opened())
   shape = leaf.layout.group_shape + leaf.layout.matrix_shape
   w = np.stack([pair.a @ pair.b for pair in pairs]).reshape(shape)
   return leaf.layout.from_matrices(w).astype(leaf.dtype)
+
+
+def on_host_tree(tree: Any) -> Any:
+  """A tree with all its `LowRank` leaves `on_host`; none has a `c`."""
+  named, treedef = paths.flatten(tree, is_low_rank)
+  held = {p: on_host(v) for p, v in with_left(named).items()}
+  return paths.unflatten(treedef, held)
 
 
 def multiplied_out(

@@ -88,12 +88,8 @@ class Trials:
   @property
   def few(self) -> list[int]:
     """Numbers of the first batches, which hold a quarter of the examples."""
-    return self.first(1 / 4)
-
-  def first(self, share: float) -> list[int]:
-    """Numbers of the first batches, which hold a share of the examples."""
     ends = np.cumsum(self._sizes)
-    return list(range(int(np.searchsorted(ends, share * ends[-1])) + 1))
+    return list(range(int(np.searchsorted(ends, ends[-1] / 4)) + 1))
 
   @property
   def others(self) -> list[int]:
@@ -165,33 +161,23 @@ class Trials:
     return None
 
   def slopes(
-    self,
-    ranks: Mapping[str, int],
-    families: Families,
-    batches: Sequence[int] | None = None,
+    self, ranks: Mapping[str, int], families: Families
   ) -> dict[str, np.ndarray]:
     """The derivative of the mean divergence by how much of a direction is kept.
-
-    Args:
-      ranks: where it is taken.
-      families: the factors.
-      batches: numbers of the batches to look at; default all.
 
     Returns:
       Path to (num_groups, R); below zero where giving a direction back would
       lower the divergence.
     """
     leaves = self._leaves(ranks, families)
-    numbers = range(len(self._data)) if batches is None else batches
     parts = [
-      self._programs.slopes(self._form, leaves, self._rest, *self._data[i])
-      for i in numbers
+      self._programs.slopes(self._form, leaves, self._rest, *data)
+      for data in self._data
     ]
-    examples = sum(self._sizes[i] for i in numbers)
     total = lambda *g: sum(np.asarray(v, np.float64) for v in g)
     by_leaf = jax.tree.map(total, *parts)
     return {
-      path: self._by_direction(path, by_leaf, families) / examples
+      path: self._by_direction(path, by_leaf, families) / self.examples
       for path in self._moments
     }
 

@@ -41,9 +41,6 @@ DAMPINGS = (0.01, 0.1, 1.0)
 METRICS = ('loss', 'geometric', 'balanced')
 # Shares of the correction that are tried, the boldest first.
 _STEPS = (1.0, 0.5, 0.25)
-# Share of the examples that slopes are averaged over: of a sum over directions
-# they tell enough.
-_OF_SLOPES = 0.5
 # Standard errors of the difference beyond which a set of ranks that is further
 # off on the first quarter of the examples is not tried on the rest.
 _FAR = 2.0
@@ -307,8 +304,7 @@ class _Search:
 
   def correct(self) -> bool:
     """Scales the predictions to what is seen; whether that helped."""
-    few = self._trials.first(_OF_SLOPES)
-    slopes = self._trials.slopes(self.ranks, self.families, few)
+    slopes = self._trials.slopes(self.ranks, self.families)
     effects = {
       path: max(0.0, -float(slopes[path][:, rank:].sum()))
       for path, rank in self.ranks.items()

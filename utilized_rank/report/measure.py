@@ -138,8 +138,6 @@ class _Projected:
           self._found = dict(
             threads.ordered_map(self._one, every, ahead=threads.FAR)
           )
-        # What it was made of need not be kept any longer.
-        self._params = self._moments = None
       return self._found[name]
 
   def _one(self, kernel: Kernel) -> tuple[str, float | None]:
