@@ -12,6 +12,7 @@ from utilized_rank.attention.heads import Attention
 from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.factor_pairs import factor_pairs
 from utilized_rank.compression.problem import Problem
+from utilized_rank.factorization.kernels import scarce
 from utilized_rank.lowrank.leaf import merge
 from utilized_rank.walk.interpret import UnsupportedError
 
@@ -26,7 +27,7 @@ def narrower_heads(problem: Problem) -> Tried | None:
     (damages of heads and of pairs have nats alone in common), and where no
     head would be narrower.
   """
-  if problem.is_scarce:
+  if scarce(problem.moments, problem.moments):
     return None
   with problem.journal.stage(_NAME) as at:
     found = _narrowed(problem)
