@@ -16,7 +16,6 @@ from utilized_rank.compression import describe
 from utilized_rank.compression import holdout
 from utilized_rank.compression.candidates import Candidate
 from utilized_rank.compression.candidates import Compressed
-from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.candidates import nearest
 from utilized_rank.compression.candidates import promising
 from utilized_rank.compression.factor_pairs import pairs
@@ -76,9 +75,9 @@ def compress(
   factors, biases and norms are trained to give the dense outputs. Where
   a kernel has fewer than four independent rows for every feature (positions of
   one example count for less than rows of several, as far as they look alike),
-  ranks are tried on examples that do not make the moments, and what is returned
-  is the nearest there of these pairs, those of a single prediction, and the
-  truncated SVD of the weights.
+  that is done for three quarters of the examples first, twice; what is nearest
+  on the others is returned of these pairs, those of a single prediction, and
+  the truncated SVD of the weights.
 
   Args:
     fn: `fn(params, batch) -> outputs`.
@@ -256,11 +255,10 @@ def _first(
 def _choose(problem: Problem, kinds: Sequence[Candidate]) -> Compressed:
   """Pairs of factors, unless another kind is nearer; with care of few data."""
   if problem.is_scarce:
-    with problem.journal.stage('hold-out') as at:
-      best = holdout.nearest_held_out(problem)
-      if isinstance(best, Tried):
-        at.after = float(best.divergences.mean())
-    return best
+    with problem.journal.stage('hold-out'):
+      unsearched = holdout.nearest_unsearched(problem)
+    if unsearched is not None:
+      return unsearched
   begins = [one for kind in kinds for one in kind(problem)]
   with problem.journal.stage('glance'):
     begins = promising(begins, problem.journal)

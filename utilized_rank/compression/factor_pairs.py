@@ -38,7 +38,7 @@ def factor_pairs(problem: Problem) -> Tried:
   """
   journal = problem.journal
   with journal.stage('ranks') as at:
-    found = tuned(problem)
+    found = _tuned(problem)
     at.after = float(found.divergences.mean())
   journal.compared(found.name, None, found.divergences, True)
   with journal.stage('anchor') as at:
@@ -91,7 +91,7 @@ def closed_form(problem: Problem) -> Compressed:
   )
 
 
-def tuned(problem: Problem) -> Tried:
+def _tuned(problem: Problem) -> Tried:
   """The ranks, and the factors of closed form, of least divergence."""
   ranks = tune_ranks(
     problem.fn,
@@ -115,28 +115,6 @@ def tuned(problem: Problem) -> Tried:
     name=TUNED,
     predicted=_predicted(families, ranks),
     measured=ranks.effects,
-  )
-
-
-def like(problem: Problem, one: Compressed) -> Compressed:
-  """Factors of the problem's moments, of another tree's ranks and method.
-
-  Args:
-    problem: the problem.
-    one: the other tree.
-  """
-  families = decompose(
-    problem.start,
-    problem.moments,
-    method=one.method,
-    compensate_mean=one.compensate_mean,
-    damping=one.damping,
-    progress=False,
-  )
-  return dataclasses.replace(
-    one,
-    tree=_factors(problem, one.ranks, families),
-    predicted=_predicted(families, one.ranks),
   )
 
 
@@ -168,16 +146,7 @@ def _predicted(
 
 
 def _anchored(problem: Problem, found: Tried) -> Tried | None:
-  """Factors of the same ranks, each fitted behind the others, if it can be."""
-  tree = anchored_tree(problem, found)
-  if tree is None:
-    return None
-  after = problem.divergences(tree, problem.batches)
-  return dataclasses.replace(found, tree=tree, divergences=after, name=ANCHORED)
-
-
-def anchored_tree(problem: Problem, found: Compressed) -> Any | None:
-  """Factors fitted on the problem's batches, each behind the others.
+  """Factors of the same ranks, each fitted behind the others.
 
   Args:
     problem: the problem.
@@ -193,7 +162,7 @@ def anchored_tree(problem: Problem, found: Compressed) -> Any | None:
     problem.fn, problem.params, first, found.ranks, enough
   ):
     return None
-  return anchor(
+  tree = anchor(
     problem.fn,
     problem.params,
     problem.batches,
@@ -206,6 +175,8 @@ def anchored_tree(problem: Problem, found: Compressed) -> Any | None:
     gauge=problem.budget.gauge,
     progress=problem.progress,
   )
+  after = problem.divergences(tree, problem.batches)
+  return dataclasses.replace(found, tree=tree, divergences=after, name=ANCHORED)
 
 
 def _can_anchor(

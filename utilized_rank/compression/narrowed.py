@@ -13,6 +13,7 @@ from utilized_rank.compression.factor_pairs import closed_form
 from utilized_rank.compression.factor_pairs import factor_pairs
 from utilized_rank.compression.problem import Problem
 from utilized_rank.factorization.factorize import factorize
+from utilized_rank.factorization.kernels import scarce
 from utilized_rank.hidden import one_budget
 from utilized_rank.hidden.cut_moments import cut_moments
 from utilized_rank.hidden.layers import Hidden
@@ -31,9 +32,9 @@ def narrowed(
     layers: hidden layers that may be narrower.
 
   Returns:
-    None of a kind where there is no share of parameters or no gradient
-    (damages have the loss alone in common), and where nothing would be
-    narrower.
+    None of a kind where rows are fewer than features, where there is no share
+    of parameters or no gradient (damages have the loss alone in common), and
+    where nothing would be narrower.
   """
   less = _narrow(problem, pairs, layers, problem.budget.params_fraction)
   if less is None:
@@ -152,7 +153,7 @@ def _narrow(
   problem: Problem, pairs: Attention, layers: Hidden, share: float | None
 ) -> one_budget.Narrowed | None:
   moments = problem.moments
-  if share is None or moments.grads is None:
+  if share is None or moments.grads is None or scarce(moments, moments):
     return None
   return one_budget.narrow(
     problem.params,
