@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a virtual environment, installs the project with its test tools, and
-# runs the tests; in the reference environment lint and types before. Arguments
-# go to pytest.
+# runs the tests; in the reference environment lint, types and the site of docs/
+# before. Arguments go to pytest.
 #
 #   tests/run.sh                     # the pinned reference environment
 #   tests/run.sh --quick             # what a change touches, a test a room
@@ -35,6 +35,9 @@ if [ -z "${LATEST:-}" ]; then  # tools and stubs are those that were pinned
   "$venv/bin/ruff" check .
   "$venv/bin/ruff" format --check .
   "$venv/bin/mypy" utilized_rank configs launch benchmarks
+  if [ -z "$quick" ]; then
+    NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --strict --quiet
+  fi
 fi
 # Compiling holds one core for long: files side by side take half of the time.
 exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

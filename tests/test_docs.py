@@ -1,5 +1,6 @@
 """What the documents name is there, and the README's example runs."""
 
+import importlib
 import pathlib
 import re
 
@@ -115,3 +116,42 @@ def test_first_example_does_what_the_readme_says(capsys):
   # Rounding of float32 in two products, sums of up to 256 terms.
   bound = 256 * np.finfo(np.float32).eps * np.abs(dense).max()
   assert np.abs(names['outputs'] - dense).max() < bound
+
+
+# Pages whose blocks are one program each, from the first to the last.
+PROGRAMS = [
+  page
+  for page in sorted((ROOT / 'docs').glob('*.md'))
+  if page.stem
+  in (
+    'compress',
+    'index',
+    'language_models',
+    'many_devices',
+    'measure',
+    'serving',
+    'training_loops',
+  )
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('page', PROGRAMS, ids=lambda page: page.stem)
+def test_examples_run(page, capsys):
+  blocks = re.findall(r'^```python\n(.*?)^```$', read(page), re.M | re.S)
+  assert blocks
+  names: dict = {}
+  for block in blocks:
+    exec(block, names)
+  del capsys
+
+
+def test_the_reference_has_every_name():
+  listed = re.findall(r'^::: (\S+)$', read(ROOT / 'docs' / 'api.md'), re.M)
+  want = [getattr(ur, name) for name in ur.__all__]
+  found = []
+  for dotted in listed:
+    module, _, name = dotted.rpartition('.')
+    found.append(getattr(importlib.import_module(module), name))
+  assert len(listed) == len(set(listed)) == len(want)
+  assert {id(v) for v in found} == {id(v) for v in want}

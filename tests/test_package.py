@@ -105,6 +105,14 @@ def test_a_missing_module_is_one_line_with_the_extra():
   assert error.value.name == 'no_such_module'
 
 
+def test_tfds_does_not_declare_what_it_imports():
+  """When it does, the line in setup.cfg and in docs/compatibility.md can go."""
+  declared = importlib.metadata.requires('tensorflow-datasets') or []
+  always = [line for line in declared if 'extra ==' not in line]
+  assert not any(line.startswith('importlib') for line in always)
+  assert 'importlib_resources' in required()['data']
+
+
 def test_the_papers_of_the_package_agree():
   citation = (ROOT / 'CITATION.cff').read_text()
   assert f'\nversion: {__version__}\n' in citation

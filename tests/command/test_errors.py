@@ -2,11 +2,13 @@
 
 import errno
 import os
+import tempfile
 
 import pytest
 
 import utilized_rank as ur
 from utilized_rank.command.errors import in_one_line
+from utilized_rank.command.errors import prepare
 
 
 @pytest.mark.quick
@@ -41,6 +43,16 @@ def test_a_full_disk_is_seen_behind_what_a_writer_raises():
   says = 'error: the disk is full: .*Make room'
   with pytest.raises(SystemExit, match=says), in_one_line('call it'):
     write()
+
+
+def test_matplotlib_writes_nothing_to_the_home_folder(monkeypatch):
+  monkeypatch.delenv('MPLCONFIGDIR', raising=False)
+  prepare()
+  folder = os.environ['MPLCONFIGDIR']
+  assert os.path.dirname(folder) == tempfile.gettempdir()
+  monkeypatch.setenv('MPLCONFIGDIR', 'mine')
+  prepare()
+  assert os.environ['MPLCONFIGDIR'] == 'mine'
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():

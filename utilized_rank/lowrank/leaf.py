@@ -27,7 +27,8 @@ class LowRank(NoArray):
   `b` over the rank. The factors keep the kernel's own axes, in the kernel's
   order, so that sharding rules for its heads, experts and channels still
   apply. With an `order`, r of the outputs are x A itself, and
-  W = [A, A B'][:, order] with B' (r, m - r): `factorize(gauge='identity')`.
+  `W = [A, A B'][:, order]` with B' (r, m - r):
+  `factorize(gauge='identity')`.
 
   The order decides the function and is no array: `jax.grad` refuses integer
   leaves, weight decay and casts change floating ones. In its place the key of
