@@ -40,11 +40,16 @@ class CheckpointConfig:
     path: a file that `load_checkpoint` reads.
     fold_batch_norm: fold the norms into the convolutions before them.
     ignore: regular expressions for tensors of the file to leave out.
+    architecture: its name in timm or torchvision, where nothing beside the
+      file says more than shapes do.
+    assume: take what nothing says as it usually is.
   """
 
   path: str
   fold_batch_norm: bool = False
   ignore: tuple[str, ...] = ()
+  architecture: str | None = None
+  assume: bool = False
 
   def __post_init__(self):
     if not self.path:
@@ -113,7 +118,12 @@ class ModelConfig:
     """
     size = {'image_size': image_size} if self.name == 'vit' else {}
     model, variables, _ = load_checkpoint(
-      checkpoint.path, ignore=checkpoint.ignore, **size, **self.options
+      checkpoint.path,
+      ignore=checkpoint.ignore,
+      architecture=checkpoint.architecture,
+      assume=checkpoint.assume,
+      **size,
+      **self.options,
     )
     if not isinstance(model, KINDS[self.name].module):
       raise ValueError(
