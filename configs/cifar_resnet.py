@@ -40,6 +40,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config = base(arg, 'cifar_resnet')
   config.model.name = 'resnet'
   config.model.variant = '20'
+  if 'checkpoint' in config:
+    config.checkpoint.architecture = 'resnet20'
   config.compress.select = (
     (imagenet_resnet50.CONVOLUTIONS, True),
     (r'.*', False),

@@ -41,6 +41,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config = imagenet_vit_b16.base(arg, 'imagenet_resnet50')
   config.model.name = 'resnet'
   config.model.variant = '50'
+  config.checkpoint.architecture = 'resnet50'
   config.checkpoint.fold_batch_norm = False
   config.data.preprocess = 'torchvision'
   config.finetune.learning_rate = 3e-4

@@ -60,6 +60,9 @@ def base(arg: str | None, name: str) -> ml_collections.ConfigDict:
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.path = ml_collections.config_dict.placeholder(str)
+  # timm's and torchvision's names say what the shapes of a file do not.
+  config.checkpoint.architecture = ml_collections.config_dict.placeholder(str)
+  config.checkpoint.assume = False
 
   config.data = ml_collections.ConfigDict()
   config.data.name = 'imagenet2012'

@@ -47,6 +47,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
   config = imagenet_vit_b16.base(None, 'ssl_vit')
   config.data.preprocess = 'dino' if arg == 'testing' else arg
+  # Their files say no more than shapes; the encoders are the usual ones.
+  config.checkpoint.assume = True
   del config.finetune
   config.compress.fractions = ()
   # No labels and no classes: moments of activations alone.

@@ -29,9 +29,10 @@ import json, sys, time
 from benchmarks.shared.memory import resident
 from utilized_rank.models.importing import load_checkpoint
 
-load_checkpoint(sys.argv[1], heads=2)  # imports, and the tracer's first use
+# Imports, and the tracer's first use.
+load_checkpoint(sys.argv[1], heads=2, assume=True)
 before, start = resident(), time.perf_counter()
-model, variables, _ = load_checkpoint(sys.argv[2])
+model, variables, _ = load_checkpoint(sys.argv[2], assume=True)
 seconds = time.perf_counter() - start
 peak = resident('VmHWM')  # not ru_maxrss, which a child has from its parent
 print(json.dumps({'before': before, 'peak': peak, 'seconds': seconds}))

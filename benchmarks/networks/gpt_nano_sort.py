@@ -24,7 +24,7 @@ def _all_inputs() -> common.Batch:
 
 def load(root: str) -> common.Network:
   path = os.path.join(root, 'networks', 'gpt_nano_sort.npz')
-  model, params, _ = load_checkpoint(path, heads=3)
+  model, params, _ = load_checkpoint(path, heads=3, activation='gelu_tanh')
 
   def fn(params, batch):
     return model.apply(params, batch['x'])

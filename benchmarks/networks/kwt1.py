@@ -17,7 +17,7 @@ from utilized_rank.models.importing import load_checkpoint
 
 def load(root: str) -> common.Network:
   model, params, _ = load_checkpoint(
-    os.path.join(root, 'networks', 'kwt1_speechcommands.npz')
+    os.path.join(root, 'networks', 'kwt1_speechcommands.npz'), heads=1
   )
 
   def fn(params, batch):

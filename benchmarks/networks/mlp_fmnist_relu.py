@@ -15,7 +15,7 @@ CALIBRATION = 8192
 
 def load(root: str) -> common.Network:
   model, params, _ = load_checkpoint(
-    os.path.join(root, 'networks', 'mlp_fmnist_relu.npz')
+    os.path.join(root, 'networks', 'mlp_fmnist_relu.npz'), activation='relu'
   )
 
   def fn(params, batch):

@@ -54,7 +54,9 @@ def jpeg(root: str, name: str, count: int) -> common.Batch:
 def load(name: str, root: str) -> common.Network:
   published = NETWORKS[name]
   model, params, _ = load_checkpoint(
-    os.path.join(root, 'networks', published.file)
+    os.path.join(root, 'networks', published.file),
+    activation='relu',
+    blur=None,
   )
   mean = np.asarray(published.mean, np.float32)
   std = np.asarray(published.std, np.float32)

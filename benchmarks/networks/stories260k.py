@@ -20,7 +20,9 @@ def load(root: str) -> common.Network:
   path = os.path.join(root, 'networks', 'stories260k.npz')
   with np.load(path) as file:
     assert np.array_equal(file['out'], file['tok_emb'])  # so it can be tied
-  model, params, _ = load_checkpoint(path, heads=8, ignore=('out',))
+  model, params, _ = load_checkpoint(
+    path, heads=8, theta=1e4, epsilon=1e-5, ignore=('out',)
+  )
 
   def fn(params, batch):
     return model.apply(params, batch['x'])

@@ -42,11 +42,16 @@ class CheckpointConfig:
     path: a file that `load_checkpoint` reads.
     fold_batch_norm: fold the norms into the convolutions before them.
     ignore: regular expressions for tensors of the file to leave out.
+    architecture: its name in timm or torchvision, where nothing beside the
+      file says more than shapes do.
+    assume: take what nothing says as it usually is.
   """
 
   path: str
   fold_batch_norm: bool = False
   ignore: tuple[str, ...] = ()
+  architecture: str | None = None
+  assume: bool = False
 
   def __post_init__(self):
     if not self.path:
@@ -117,7 +122,12 @@ class ModelConfig:
     if self.name == 'vit':
       size['image_size'] = image_size
     model, variables, _ = load_checkpoint(
-      checkpoint.path, ignore=checkpoint.ignore, **size, **self.options
+      checkpoint.path,
+      ignore=checkpoint.ignore,
+      architecture=checkpoint.architecture,
+      assume=checkpoint.assume,
+      **size,
+      **self.options,
     )
     if not isinstance(model, KINDS[self.name].module):
       raise ValueError(
