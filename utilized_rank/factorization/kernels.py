@@ -72,7 +72,7 @@ class Kernel:
   row_fisher: np.ndarray | None
   _second: Callable[[], np.ndarray]
   _gradient: Callable[[], np.ndarray] | None
-  _in_basis: Callable[[], subspace.Basis]
+  _in_basis: _Once
   from_outputs: bool = False
   sketched: Callable[[], Nystrom] | None = None
   coupled: Callable[[], Weighed] | None = None

@@ -21,9 +21,9 @@ from utilized_rank.training import loop
 from utilized_rank.training import optimizers
 from utilized_rank.training.goal import Goal
 from utilized_rank.training.goal import TrainFn
+from utilized_rank.training.goal import Validation
 from utilized_rank.training.optimizers import FactorOptimizer
 from utilized_rank.training.parts import take_apart
-from utilized_rank.training.validation import Validation
 from utilized_rank.tree import paths
 from utilized_rank.walk import compat
 
