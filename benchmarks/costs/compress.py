@@ -51,8 +51,8 @@ class Meter:
     self._programs = 0
     jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-  def _listen(self, event: str, seconds: float, **_: str | int) -> None:
-    del seconds
+  def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+    del duration_secs
     self._programs += event == '/jax/core/compile/backend_compile_duration'
 
   def __call__(self, call: Any) -> tuple[Any, dict[str, float]]:

@@ -10,13 +10,12 @@ traces of F, which know more of it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import numpy as np
 
+from utilized_rank.factorization.kernels import InputBasis
 from utilized_rank.factorization.kernels import Kernel
 from utilized_rank.factorization.kernels import Weighed
-from utilized_rank.linalg import subspace
 
 
 def coupled(kernel: Kernel) -> Kernel:
@@ -39,7 +38,7 @@ def coupled(kernel: Kernel) -> Kernel:
     kernel,
     _second=lambda: second,
     _gradient=lambda: gradient,
-    _in_basis=functools.cache(lambda: subspace.input_basis(second)),
+    _in_basis=InputBasis(kernel.mean, lambda: second),
     coupled=None,
   )
 

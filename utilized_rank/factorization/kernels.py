@@ -72,7 +72,7 @@ class Kernel:
   row_fisher: np.ndarray | None
   _second: Callable[[], np.ndarray]
   _gradient: Callable[[], np.ndarray] | None
-  _in_basis: _Once
+  _in_basis: InputBasis
   from_outputs: bool = False
   sketched: Callable[[], Nystrom] | None = None
   coupled: Callable[[], Weighed] | None = None
@@ -216,7 +216,7 @@ def _pairs(
   named: dict[str, Any], moments: Moments, order: list[str], centered: bool
 ) -> Iterator[tuple[str, Iterator[Kernel]]]:
   last = {moments[path].entry.index: path for path in order}
-  shared: dict[int, list[_Once]] = {}
+  shared: dict[int, list[InputBasis]] = {}
   for path in order:
     moment = moments[path]
     at = moment.entry.index
@@ -236,7 +236,7 @@ def _members(
   leaf: np.ndarray,
   moment: Moment,
   centered: bool,
-  bases: deque[_Once],
+  bases: deque[InputBasis],
 ) -> Iterator[Kernel]:
   """The matrices of a leaf; `bases`, one for each, are dropped one by one."""
   matrices = moment.layout.to_matrices(leaf)
@@ -281,7 +281,7 @@ def _coupled(sums: Coupled, index: tuple[int, ...], count: int) -> Weighed:
   return Weighed(total, of(sums.inputs), of(sums.grads))
 
 
-def _bases(moment: Moment, centered: bool) -> list[_Once]:
+def _bases(moment: Moment, centered: bool) -> list[InputBasis]:
   """Of every matrix of a leaf, mu and the eigenbasis of S, in order."""
   count, total = (np.asarray(v) for v in (moment.count, moment.sums.total))
   found = []
@@ -295,10 +295,10 @@ def _bases(moment: Moment, centered: bool) -> list[_Once]:
       known = functools.cache(
         functools.partial(moment.sketched, index, centered)
       )
-      found.append(_Once(mean, functools.partial(_matrix, known), known))
+      found.append(InputBasis(mean, functools.partial(_matrix, known), known))
       continue
     make = functools.partial(_second, second, index, n, center)
-    found.append(_Once(mean, make))
+    found.append(InputBasis(mean, make))
   return found
 
 
@@ -323,7 +323,7 @@ def _matrix(known: Callable[[], Nystrom]) -> np.ndarray:
   return known().matrix()
 
 
-class _Once:
+class InputBasis:
   """The eigenbasis of a moment, made when first called for, by one thread.
 
   Attributes:
