@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
+from utilized_rank.hidden import narrow_hidden
 
 D, K, M, N = 5, 8, 3, 200
 RNG = np.random.default_rng(0)
@@ -121,6 +122,18 @@ def test_copies_go_without_a_trace(case, form):
   kernels = {k.path for k in layer.kernels}
   count = lambda t: sum(ur.count_params(t[k]) for k in kernels)
   assert count(params) - count(small) == 2 * layer.cost
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_without_the_zeros_both_forms_are_one(case):
+  fn, params, _, x = CASES[case]
+  hidden = ur.find_hidden(fn, params, x)
+  (name,) = hidden
+  moments = moments_of(fn, params, x)
+  small = ur.narrow_hidden(params, moments, hidden, {name: 3})
+  padded = ur.narrow_hidden(params, moments, hidden.fixed(), {name: 3})
+  again = padded | narrow_hidden.shrunk(hidden[name], padded)
+  jax.tree.map(np.testing.assert_array_equal, again, small)
 
 
 def test_dead_units_and_sums_of_others_go_without_a_trace():
