@@ -20,6 +20,7 @@ from utilized_rank.collection.plan import members_of
 from utilized_rank.collection.plan import passes_within
 from utilized_rank.collection.running_sums import RunningSums
 from utilized_rank.host import processes
+from utilized_rank.host.kept import Kept
 from utilized_rank.host.progress import say
 from utilized_rank.moments.gradients import LossFn
 from utilized_rank.moments.masks import Mask
@@ -30,7 +31,6 @@ from utilized_rank.moments.sides import Columns
 from utilized_rank.moments.sides import Sides
 from utilized_rank.tree import paths
 from utilized_rank.walk import tracing
-from utilized_rank.walk.kept import Kept
 from utilized_rank.walk.tracing import Form
 
 _JOINT = 'parameters that are spread over processes'

@@ -15,6 +15,7 @@ from utilized_rank.collection import accumulation
 from utilized_rank.collection.devices import Devices
 from utilized_rank.collection.devices import Measure
 from utilized_rank.collection.snapshots import Snapshots
+from utilized_rank.host.kept import Kept
 from utilized_rank.linalg import gram
 from utilized_rank.linalg.overflow import not_finite
 from utilized_rank.linalg.sketch import Sketch
@@ -22,7 +23,6 @@ from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.sites import Site
 from utilized_rank.walk import compat
 from utilized_rank.walk import cost
-from utilized_rank.walk.kept import Kept
 
 # Rows that the devices may count before the host takes the sums over: int32
 # ends at twice this.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank.factorization.decompose import Families
+from utilized_rank.host.kept import kept
 from utilized_rank.losses.divergence import Divergence
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.leaf import with_left
@@ -28,7 +29,6 @@ from utilized_rank.lowrank.store import on_host
 from utilized_rank.moments.moments import Moments
 from utilized_rank.tree import paths
 from utilized_rank.walk import tracing
-from utilized_rank.walk.kept import kept
 from utilized_rank.walk.tracing import Form
 
 # Leaves that differ from trial to trial, by path.

@@ -5,4 +5,5 @@
 * `refine`: factors trained on dense outputs, block by block.
 * `blocks`, `readings`, `streams`: a function cut into blocks, what products
   read there, and two runs of it held between two blocks.
+* `alike`: one program for all steps that are the same computation.
 """

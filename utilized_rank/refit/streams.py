@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank.host.kept import kept
 from utilized_rank.linalg import gram
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.low_rank import low_rank
@@ -31,7 +32,6 @@ from utilized_rank.refit.readings import PairSums
 from utilized_rank.tree.layout import Layout
 from utilized_rank.walk import compat
 from utilized_rank.walk import tracing
-from utilized_rank.walk.kept import kept
 from utilized_rank.walk.tracing import Form
 
 Leaves = dict[str, Any]

@@ -1,7 +1,6 @@
 """A traced function re-evaluated with its parameters followed.
 
 * `tracing`: from a function to a jaxpr of arrays, dead code dropped.
-* `kept`: what was made of a function, as long as the function lives.
 * `values`: what travels through a walk, and who looks at it.
 * `interpret`: the walk itself, one equation after the other.
 * `sums`: products' outputs, followed to leaves that take their constants.

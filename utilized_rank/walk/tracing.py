@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from utilized_rank.host.kept import identity
 from utilized_rank.tree import paths
 from utilized_rank.walk import compat
 from utilized_rank.walk import rescaling
-from utilized_rank.walk.kept import identity
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
+from utilized_rank.host.kept import kept
 from utilized_rank.ranks.trials import divergences
-from utilized_rank.walk.kept import kept
 
 RNG = np.random.default_rng(0)
 PARAMS = {
