@@ -49,11 +49,12 @@ class Meter:
     import jax
 
     self._programs = 0
-    jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-  def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-    del duration_secs
-    self._programs += event == '/jax/core/compile/backend_compile_duration'
+    def listen(event, duration_secs, **_):
+      del duration_secs
+      self._programs += event == '/jax/core/compile/backend_compile_duration'
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
   def __call__(self, call: Any) -> tuple[Any, dict[str, float]]:
     before, programs = cpu_seconds(), self._programs

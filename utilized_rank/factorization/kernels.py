@@ -115,16 +115,12 @@ class Kernel:
     return self._in_basis.values()
 
   def out_spectrum(self) -> np.ndarray:
-    """The values of `out_basis`, without its vectors; what data leave to
-    rounding, below 1e-9 of all, is not divided as there."""
-    d, m = self.w.shape
+    """The values of `out_basis`, but for 1e-9 of them, without its vectors."""
     if self.from_outputs or self.sketched is not None:
       return self.out_basis.values
-    if m <= d:
-      values = eigh.eigenvalues(self.out_second)
-    else:
-      values = eigh.eigenvalues(best_pairs.reduced(self.w, self.second))
-    return np.maximum(values[::-1], 0)
+    wide = self.w.shape[1] > self.w.shape[0]
+    t = best_pairs.reduced(self.w, self.second) if wide else self.out_second
+    return np.maximum(eigh.eigenvalues(t)[::-1], 0)
 
   @functools.cached_property
   def out_second(self) -> np.ndarray:

@@ -11,4 +11,5 @@
 * `meshes`: the mesh that the caller's code runs under.
 * `processes`, `agreement`: what the processes of a job tell each other, and
   whether they ask for the same.
+* `kept`: what was made of a function, as long as the function lives.
 """

@@ -7,4 +7,5 @@
   is, and `descent`, the updates.
 * `blocks`, `readings`, `streams`: a function cut into blocks, what products
   read there, and two runs of it held between two blocks.
+* `alike`: one program for all steps that are the same computation.
 """

@@ -366,30 +366,24 @@ class _Fit:
     if not self._compensate_mean:
       return {path: place(leaf, self._named[path])}
     constants = self._constants
-    if bias is not None:
-      constants = self._of_bias(bias)
+    constants = constants if bias is None else self._of_bias(bias)
     return give_back(self._named, path, bias, leaf, constants)
 
   def running(self) -> dict[str, Any]:
-    """The same function as `leaves`, of the kernel's own shape: blocks that
-    differ in their ranks are one program."""
-    path, layout, bias = self._site.path, self._site.layout, self._site.bias
-    if not self._compensate_mean:
-      return {
-        path: multiplied_out(self._product, None, layout, self._named[path])
-      }
-    constants = None if bias is not None else self._constants
-    found = {
-      path: multiplied_out(self._product, constants, layout, self._named[path])
-    }
-    if bias is not None:
-      old = self._named[bias]
-      new = np.asarray(old, np.float64) + self._of_bias(bias).reshape(old.shape)
-      found[bias] = place_like(new, old)
-    return found
+    """As `leaves`, but of the kernel's own shape, whatever the ranks."""
+    path, named, bias = self._site.path, self._named, self._site.bias
+    alone = self._compensate_mean and bias is None
+    constants = self._constants if alone else None
+    layout = self._site.layout
+    leaf = multiplied_out(self._product, constants, layout, named[path])
+    if bias is None:
+      return {path: leaf}
+    more = self._of_bias(bias).reshape(named[bias].shape)
+    new = np.asarray(named[bias], np.float64) + more
+    return {path: leaf, bias: place_like(new, named[bias])}
 
   def _of_bias(self, bias: str) -> np.ndarray:
-    """What all kernels that end in a bias add to it."""
+    """What all its kernels add to a bias."""
     given = self._given.setdefault(bias, {})
     given[self._site.path] = self._site.bias_scale * self._constants
     return sum(each.reshape(-1) for each in given.values())

@@ -10,6 +10,7 @@ import pytest
 from utilized_rank.walk.kept import kept
 
 import utilized_rank as ur
+from utilized_rank.host.kept import kept
 from utilized_rank.ranks.trials import divergences
 
 RNG = np.random.default_rng(0)
