@@ -45,16 +45,17 @@ TIMM = {
   'vit_base_patch8_224': {'depth': 1},
   # DINO: no head. MAE fine-tuned: a norm after the mean of the patches.
   'vit_small_patch8_224.dino': {'depth': 2, 'num_classes': 0},
-  'vit_base_patch16_224.mae': {'depth': 2, 'global_pool': 'avg'},
+  'vit_base_patch16_224.mae': {
+    'depth': 2,
+    'global_pool': 'avg',
+    'options': {'pool': 'gap'},
+  },
   # DINOv2: layer scale, registers without position, gated MLPs.
   'vit_small_patch14_dinov2': {'depth': 2, 'img_size': 224},
   'vit_small_patch14_reg4_dinov2': {'depth': 2, 'img_size': 224},
   'vit_giant_patch14_dinov2': {'depth': 1, 'img_size': 56},
   'vit_base_patch16_clip_224': {'depth': 2},
-  'vit_base_patch32_clip_quickgelu_224': {
-    'depth': 2,
-    'options': {'activation': 'quick_gelu'},
-  },
+  'vit_base_patch32_clip_quickgelu_224': {'depth': 2},
   'vit_tiny_patch16_224.qk': {'depth': 2, 'qk_norm': True},
 }
 
@@ -66,16 +67,19 @@ def test_timm_vit(name, form, tmp_path):
     pytest.skip('the formats differ in the reader only')
   keywords = dict(TIMM[name])
   options = keywords.pop('options', {})
+  architecture = name.split('.')[0]
   keywords.setdefault('num_classes', 100)
   model = originals.randomise(
-    timm.create_model(name.split('.')[0], pretrained=False, **keywords)
+    timm.create_model(architecture, pretrained=False, **keywords)
   )
   side = keywords.get('img_size', 224)
   shape = (2, 3, side, side)
   path = tmp_path / 'weights'
   check(
     f'timm {name}',
-    originals.difference(model, call, shape, path, form=form, **options),
+    originals.difference(
+      model, call, shape, path, form=form, architecture=architecture, **options
+    ),
   )
 
 
@@ -87,7 +91,9 @@ def test_resnet(library, name, tmp_path):
     'torchvision': torchvision.models.get_model,
   }
   model = originals.randomise(make[library](name, num_classes=100))
-  found = originals.difference(model, call, (2, 3, 224, 224), tmp_path / 'w')
+  found = originals.difference(
+    model, call, (2, 3, 224, 224), tmp_path / 'w', architecture=name
+  )
   check(f'{library} {name}', found)
 
 
@@ -117,7 +123,9 @@ def test_torchvision_vit(tmp_path):
     num_classes=10,
   )
   originals.randomise(model)
-  found = originals.difference(model, call, (2, 3, 64, 64), tmp_path / 'w')
+  found = originals.difference(
+    model, call, (2, 3, 64, 64), tmp_path / 'w', heads=3
+  )
   check('torchvision ViT', found)
 
 
@@ -148,7 +156,9 @@ def test_hugging_face_vit(tmp_path):
   config = transformers.ViTConfig(**SMALL, num_labels=10)
   model = originals.randomise(transformers.ViTForImageClassification(config))
   logits = lambda model, x: model(x).logits
-  found = originals.difference(model, logits, (2, 3, 64, 64), tmp_path / 'w')
+  found = originals.difference(
+    model, logits, (2, 3, 64, 64), tmp_path / 'w', assume=True
+  )
   check('transformers ViT', found)
   # The names that published files have.
   model.save_pretrained(tmp_path / 'saved')
@@ -156,11 +166,16 @@ def test_hugging_face_vit(tmp_path):
 
   state = load_file(tmp_path / 'saved' / 'model.safetensors')
   found = originals.difference(
-    model, logits, (2, 3, 64, 64), tmp_path / 'w', state=state
+    model, logits, (2, 3, 64, 64), tmp_path / 'w', state=state, assume=True
   )
   check('transformers ViT, as saved', found)
   found = originals.difference(
-    model, logits, (2, 3, 64, 64), tmp_path / 'w', state=flax_names(state)
+    model,
+    logits,
+    (2, 3, 64, 64),
+    tmp_path / 'w',
+    state=flax_names(state),
+    assume=True,
   )
   check('transformers ViT, in the names of its Flax twin', found)
 
@@ -173,7 +188,9 @@ def test_hugging_face_dinov2(gated, registers, tmp_path):
   config = getattr(transformers, f'{name}Config')(**sizes, use_swiglu_ffn=gated)
   model = originals.randomise(getattr(transformers, f'{name}Model')(config))
   logits = lambda model, x: model(x).pooler_output
-  found = originals.difference(model, logits, (2, 3, 64, 64), tmp_path / 'w')
+  found = originals.difference(
+    model, logits, (2, 3, 64, 64), tmp_path / 'w', assume=True
+  )
   check(f'transformers {name}, gated={gated}', found)
 
 
@@ -213,7 +230,9 @@ def test_hugging_face_clip(tmp_path):
     transformers.CLIPVisionModelWithProjection(config)
   )
   logits = lambda model, x: model(x).image_embeds
-  found = originals.difference(model, logits, (2, 3, 64, 64), tmp_path / 'w')
+  found = originals.difference(
+    model, logits, (2, 3, 64, 64), tmp_path / 'w', assume=True
+  )
   check('transformers CLIP', found)
   found = originals.difference(
     model,
@@ -221,6 +240,7 @@ def test_hugging_face_clip(tmp_path):
     (2, 3, 64, 64),
     tmp_path / 'w',
     state=open_clip_names(model.state_dict()),
+    assume=True,
   )
   check('transformers CLIP, in the names of OpenAI and OpenCLIP', found)
 
@@ -236,7 +256,9 @@ def test_hugging_face_llama(tmp_path):
   )
   model = originals.randomise(transformers.LlamaForCausalLM(config))
   logits = lambda model, x: model(x).logits
-  found = originals.difference(model, logits, (2, 9), tmp_path / 'w', heads=4)
+  found = originals.difference(
+    model, logits, (2, 9), tmp_path / 'w', heads=4, assume=True
+  )
   check('transformers Llama', found)
 
 
@@ -271,7 +293,7 @@ def test_wrapped_states(tmp_path):
     },
   }
   for name, entries in wrapped.items():
-    options = {'heads': 3} if name == 'MoCo v3' else {}
+    options = {'heads': 3, 'assume': True}
     found = originals.difference(
       model, call, (2, 3, 32, 32), tmp_path / 'w', state=entries, **options
     )

@@ -7,12 +7,13 @@ Each has one block and small images: names say how a block is made. The table
 import pytest
 
 torch = pytest.importorskip('torch')
+
+import originals  # noqa: E402 (torchvision is imported as it can be)
+
 pytest.importorskip('timm')
-pytest.importorskip('torchvision')
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-import originals  # noqa: E402
 import timm  # noqa: E402
 
 from utilized_rank.models.importing import load_checkpoint  # noqa: E402
