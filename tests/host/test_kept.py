@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from utilized_rank.walk.kept import kept
 
 import utilized_rank as ur
 from utilized_rank.host.kept import kept
