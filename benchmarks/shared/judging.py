@@ -20,7 +20,8 @@ class Judge:
     self._dense = self._scores(network.params)
 
   def _scores(self, tree):
-    tree = _padded(tree, self._moments, self._network.params)
+    if not _is_narrower_pair(tree, self._network.params):
+      tree = _padded(tree, self._moments, self._network.params)
     return common.scores(self._run, tree, self._batch, self._network.batch_size)
 
   def __call__(self, tree) -> dict[str, np.ndarray]:
@@ -41,6 +42,16 @@ class Judge:
     plain = jax.jit(ur.low_rank(self._network.fn))(tree, few)
     ours = self._run(_padded(tree, self._moments, self._network.params), few)
     np.testing.assert_allclose(plain, ours, rtol=1e-3, atol=1e-3)
+
+
+def _is_narrower_pair(tree, dense) -> bool:
+  """Whether a pair stands for a kernel of a narrower layer."""
+  named, _ = paths.flatten(tree, lambda v: isinstance(v, ur.LowRank))
+  whole, _ = paths.flatten(dense)
+  return any(
+    isinstance(leaf, ur.LowRank) and leaf.shape != np.shape(whole[path])
+    for path, leaf in named.items()
+  )
 
 
 def _padded(tree, moments, dense):
