@@ -204,6 +204,14 @@ def _rows(tree: Any, rows: Any, size: int) -> Any:
   )
 
 
+def _on_host(tree: Any) -> Any:
+  """Arrays where rows are taken without a program for every number of them."""
+  is_plain = lambda v: isinstance(v, jax.Array) and not jnp.issubdtype(
+    v.dtype, jax.dtypes.extended
+  )
+  return jax.tree.map(lambda v: np.asarray(v) if is_plain(v) else v, tree)
+
+
 def _fails(update: Callable[..., Any], *args: Any) -> str | None:
   """What tracing an update raises, its first line; None if it is traced."""
   try:
@@ -230,7 +238,7 @@ class _Dense:
     """The outputs of batch i, from memory where there is room for them."""
     if i in self._kept:
       return self._kept[i]
-    outputs = self.outputs(batch)
+    outputs = _on_host(self.outputs(batch))
     self._left -= sum(v.nbytes for v in jax.tree.leaves(outputs))
     if self._left >= 0:
       self._kept[i] = outputs
@@ -248,7 +256,7 @@ def _pieces(
   random = np.random.default_rng(0)
   while True:
     for i in random.permutation(len(batches)):
-      batch = batches[i]
+      batch = _on_host(batches[i])
       count = check_batch(batch, i)
       outputs = dense.remembered(int(i), batch)
       order, some = random.permutation(count), min(size, count)
