@@ -116,13 +116,12 @@ class ModelConfig:
       ValueError: the checkpoint holds another network than the config says,
         or is not read (see `load_checkpoint`).
     """
-    size = {'image_size': image_size} if self.name == 'vit' else {}
     model, variables, _ = load_checkpoint(
       checkpoint.path,
       ignore=checkpoint.ignore,
       architecture=checkpoint.architecture,
       assume=checkpoint.assume,
-      **size,
+      image_size=image_size if self.name == 'vit' else None,
       **self.options,
     )
     if not isinstance(model, KINDS[self.name].module):
