@@ -130,6 +130,9 @@ def of_eva(model):
   kv = {getattr(b.attn, 'num_kv_heads', None) for b in model.blocks}
   if kv - {None, attention.num_heads}:
     raise Unknown('attention: heads that share keys')
+  block = model.blocks[0]
+  if (block.gamma_1 is None) != (block.gamma_2 is None):
+    raise Unknown('layer scale on one branch')
   more = {}
   rope = model.rope
   if rope is not None:
