@@ -13,6 +13,8 @@ from utilized_rank.models.importing import model_types
 from utilized_rank.models.importing import timm_names
 from utilized_rank.models.llama import Llama
 from utilized_rank.models.rotary import Rotation
+from utilized_rank.models.vit import ViT
+from utilized_rank.tree import paths
 
 pytestmark = pytest.mark.slow
 
@@ -229,6 +231,18 @@ def test_a_student_alone_is_the_model(tmp_path):
   assert model.num_classes == 5
   kernel = lambda variables: variables['params']['head']['kernel']
   np.testing.assert_allclose(kernel(tree), kernel(alone) + 1)
+
+
+def test_weights_below_an_optimizer(tmp_path):
+  """As the first checkpoints of Flax: an optimizer that holds its target."""
+  model = ViT(5, patch_size=2, width=8, depth=1, heads=2, mlp_dim=12)
+  variables = variables_of(model, 1, 4, 4, 3)
+  flat = paths.flatten(variables['params'])[0]
+  state = {f'opt/target/{name}': x for name, x in flat.items()}
+  state['opt/state/step'] = np.ones(())
+  _, tree, imported = load_checkpoint(save(tmp_path, state))
+  assert imported.ignored == ('opt/state/step',)
+  jax.tree.map(np.testing.assert_array_equal, tree, variables)
 
 
 def test_one_model_twice_is_said(tmp_path):

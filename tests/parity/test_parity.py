@@ -9,11 +9,12 @@ import os
 import pytest
 
 torch = pytest.importorskip('torch')
+
+import originals  # noqa: E402 (torchvision is imported as it can be)
+
 pytest.importorskip('timm')
-pytest.importorskip('torchvision')
 pytest.importorskip('transformers')
 
-import originals  # noqa: E402
 import timm  # noqa: E402
 import torchvision  # noqa: E402
 import transformers  # noqa: E402

@@ -140,3 +140,18 @@ def test_siglip_2_of_flat_patches(tmp_path):
     torch.tensor([[2, 2], [2, 2]]),
   )
   check('Siglip2VisionModel', model, tmp_path, pooled, arguments, images)
+
+
+@pytest.mark.parametrize('name', ['CLIP', 'Siglip'])
+def test_a_classifier_on_means_is_refused(name, tmp_path):
+  """It reads the mean of what the pooled features do not come from."""
+  vision = {**SMALL, 'projection_dim': 8} if name == 'CLIP' else SMALL
+  text = {'hidden_size': 32, 'num_hidden_layers': 1, 'vocab_size': 50}
+  config = getattr(transformers, f'{name}Config')(
+    vision_config=vision,
+    text_config={**text, 'num_attention_heads': 2, 'intermediate_size': 48},
+  )
+  kind = getattr(transformers, f'{name}ForImageClassification')
+  kind(config).save_pretrained(tmp_path)
+  with pytest.raises(ValueError, match='classifier.weight'):
+    load_checkpoint(tmp_path)

@@ -5,7 +5,8 @@
 Needs the `parity` extra. Every architecture is built without memory for its
 weights; those whose parts our models have go to
 `utilized_rank/models/importing/timm_names.txt` with the options that no shape
-tells, the others to standard output with the reason.
+tells. All of them, the others with the reason why they are refused, and what is
+read of Hugging Face, go to `docs/checkpoints.md`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from timm.models import vision_transformer as vit  # noqa: E402
 import torch  # noqa: E402
 
 import utilized_rank  # noqa: E402
+from utilized_rank.models.importing import load  # noqa: E402
 
 TABLE = 'models/importing/timm_names.txt'
 POOLS = {'token': 'token', 'avg': 'gap', 'map': 'map'}
@@ -110,6 +112,8 @@ def transformer(model, blocks, **more):
 
 
 def of_vit(model):
+  for block in model.blocks:
+    only('block', block, vit.Block, vit.ResPostBlock)
   only('attention', model.blocks[0].attn, vit.Attention)
   post = type(model.blocks[0]) is vit.ResPostBlock
   order = {'norm_order': 'branch' if post else 'before'}
@@ -126,6 +130,9 @@ def of_eva(model):
   kv = {getattr(b.attn, 'num_kv_heads', None) for b in model.blocks}
   if kv - {None, attention.num_heads}:
     raise Unknown('attention: heads that share keys')
+  block = model.blocks[0]
+  if (block.gamma_1 is None) != (block.gamma_2 is None):
+    raise Unknown('layer scale on one branch')
   more = {}
   rope = model.rope
   if rope is not None:
@@ -165,6 +172,9 @@ def of_resnet(model):
   ):
     raise Unknown('groups of channels')
   only('stem', model.conv1, torch.nn.Conv2d)
+  only('norm', model.bn1, torch.nn.BatchNorm2d, layers.BatchNormAct2d)
+  if block.conv1.out_channels != model.conv1.out_channels:
+    raise Unknown('blocks of another width')
   if last.downsample is not None and not isinstance(
     last.downsample[0], torch.nn.Conv2d
   ):
@@ -207,18 +217,80 @@ def facts(name):
   return KINDS[type(model)](model)
 
 
+HEAD = """# Checkpoints that load
+
+Written by `python tests/parity/timm_names.py` with timm {timm}. What is not
+here is refused with a reason: no model is read as a near relative.
+
+`tests/parity` compares outputs with the original code on random weights at
+small sizes in float32: every `model_type` of the first table but `vit_mae` and
+the models of images and text whose vision tower is taken, and one name of timm
+for each kind of block, norm, pooling and positions in the second. The bar is
+1e-4 of the largest output; the largest difference that was found is 2.9e-6.
+What a name says of other sizes of the same kind is not compared one by one, and
+a tensor that does not fit is an error.
+
+## Hugging Face, by `model_type`
+
+A directory, or a file with its `config.json` beside it or given as `config=`.
+Keys of a config that nobody reads are an error, and so are kinds of rotary
+positions other than `default`, `linear`, `llama3` and `yarn`.
+
+| layout | `model_type` |
+|---|---|
+{hugging_face}
+
+## timm, by the architecture's name
+
+The name is in the `config.json` of timm's repositories, in what timm's training
+script saves, or given as `architecture=`. A name that loads says what the
+tensors' shapes do not:
+
+| what the name says | names |
+|---|---|
+{named}
+
+The others are refused; for the reasons:
+
+| reason | names |
+|---|---|
+{refused}
+"""
+
+
+def rows(groups):
+  return '\n'.join(
+    f'| {key} | {" ".join(f"`{name}`" for name in names)} |'
+    for key, names in groups.items()
+  )
+
+
+def hugging_face():
+  return '\n'.join(
+    f'| {x.name} | {", ".join(f"`{t}`" for t in x.model_types)} |'
+    for x in load.LAYOUTS
+    if x.model_types and not x.name.startswith('headless')
+  )
+
+
 def main():
   groups: dict[str, list[str]] = {}
+  refused: dict[str, list[str]] = {}
   for name in timm.list_models():
     try:
       groups.setdefault(repr(facts(name)), []).append(name)
     except Unknown as reason:
-      print(f'{name}\t{reason}', flush=True)
-    except Exception as error:  # what cannot be built is not known either
-      print(f'{name}\tnot built: {type(error).__name__} {error}'[:160])
-  root = pathlib.Path(utilized_rank.__file__).parent
+      refused.setdefault(str(reason), []).append(name)
+  package = pathlib.Path(utilized_rank.__file__).parent
   lines = [f'{key}\n' + '\n'.join(names) for key, names in groups.items()]
-  (root / TABLE).write_text('\n'.join(lines) + '\n')
+  (package / TABLE).write_text('\n'.join(lines) + '\n')
+  text = HEAD.format(
+    timm=timm.__version__,
+    hugging_face=hugging_face(),
+    named=rows({f'`{key[1:-1]}`': names for key, names in groups.items()}),
+    refused=rows(refused),
+  )
+  (package.parent / 'docs' / 'checkpoints.md').write_text(text)
 
 
 if __name__ == '__main__':

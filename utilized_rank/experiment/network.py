@@ -118,15 +118,12 @@ class ModelConfig:
       ValueError: the checkpoint holds another network than the config says,
         or is not read (see `load_checkpoint`).
     """
-    size: dict[str, Any] = {}
-    if self.name == 'vit':
-      size['image_size'] = image_size
     model, variables, _ = load_checkpoint(
       checkpoint.path,
       ignore=checkpoint.ignore,
       architecture=checkpoint.architecture,
       assume=checkpoint.assume,
-      **size,
+      image_size=image_size if self.name == 'vit' else None,
       **self.options,
     )
     if not isinstance(model, KINDS[self.name].module):

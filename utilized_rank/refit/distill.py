@@ -206,8 +206,9 @@ def _rows(tree: Any, rows: Any, size: int) -> Any:
 
 def _on_host(tree: Any) -> Any:
   """Arrays where rows are taken without a program for every number of them."""
-  is_plain = lambda v: isinstance(v, jax.Array) and not jnp.issubdtype(
-    v.dtype, jax.dtypes.extended
+  is_plain = lambda v: (
+    isinstance(v, jax.Array)
+    and not jnp.issubdtype(v.dtype, jax.dtypes.extended)
   )
   return jax.tree.map(lambda v: np.asarray(v) if is_plain(v) else v, tree)
 

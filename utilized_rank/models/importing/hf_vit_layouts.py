@@ -72,7 +72,6 @@ def _clip(shapes: Shapes) -> Iterable[Rule]:
       path = f'{MAP}MlpBlock_0/Dense_{i - 1}'
       yield from dense(f'{root}head.mlp.fc{i}', path)
   yield Rule('visual_projection.weight', 'head/kernel', transposed)
-  yield from dense('classifier', 'head')
 
 
 def _of_flat_patches(x: np.ndarray) -> np.ndarray:

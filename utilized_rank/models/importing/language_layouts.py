@@ -144,8 +144,9 @@ def _bert(shapes: Shapes) -> Iterable[Rule]:
   # The embedding's table and that bias again.
   yield Rule(f'{root}decoder.weight', '', same)
   yield Rule(f'{root}decoder.bias', '', same)
-  yield Rule('cls.seq_relationship.weight', '', same)
-  yield Rule('cls.seq_relationship.bias', '', same)
+  if f'{root}bias' in shapes:  # beside it, whether sentences follow
+    yield Rule('cls.seq_relationship.weight', '', same)
+    yield Rule('cls.seq_relationship.bias', '', same)
 
 
 def _distilbert(shapes: Shapes) -> Iterable[Rule]:

@@ -61,9 +61,9 @@ def find(
     found = _json(beside)
     if isinstance(found, Mapping) and {'model_type', 'architecture'} & {*found}:
       return _of(found, beside)
-  # timm's training script writes the first, its `save_model` the second.
+  # timm's training script writes the first; so do others, with their own names.
   for name in ('arch', '__metadata__.architecture'):
-    if isinstance(others.get(name), str):
+    if timm_names.known(others.get(name)):
       return _named(others[name], f'{path}, {name}')
   return Metadata()
 

@@ -41,6 +41,12 @@ def _table() -> dict[str, dict[str, Any]]:
   return names
 
 
+def known(architecture: Any) -> bool:
+  """Whether it is a name that `facts` takes."""
+  name = architecture.partition('.')[0] if isinstance(architecture, str) else ''
+  return name in _table()
+
+
 def facts(architecture: str, source: str) -> dict[str, Any]:
   """Options of the model with that name; a tag behind a dot says none.
 
