@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
 # Name: pictures, and what is printed or is a cell's value.
 SHOWN = {
-  'quickstart': (2, ['mean layer utilization', '25% of block kernels']),
+  'quickstart': (2, ['mean layer utilization', '50% of block kernels']),
   'inspect_a_checkpoint': (2, ['mean layer utilization', 'MLP of Flax']),
   'compress_and_finetune': (0, ['mean layer utilization', ' of 360']),
 }
@@ -40,7 +40,7 @@ def test_runs_and_shows_its_plots(path, tmp_path, monkeypatch):
   monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
   notebook = nbformat.read(path, as_version=4)
   client = nbclient.NotebookClient(
-    notebook, timeout=300, resources={'metadata': {'path': str(tmp_path)}}
+    notebook, timeout=600, resources={'metadata': {'path': str(tmp_path)}}
   )
   client.execute()
 
