@@ -35,7 +35,7 @@ import utilized_rank as ur
 from utilized_rank.host import files
 
 FRACTIONS = (0.5, 0.25)
-RATE = 1e-3
+RATE = 5e-4
 DENSE = 'dense'
 # Arguments of `ur.finetune`, and of its optimizer.
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -170,12 +170,12 @@ def test_the_best_on_validation_is_returned(small, dense, tmp_path):
   best = tuned(small, dense, **how, directory=tmp_path)
   lines = logged(tmp_path)
   scores = {v['step']: v['validation'] for v in lines if 'validation' in v}
-  assert len(scores) == 6
+  assert sorted(scores) == [0, 1, 2, 3, 4, 5, 6]
   found = score(best, wrong, labels)
   np.testing.assert_allclose(found, min(scores.values()), rtol=1e-5)
   at = min(scores, key=scores.get)
   assert at < 6  # or nothing was chosen
-  assert_close(best, tuned(small, dense, steps=at))
+  assert_close(best, tuned(small, dense, steps=at) if at else small)
 
 
 def test_it_stops_where_validation_gets_no_better(small, dense, tmp_path):

@@ -121,7 +121,7 @@ def finetune(
     batch_axes: axes of the mesh that batches are spread over; default the
       first.
     validation: batches that train nothing; the best parameters on them are
-      returned, not the last.
+      returned, not the last; the ones that it began with among them.
     metric: `metric(outputs, batch) -> (B,)`, lower being better; default what
       is minimised.
     validate_every: steps between two validations; 0 for the end alone.

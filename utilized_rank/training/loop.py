@@ -185,6 +185,11 @@ def run(
     )
     update = _compiled(objective, optimizer, options, state, placed)
     fixed = placed.arrays(fixed)
+    if best is not None and not start:
+      # What nothing improves on stays as it is.
+      value = _judged(validate, state, start, desc)
+      best.offer(value, start, state)
+      log.write({'step': start, 'validation': value})
     source = feeding.stream(batches, start)
     # An iterator that makes batches ahead stops when it is closed.
     stack.callback(source.close)
@@ -204,12 +209,7 @@ def run(
       if best is not None and (
         _is_due(step, options.validate_every) or is_last
       ):
-        assert validate is not None
-        value = validate(state.judged | state.moving)
-        if not math.isfinite(value):
-          raise metrics.DivergedError(
-            f'{desc}: the validation after step {step} gives {value}'
-          )
+        value = _judged(validate, state, step, desc)
         best.offer(value, step, state)
         log.write({'step': step, 'validation': value})
         stops = _is_up(best, options)
@@ -246,6 +246,18 @@ def _compiled(
     # Else the compiler may spread what the next step then takes apart again.
     how['out_shardings'] = jax.tree.map(lambda v: v.sharding, state), None
   return jax.jit(update, donate_argnums=0, **how)
+
+
+def _judged(
+  validate: Callable[[Arrays], float] | None, state: State, step: int, desc: str
+) -> float:
+  assert validate is not None
+  value = validate(state.judged | state.moving)
+  if not math.isfinite(value):
+    raise metrics.DivergedError(
+      f'{desc}: the validation after step {step} gives {value}'
+    )
+  return value
 
 
 def _saved(state: State, best: Best | None) -> dict[str, Any]:

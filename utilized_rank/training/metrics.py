@@ -51,7 +51,7 @@ class Log:
     self._path = self._events = None
     if directory is not None:
       self._path = os.path.join(directory, 'metrics.jsonl')
-      kept = _lines_until(self._path, start)
+      kept = _lines_until(self._path, start) if start else []
       with open(self._path, 'w', encoding='utf-8') as file:
         file.writelines(kept)
     if tensorboard:
