@@ -85,8 +85,8 @@ def _kept(
 
 def _kind(leaf: Any, gives_left: bool, of_units: bool) -> str:
   """What stands in a kernel's place, a key of `choice.KINDS`."""
-  if isinstance(leaf, NarrowHeads) and not of_units:
-    return 'narrower heads'
+  if isinstance(leaf, NarrowHeads):
+    return 'narrower hidden layer' if of_units else 'narrower heads'
   if isinstance(leaf, LowRank):
     if leaf.left is not None or gives_left:
       return 'shared left factor'
