@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from utilized_rank.compression.candidates import Compressed
+from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.problem import Problem
 from utilized_rank.refit.distill import NoDerivative
 from utilized_rank.refit.distill import distill
@@ -22,8 +23,10 @@ def refined(problem: Problem, best: Compressed, steps: int) -> Compressed:
   """
   if not steps:
     return best
-  try:
-    with problem.journal.stage('refine'):
+  with problem.journal.stage('refine') as at:
+    if isinstance(best, Tried):
+      at.before = float(best.divergences.mean())
+    try:
       tree = distill(
         problem.fn,
         problem.params,
@@ -33,6 +36,10 @@ def refined(problem: Problem, best: Compressed, steps: int) -> Compressed:
         steps=steps,
         progress=problem.progress,
       )
-  except NoDerivative:
-    return best
-  return dataclasses.replace(best, tree=tree)
+    except NoDerivative:
+      return best
+    if tree is best.tree:
+      return best
+    found = problem.divergences(tree, problem.batches)
+    at.after = float(found.mean())
+  return dataclasses.replace(best, tree=tree).judged(found)
