@@ -5,10 +5,10 @@
 DIR holds `networks/` and `data/` (see `benchmarks/networks`). Each network is
 cut to shares of its kernels' parameters: by truncated SVD at uniform ranks, by
 one prediction (`budget_ranks` and `factorize`, method 'loss') and by `compress`
-as it is, nothing fine-tuned on labels. Accuracy and the KL divergence from the dense
-network are those of data that calibrated nothing; CPU seconds are those of the
-call, without collecting, and of the training on dense outputs in it. Networks
-that are not asked for keep what the result file says of them.
+as it is, nothing fine-tuned on labels. Accuracy and the KL divergence from the
+dense network are those of data that calibrated nothing; CPU seconds are those
+of the call, without collecting, and of the training on dense outputs in it.
+Networks that are not asked for keep what the result file says of them.
 Takes from one minute (mlp_fmnist_relu) to half an hour (resnet56_cifar10) for a
 network, on two CPU cores.
 """
