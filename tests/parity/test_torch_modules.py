@@ -10,7 +10,6 @@ import pytest
 
 import utilized_rank as ur
 
-# By a part: without PyTorch this folder would be a package of that name.
 pytest.importorskip('torch.nn')
 
 import torch  # noqa: E402
