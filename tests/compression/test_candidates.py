@@ -123,7 +123,7 @@ def test_pairs_of_what_is_left_keep_what_is_done():
   ],
 )
 def test_no_heads_are_no_candidate(rows, budget):
-  assert narrower_heads(problem(rows, **budget)) is None
+  assert narrower_heads(problem(rows, **budget)) == []
 
 
 def test_a_budget_is_one_share():

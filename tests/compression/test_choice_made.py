@@ -97,8 +97,7 @@ def test_stages_and_contenders_are_told(made):
   choice = report.choice
   names = [stage.name for stage in choice.stages]
   assert names == [
-    'collect', 'measure', 'ranks', 'anchor', 'narrower heads', 'refine',
-    'compress',
+    'collect', 'measure', 'ranks', 'anchor', 'refine', 'compress'
   ]  # fmt: skip
   ranks = choice.stages[2]
   assert ranks.seconds > 0 and ranks.after is not None

@@ -21,9 +21,9 @@ def fn(params, x):
 
 
 def compressed(x, **options):
-  return ur.compress(
-    fn, PARAMS, [x], params_fraction=0.5, progress=False, **options
-  )
+  # What is chosen, not trained.
+  given = {'params_fraction': 0.5, 'refine': 0, 'progress': False}
+  return ur.compress(fn, PARAMS, [x], **given, **options)
 
 
 def test_positions_that_are_alike_leave_the_truncated_svd():
@@ -69,6 +69,7 @@ def problem(x):
     start=PARAMS,
     moments=ur.collect(fn, PARAMS, batches, progress=False),
     batches=batches,
+    training=batches,
     budget=Budget(params_fraction=0.5),
     divergence=ur.squared_error,
     loss=None,

@@ -480,9 +480,13 @@ def test_attention_alone_is_narrowed():
     {'flops_fraction': 0.6, 'loss': ur.sampled_cross_entropy()},
   ],
 )
-def test_heads_want_a_loss_and_a_share_of_parameters(options):
+def test_heads_want_gradients_and_a_share_of_parameters(options):
   fn, params, batches = attention()
-  small, _ = ur.compress(fn, params, batches, progress=False, **options)
+  loss = options.get('loss')
+  moments = ur.collect(fn, params, batches, loss=loss, progress=False)
+  small, _ = ur.compress(
+    fn, params, batches, moments=moments, progress=False, **options
+  )
   assert not any(isinstance(leaf, ur.NarrowHeads) for leaf in small.values())
 
 

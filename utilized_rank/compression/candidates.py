@@ -120,14 +120,15 @@ def promising(
   >>> some = promising([begin('a', 1.0), begin('b', 0.3), begin('c', 0.5)])
   >>> [one.name for one in some]
   ['b', 'c']
+  >>> [o.name for o in promising([begin('a', -1e-9), begin('b', np.nan)])]
+  ['a', 'b']
   """
-  if len(found) < 2:
-    return found
   seen = [one.glance() for one in found]
-  least = min(seen)
+  # Of what is no number nothing is known; rounding may bring zero below zero.
+  least = min((far for far in seen if far == far), default=np.inf)
   kept = []
   for one, far in zip(found, seen, strict=True):
-    if far <= FAR * least:
+    if not far > max(least, FAR * least):
       kept.append(one)
     elif journal is not None:
       journal.compared(one.name, None, np.array([far]), False, _AT_A_GLANCE)

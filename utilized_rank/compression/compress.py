@@ -260,7 +260,8 @@ def _choose(problem: Problem, kinds: Sequence[Candidate]) -> Compressed:
     if unsearched is not None:
       return unsearched
   begins = [one for kind in kinds for one in kind(problem)]
-  with problem.journal.stage('glance'):
-    begins = promising(begins, problem.journal)
+  if len(begins) > 1:
+    with problem.journal.stage('glance'):
+      begins = promising(begins, problem.journal)
   first, *others = begins
   return nearest(first.search(), (o.search() for o in others), problem.journal)
