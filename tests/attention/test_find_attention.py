@@ -13,6 +13,8 @@ import pytest
 import utilized_rank as ur
 from utilized_rank.models.vit import ViT
 
+pytestmark = pytest.mark.slow
+
 T, D, H, E, M = 6, 10, 3, 4, 7
 X = jax.ShapeDtypeStruct((2, T, D), jnp.float32)
 

@@ -9,6 +9,8 @@ import references
 
 import utilized_rank as ur
 
+pytestmark = pytest.mark.slow
+
 D, M, H, G, E, T = 9, 7, 2, 3, 4, 5  # G queries share each of H keys
 KERNELS = {
   'q': (D, G * H * E), 'k': (D, H * E), 'v': (D, H * E), 'o': (G * H * E, M),

@@ -12,6 +12,8 @@ import utilized_rank as ur
 from utilized_rank.compression import describe
 from utilized_rank.host import progress
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 draw = lambda *shape: jnp.asarray(RNG.normal(size=shape), jnp.float32)
 PARAMS = {

@@ -8,6 +8,8 @@ import pytest
 
 import utilized_rank as ur
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 X = (RNG.normal(size=(64, 6)) * np.arange(1, 7) / 3 + 0.5).astype(np.float32)
 

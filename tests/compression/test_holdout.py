@@ -11,6 +11,8 @@ from utilized_rank.compression import holdout
 from utilized_rank.compression.problem import Budget
 from utilized_rank.compression.problem import Problem
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 draw = lambda *shape: jnp.asarray(RNG.normal(size=shape), jnp.float32)
 PARAMS = {'w': draw(24, 16)}

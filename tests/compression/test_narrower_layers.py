@@ -8,6 +8,8 @@ import pytest
 
 import utilized_rank as ur
 
+pytestmark = pytest.mark.slow
+
 D, K, SEEN, M = 6, 32, 7, 4
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(256, D)).astype(np.float32)

@@ -9,6 +9,8 @@ import utilized_rank as ur
 from utilized_rank.factorization.coupled import dependence
 from utilized_rank.factorization.kernels import kernels
 
+pytestmark = pytest.mark.slow
+
 N = 800
 
 

@@ -9,6 +9,8 @@ import pytest
 import utilized_rank as ur
 from utilized_rank.factorization.methods import METHODS
 
+pytestmark = pytest.mark.slow
+
 
 class Grouped(nn.Module):
   """Two experts, each on rows of its own; no bias."""

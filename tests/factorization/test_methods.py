@@ -8,6 +8,8 @@ import references
 
 import utilized_rank as ur
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 
 

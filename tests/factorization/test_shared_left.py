@@ -16,6 +16,8 @@ import utilized_rank as ur
 from utilized_rank.lowrank import stack
 from utilized_rank.walk import compat
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 QKV = ('q', 'k', 'v')
 

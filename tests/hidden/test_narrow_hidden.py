@@ -10,6 +10,8 @@ import pytest
 import utilized_rank as ur
 from utilized_rank.hidden import narrow_hidden
 
+pytestmark = pytest.mark.slow
+
 D, K, M, N = 5, 8, 3, 200
 RNG = np.random.default_rng(0)
 # float32 sums, and a ridge of a millionth of the mean variance.

@@ -5,6 +5,8 @@ import pytest
 
 from utilized_rank.hidden import order
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 
 

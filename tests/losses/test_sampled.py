@@ -7,6 +7,8 @@ import pytest
 
 import utilized_rank as ur
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(4096, 5)).astype(np.float32)
 PARAMS = {

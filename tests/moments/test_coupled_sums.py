@@ -9,6 +9,8 @@ import utilized_rank as ur
 from utilized_rank.linalg import gram
 from utilized_rank.products import convolution
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 # Float32 sums of some hundred rows against float64.
 CLOSE = dict(rtol=2e-4, atol=1e-5)

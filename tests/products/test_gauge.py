@@ -24,6 +24,8 @@ from utilized_rank.products import gauge
 from utilized_rank.tree import paths
 from utilized_rank.walk import compat
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 
 

@@ -20,6 +20,8 @@ from utilized_rank.moments.counting import EVERY
 from utilized_rank.moments.moments import Sums
 from utilized_rank.storage import checkpoint
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 collect = functools.partial(ur.collect, progress=False)
 

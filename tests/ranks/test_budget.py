@@ -10,6 +10,8 @@ import utilized_rank as ur
 from utilized_rank.factorization import kernels
 from utilized_rank.factorization import methods
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def problem():

@@ -11,6 +11,8 @@ from utilized_rank.factorization.decompose import decompose
 from utilized_rank.ranks.trials import Trials
 from utilized_rank.tree import paths
 
+pytestmark = pytest.mark.slow
+
 
 class Model(nn.Module):
   """A convolution, heads without biases, and a scanned stack."""

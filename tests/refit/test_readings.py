@@ -13,6 +13,8 @@ from utilized_rank.refit import blocks
 from utilized_rank.refit import readings
 from utilized_rank.tree import paths
 
+pytestmark = pytest.mark.slow
+
 FORMS = forms.FORMS
 
 
