@@ -72,8 +72,7 @@ def distill(
       rises over a tenth of the updates and falls to 0 along a cosine. Of what
       is above 0 everywhere the logarithm is moved, so that it stays so. By
       default three are tried for a tenth of the updates each, and the one that
-      comes nearest on the examples held out is taken; where none comes nearer
-      than `small`, that is the end.
+      comes nearest on the examples held out is taken.
     batch_size: examples of an update; fewer where a batch has fewer.
     progress: show a progress bar.
 
@@ -154,10 +153,8 @@ def distill(
       for found in descend(rate, trial, 1):
         yield found
       ends.append(found[0].mean())
-    ends = np.nan_to_num(ends, nan=np.inf)
-    if not trial or ends.min() < before.mean():
-      chosen = int(np.argmin(ends)) if trial else 0
-      yield from descend(rates[chosen], steps, LOOKS)
+    chosen = int(np.argmin(np.nan_to_num(ends, nan=np.inf))) if trial else 0
+    yield from descend(rates[chosen], steps, LOOKS)
 
   before = look(state.values)
   best, nearest = state.values, before
