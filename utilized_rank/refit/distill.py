@@ -88,10 +88,11 @@ def distill(
   >>> fn = lambda params, x: x @ params['w']
   >>> params = {'w': jnp.diag(jnp.array([2.0, 1.0]))}
   >>> x = jnp.tile(jnp.eye(2), (40, 1))
-  >>> layout = Layout.of((2, 2), inputs=(0,), outputs=(1,))
+  >>> import utilized_rank as ur
+  >>> layout = ur.Layout.of((2, 2), inputs=(0,), outputs=(1,))
   >>> a, b = jnp.array([[0.8], [0.1]]), jnp.array([[1.5, 0.1]])
-  >>> small = {'w': LowRank(a, b, None, layout)}
-  >>> near = distill(fn, params, small, [x], steps=50, progress=False)
+  >>> small = {'w': ur.LowRank(a, b, None, layout)}
+  >>> near = distill(fn, params, small, [x], steps=200, progress=False)
   >>> error = lambda tree: squared_error(x @ params['w'], x @ tree['w'].dense(),
   ...                                    x).mean()
   >>> bool(error(near) < error(small))
