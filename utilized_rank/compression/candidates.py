@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
+import math
 from typing import Any, Protocol
 
 import numpy as np
@@ -124,10 +125,12 @@ def promising(
   if len(found) < 2:
     return found
   seen = [one.glance() for one in found]
-  least = min(seen)
+  least = min((far for far in seen if not math.isnan(far)), default=math.nan)
+  # Below zero a divergence is rounding, as one so far above it is.
+  most = FAR * abs(least)
   kept = []
   for one, far in zip(found, seen, strict=True):
-    if far <= FAR * least:
+    if far <= most or math.isnan(most):
       kept.append(one)
     elif journal is not None:
       journal.compared(one.name, None, np.array([far]), False, _AT_A_GLANCE)
