@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
+from utilized_rank.compression.candidates import Beginning
 from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.candidates import nearest
+from utilized_rank.compression.candidates import promising
 from utilized_rank.compression.factor_pairs import factor_pairs
 from utilized_rank.compression.journal import Journal
 from utilized_rank.compression.narrower_heads import narrower_heads
@@ -131,3 +133,20 @@ def test_a_budget_is_one_share():
   for options in ({}, {'params_fraction': 0.5, 'flops_fraction': 0.5}):
     with pytest.raises(ValueError, match='give one of them'):
       Budget(**options)
+
+
+@pytest.mark.parametrize(
+  ('glances', 'names'),
+  [
+    ([4.0, 1.0, 2.0], 'bc'),
+    # Below zero is rounding, as is what is as far above.
+    ([1e-8, -2e-8, 3e-8, 1.0], 'abc'),
+    ([np.nan, 1.0, np.inf], 'b'),
+    # None of them tells.
+    ([np.nan, np.nan], 'ab'),
+  ],
+)
+def test_where_a_search_begins(glances, names):
+  begin = lambda name, far: Beginning(name, lambda: far, lambda: None)
+  found = promising(list(map(begin, 'abcd', glances)))
+  assert ''.join(one.name for one in found) == names

@@ -117,3 +117,27 @@ def test_moments_of_no_rows_keep_units_in_order():
   zeros = np.zeros((5, 5))
   assert sorted(order.pivots(zeros, zeros)) == list(range(5))
   assert not np.any(order.damages(zeros, zeros, np.arange(5)))
+
+
+@pytest.mark.parametrize('size', [1, 2])
+def test_rounding_of_large_means_is_no_data(size):
+  """Ten rows, float32 sums, means a hundred times what is about them."""
+  d = 12 * size
+  h = RNG.standard_normal((10, d)) + 300
+  w = RNG.standard_normal((d, 3))
+  mean = h.mean(0)
+  exact = (h - mean).T @ (h - mean) / len(h)
+  sums = (h.T @ h).astype(np.float32).astype(np.float64)
+  rounded = sums / len(h) - np.outer(mean, mean)
+  with pytest.raises(np.linalg.LinAlgError):
+    np.linalg.cholesky(order.ridged(rounded)[0])
+  second, cost = order.resolved(rounded), w @ w.T
+  of = order.pivots(second, cost, size)
+  assert sorted(of) == list(range(12))
+  found = order.damages(second, cost, of, size)
+  # Float32 has rounded sums of 10 * 300**2 by up to 2**-5 in every entry.
+  error = 2**-5 / len(h) * d
+  loss = lambda c: np.sum(c * cost)
+  assert abs(found[0] - loss(exact)) <= error * np.trace(cost)
+  assert np.all(np.isfinite(found)) and np.all(np.diff(found) <= 0)
+  assert order.resolved(exact) is exact

@@ -70,7 +70,8 @@ def test_a_second_call_compiles_nothing(programs):
 
 def test_another_share_compiles_nothing(programs):
   fn = network()
-  share = lambda fraction, moments: ur.compress(
+  moments = ur.collect(fn, PARAMS, BATCHES, loss=LOSS, progress=False)
+  share = lambda fraction, **options: ur.compress(
     fn,
     PARAMS,
     BATCHES,
@@ -78,13 +79,23 @@ def test_another_share_compiles_nothing(programs):
     loss=ur.sampled_cross_entropy(),
     params_fraction=fraction,
     progress=False,
+    **options,
   )
-  moments = ur.collect(fn, PARAMS, BATCHES, loss=LOSS, progress=False)
-  share(0.6, moments)
-  # Two kernels: sums and trials; a program for each block of the two.
+  share(0.6)
+  # Two kernels: sums, trials, and training.
   assert len(programs) <= 12, programs
+  pairs = {'layers': False, 'refine': 0}
+  share(0.6, **pairs)
   done = len(programs)
-  share(0.4, moments)
+  share(0.4, **pairs)
+  assert programs[done:] == []
+  # Narrow layers and trained factors have shapes of their own at each share: a
+  # glance at the former; start, looks and updates of the latter.
+  share(0.4)
+  assert len(programs[done:]) <= 4, programs[done:]
+  done = len(programs)
+  share(0.4)
+  share(0.6)
   assert programs[done:] == []
 
 

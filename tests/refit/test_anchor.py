@@ -138,6 +138,30 @@ def test_directions_without_data_keep_the_kernel():
   np.testing.assert_allclose(x_hat @ of.w, x @ w, atol=1e-6)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('weighted', [False, True])
+def test_rounding_below_the_ridge_is_no_data(shape, weighted):
+  """H of 4 rows, some of whose zeros float32 sums have left below -lam."""
+  _, x, x_hat, w, g = problem(shape, n=4)
+  exact, d, ridge = moments_of(x, x_hat), shape[0], 1e-3
+  lam = ridge * np.trace(exact.h) / d
+  blind = np.linalg.svd(x_hat)[2][4:].T
+  h = exact.h - 1.5 * lam * blind @ blind.T
+  with pytest.raises(np.linalg.LinAlgError):
+    np.linalg.cholesky(h + lam * np.eye(d))
+  rounded = exact._replace(h=h, basis=None)
+  gradient = g if weighted else None
+  got = best(w, rounded, ridge, gradient)
+  g = g if weighted else np.eye(len(g))
+  error = lambda a: objective(x, x_hat, w, a, lam, g)
+  # Such rounding moves the ridge of what has no data, by that of lam.
+  least = error(best(w, exact, ridge, gradient))
+  assert error(got) < least + 10 * lam * np.sum(w * w) * np.trace(g)
+  full = anchored_fit.target(w, rounded, ridge)
+  np.testing.assert_allclose(blind.T @ full.w, blind.T @ w, atol=1e-8)
+
+
 # --- the sweep ---
 
 

@@ -148,8 +148,8 @@ def decompose(
   >>> ranks = ur.budget_ranks(
   ...     params, moments, params_fraction=0.75, families=families)
   >>> small = ur.factorize(params, moments, ranks, families=families)
-  >>> small['w'].rank
-  1
+  >>> small['w'].rank  # the budget has room for more than data need, 1
+  2
   """
   keys = list(moments if only is None else only)
   if processes:

@@ -118,7 +118,7 @@ def _member(
     cost = judged + damping * np.trace(gradient) / m * cost
     nats = kernel.rows_per_example / 2
   return Member(
-    second[np.ix_(places, places)],
+    order.resolved(second[np.ix_(places, places)]),
     mean[places],
     w,
     cost,

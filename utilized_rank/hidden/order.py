@@ -17,8 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utilized_rank.linalg import eigh
+
 # lam, as a share of the mean of C's diagonal. Far below what few rows leave
-# uncertain, far above the rounding of sums in float32.
+# uncertain, and mostly far above the rounding of sums in float32.
 RIDGE = 1e-6
 # Features of the pivots between two updates of the whole matrices.
 _PANEL = 64
@@ -43,6 +45,24 @@ def ridged(second: np.ndarray) -> tuple[np.ndarray, float]:
   scale = float(np.trace(second)) / len(second)
   ridge = RIDGE * max(scale, np.finfo(np.float64).tiny)
   return second + ridge * np.eye(len(second)), ridge
+
+
+def resolved(second: np.ndarray) -> np.ndarray:
+  """C without negative eigenvalues that lam does not make up for.
+
+  Of features with large means, or one far above the others, float32 sums round
+  off more than lam. What they do not resolve is then taken for zero.
+
+  >>> resolved(np.diag([1.0, -1e-3])).tolist()
+  [[1.0, 0.0], [0.0, 0.0]]
+  """
+  regular, ridge = ridged(second)
+  try:
+    np.linalg.cholesky(regular - ridge / 2 * np.eye(len(second)))
+  except np.linalg.LinAlgError:
+    values, vectors = eigh.eigh(second)
+    return (vectors * values) @ vectors.T
+  return second
 
 
 def pivots(second: np.ndarray, cost: np.ndarray, size: int = 1) -> np.ndarray:

@@ -153,10 +153,13 @@ def reduced(w: np.ndarray, s: np.ndarray) -> np.ndarray:
   """A (d, d) matrix of the eigenvalues that T = W^T S W has: for d < m.
 
   F^T W W^T F of the F of `_root`; its floor moves none by more than 1e-9 of
-  tr(S) |W|^2.
+  tr(S) |W|^2. Zeros where all of it is the floor's: no output has any data.
   """
-  root, _ = _root(s)
-  return root.T @ (w @ w.T) @ root
+  root, added = _root(s)
+  t = root.T @ (w @ w.T) @ root
+  total = float(np.trace(t))
+  energy = total - added(w)
+  return t if energy > np.finfo(np.float64).eps * len(t) * total else 0 * t
 
 
 def _root(

@@ -56,7 +56,7 @@ class Measurement:
   def key(self) -> tuple[Any, ...]:
     """What tells it from others of the same function and loss."""
     rules = self.select, self.sides.from_outputs, self.sides.sketch
-    return self.fisher_rows, self.on_opaque, repr(rules)
+    return self.fisher_rows, self.coupled, self.on_opaque, repr(rules)
 
   def only(self, members: Iterable[str]) -> Measurement:
     """The same for some kernels."""

@@ -39,6 +39,8 @@ from utilized_rank.walk import tracing
 DAMPINGS = (0.01, 0.1, 1.0)
 # Predictions of damage whose allocations are tried.
 METRICS = ('loss', 'geometric', 'balanced')
+# The same where there are no gradients; there may be no correction either.
+_WITHOUT_LOSS = ('balanced', 'relative')
 # Shares of the correction that are tried, the boldest first.
 _STEPS = (1.0, 0.5, 0.25)
 # Standard errors of the difference beyond which a set of ranks that is further
@@ -247,11 +249,10 @@ class _Search:
   def try_predictions(self, families: Families) -> None:
     """Tries the allocations that each prediction of damage asks for."""
     allocations: dict[Any, tuple[str, dict[str, int]]] = {}
-    for metric in METRICS:
-      if OF_FAMILY[metric] in families.metrics:
-        ranks = self._spend(families, metric)
-        # Predictions that agree are tried once.
-        allocations.setdefault(_key(ranks, families), (metric, ranks))
+    for metric in METRICS if 'loss' in families.metrics else _WITHOUT_LOSS:
+      ranks = self._spend(families, metric)
+      # Predictions that agree are tried once.
+      allocations.setdefault(_key(ranks, families), (metric, ranks))
     tried = list(allocations.values())
     for (metric, ranks), each in zip(
       tried, self._measured([r for _, r in tried], families), strict=True

@@ -31,8 +31,8 @@ from utilized_rank.linalg.overflow import not_finite
 from utilized_rank.linalg.subspace import Basis
 from utilized_rank.refit.readings import PairSums
 
-# A ridge that makes H + lam I regular whatever float32 sums have rounded off:
-# a moment's eigenvalues are above minus some 1e-6 of its trace.
+# From this ridge on H + lam I is tried as it is: mostly it is regular whatever
+# float32 sums have rounded off.
 _REGULAR = 1e-3
 
 
@@ -109,8 +109,8 @@ def target(w: np.ndarray, of: Inputs, ridge: float) -> Target:
   d = len(w)
   lam = ridge * np.trace(of.h) / d
   metric = of.h + lam * np.eye(d)
-  if ridge >= _REGULAR and lam > 0:
-    # A sixth of an eigendecomposition's time.
+  if ridge >= _REGULAR and lam > 0 and _is_above(metric, lam / 2):
+    # A fifth of an eigendecomposition's time.
     return Target(np.linalg.solve(metric, of.k @ w + lam * w), metric, None)
   values, vectors = of.basis or Basis(*eigh.eigh(of.h))
   turned = vectors.T @ w
@@ -118,6 +118,19 @@ def target(w: np.ndarray, of: Inputs, ridge: float) -> Target:
   fitted = vectors[:, seen].T @ (of.k @ w) + lam * turned[seen]
   turned[seen] = fitted / (values[seen] + lam)[:, None]
   return Target(vectors @ turned, metric, Basis(values + lam, vectors))
+
+
+def _is_above(metric: np.ndarray, least: float) -> bool:
+  """Whether all eigenvalues are.
+
+  About large means, and of many features (lam is a share of the mean of them),
+  rounding may leave H with eigenvalues below -lam.
+  """
+  try:
+    np.linalg.cholesky(metric - least * np.eye(len(metric)))
+  except np.linalg.LinAlgError:
+    return False
+  return True
 
 
 def factors(of: Target, gradient: np.ndarray | None, damping: float) -> Pair:

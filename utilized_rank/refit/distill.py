@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from utilized_rank.collection.one_pass import check_batch
 from utilized_rank.collection.one_pass import several
+from utilized_rank.host.kept import kept
 from utilized_rank.host.progress import track
 from utilized_rank.losses.divergence import Divergence
 from utilized_rank.losses.divergence import comes_closer
@@ -18,6 +20,7 @@ from utilized_rank.losses.divergence import squared_error
 from utilized_rank.lowrank.low_rank import low_rank
 from utilized_rank.refit import descent
 from utilized_rank.refit.trained import Trained
+from utilized_rank.tree import paths
 from utilized_rank.walk import compat
 from utilized_rank.walk import tracing
 
@@ -87,10 +90,11 @@ def distill(
   >>> fn = lambda params, x: x @ params['w']
   >>> params = {'w': jnp.diag(jnp.array([2.0, 1.0]))}
   >>> x = jnp.tile(jnp.eye(2), (40, 1))
-  >>> layout = Layout.of((2, 2), inputs=(0,), outputs=(1,))
+  >>> import utilized_rank as ur
+  >>> layout = ur.Layout.of((2, 2), inputs=(0,), outputs=(1,))
   >>> a, b = jnp.array([[0.8], [0.1]]), jnp.array([[1.5, 0.1]])
-  >>> small = {'w': LowRank(a, b, None, layout)}
-  >>> near = distill(fn, params, small, [x], steps=50, progress=False)
+  >>> small = {'w': ur.LowRank(a, b, None, layout)}
+  >>> near = distill(fn, params, small, [x], steps=200, progress=False)
   >>> error = lambda tree: squared_error(x @ params['w'], x @ tree['w'].dense(),
   ...                                    x).mean()
   >>> bool(error(near) < error(small))
@@ -102,29 +106,19 @@ def distill(
       'steps, batch_size and learning_rate must be positive, got '
       f'{steps}, {batch_size} and {learning_rate}'
     )
-  kept = list(several(batches))
-  if not kept:
+  given = list(several(batches))
+  if not given:
     raise ValueError('at least one batch is needed, got none')
-  training, held = hold_out(kept)
+  training, held = hold_out(given)
   if sum(check_batch(batch, 0) for batch in held) < LEAST_HELD:
     return small
-  tree = Trained.of(fn, params, small, kept[0])
-  dense = _Dense(fn, params)
-  run, rest = low_rank(fn), tree.rest()
-
-  def each(values, rest, batch, outputs):
-    return divergence(outputs, run(tree.joined(values, rest), batch), batch)
-
-  def mean(*args):
-    return jnp.mean(each(*args))
-
-  @jax.jit
-  def update(state, count, rate, *args):
-    gradient = jax.grad(mean)(state.values, *args)
-    return descent.update(state, gradient, count, rate)
-
+  tree = Trained.of(fn, params, small, given[0])
+  programs = kept([fn, divergence], 'distill', _Programs)
+  dense = _Dense(programs.dense, params)
+  judge = functools.partial(programs.each, tree.kind)
+  update = functools.partial(programs.update, tree.kind)
+  rest = tree.rest()
   judged = [(batch, dense.outputs(batch)) for batch in held]
-  judge = jax.jit(each)
 
   def look(values):
     parts = [judge(values, rest, *pair) for pair in judged]
@@ -222,18 +216,45 @@ def _fails(update: Callable[..., Any], *args: Any) -> str | None:
   return None
 
 
+class _Programs:
+  """Compiled functions of `fn` and a divergence; their arguments are all."""
+
+  def __init__(self, fn: Callable[[Any, Any], Any], divergence: Divergence):
+    run = low_rank(fn)
+
+    def dense(form, leaves, batch):
+      return fn(form.filled(leaves), batch)
+
+    def each(kind, values, rest, batch, outputs):
+      tree = kind.joined(values, rest)
+      return divergence(outputs, run(tree, batch), batch)
+
+    def mean(values, kind, *args):
+      return jnp.mean(each(kind, values, *args))
+
+    def update(kind, state, count, rate, *args):
+      gradient = jax.grad(mean)(state.values, kind, *args)
+      return descent.update(state, gradient, count, rate)
+
+    compiled = functools.partial(jax.jit, static_argnums=0)
+    self.dense, self.each, self.update = map(compiled, (dense, each, update))
+
+
 class _Dense:
   """The dense function, some of whose outputs are remembered."""
 
-  def __init__(self, fn: Callable[[Any, Any], Any], params: Any):
-    arrays, join = tracing.split(params)
-    self._arrays = list(map(jnp.asarray, arrays))
-    self._run = jax.jit(lambda arrays, batch: fn(join(arrays), batch))
+  def __init__(self, run: Callable[..., Any], params: Any):
+    leaves = {
+      path: v if isinstance(v, jax.Array) else jax.device_put(v)
+      for path, v in paths.flatten(params)[0].items()
+      if tracing.is_array(v)
+    }
+    self._run = functools.partial(run, tracing.Form(params), leaves)
     self._kept: dict[int, Any] = {}
     self._left = _MOST_BYTES
 
   def outputs(self, batch: Any) -> Any:
-    return self._run(self._arrays, batch)
+    return self._run(batch)
 
   def remembered(self, i: int, batch: Any) -> Any:
     """The outputs of batch i, from memory where there is room for them."""

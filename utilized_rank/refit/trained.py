@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,8 +17,41 @@ from utilized_rank.tree import paths
 from utilized_rank.walk import compat
 from utilized_rank.walk import tracing
 from utilized_rank.walk.interpret import UnsupportedError
+from utilized_rank.walk.tracing import Form
 
 Leaves = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """All but the arrays of a tree in training: a static argument of `jax.jit`.
+
+  Attributes:
+    form: of the tree.
+    dtypes: of the trained leaves' arrays, by path.
+    positive: paths of those whose logarithm is trained.
+  """
+
+  form: Form
+  dtypes: tuple[tuple[str, tuple[Any, ...]], ...]
+  positive: frozenset[str]
+
+  def narrow(self, values: Leaves) -> Leaves:
+    """Trained values as leaves, in the leaves' own dtypes."""
+    found = {}
+    for path, dtypes in self.dtypes:
+      value = values[path]
+      arrays, treedef = jax.tree.flatten(
+        jnp.exp(value) if path in self.positive else value
+      )
+      found[path] = jax.tree.unflatten(
+        treedef, [v.astype(d) for v, d in zip(arrays, dtypes, strict=True)]
+      )
+    return found
+
+  def joined(self, values: Leaves, rest: Leaves) -> Any:
+    """The tree of trained values and the other arrays."""
+    return self.form.filled(rest | self.narrow(values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +62,13 @@ class Trained:
     treedef: its structure.
     named: all leaves by path.
     trained: those that are trained.
-    positive: paths of those whose logarithm is.
+    kind: what it is beside its arrays.
   """
 
   treedef: Any
   named: Leaves
   trained: Leaves
-  positive: frozenset[str]
+  kind: Kind
 
   @classmethod
   def of(cls, fn: Any, params: Any, small: Any, batch: Any) -> Trained:
@@ -59,51 +93,45 @@ class Trained:
       for path, leaf in trained.items()
       if not is_low_rank(leaf) and bool(np.all(np.asarray(leaf) > 0))
     )
-    return cls(treedef, named, trained, positive)
+    dtypes = tuple(
+      (path, tuple(v.dtype for v in jax.tree.leaves(leaf)))
+      for path, leaf in trained.items()
+    )
+    kind = Kind(Form(small, is_low_rank), dtypes, positive)
+    return cls(treedef, named, trained, kind)
 
   def rest(self) -> Leaves:
     """The arrays that are not trained, on the device."""
     return {
-      path: jnp.asarray(leaf)
-      for path, leaf in self.named.items()
-      if path not in self.trained and tracing.is_array(leaf)
+      path: v if isinstance(v, jax.Array) else jax.device_put(v)
+      for path, v in self.named.items()
+      if path not in self.trained and tracing.is_array(v)
     }
 
   def start(self) -> descent.State:
     """The trained leaves in float32, before the first update."""
-    wide = {
-      path: jax.tree.map(
-        lambda v: jnp.array(v, jnp.promote_types(v.dtype, jnp.float32)), leaf
-      )
-      for path, leaf in self.trained.items()
-    }
-    size = lambda v: jnp.sqrt(jnp.mean(jnp.square(v)))
-    sizes = {path: jax.tree.map(size, leaf) for path, leaf in wide.items()}
-    for path in self.positive:
-      wide[path] = jnp.log(wide[path])
-      sizes[path] = jnp.ones((), wide[path].dtype)
-    return descent.start(wide, sizes)
-
-  def _narrow(self, values: Leaves) -> Leaves:
-    """Trained values as leaves, in the leaves' own dtypes."""
-    return {
-      path: jax.tree.map(
-        lambda v, old: v.astype(old.dtype),
-        jnp.exp(values[path]) if path in self.positive else values[path],
-        leaf,
-      )
-      for path, leaf in self.trained.items()
-    }
-
-  def joined(self, values: Leaves, rest: Leaves) -> Any:
-    """The tree of trained values and the other arrays."""
-    return paths.unflatten(
-      self.treedef, self.named | rest | self._narrow(values)
-    )
+    return _start(self.kind.positive, self.trained)
 
   def stored(self, values: Leaves) -> Any:
     """The tree of trained values, its other leaves being what they were."""
-    return self.joined(values, {})
+    return paths.unflatten(self.treedef, self.named | self.kind.narrow(values))
+
+
+# One program: single operations take longer to compile than to run.
+@functools.partial(jax.jit, static_argnums=0)
+def _start(positive: frozenset[str], trained: Leaves) -> descent.State:
+  wide = {
+    path: jax.tree.map(
+      lambda v: v.astype(jnp.promote_types(v.dtype, jnp.float32)), leaf
+    )
+    for path, leaf in trained.items()
+  }
+  size = lambda v: jnp.sqrt(jnp.mean(jnp.square(v)))
+  sizes = {path: jax.tree.map(size, leaf) for path, leaf in wide.items()}
+  for path in positive:
+    wide[path] = jnp.log(wide[path])
+    sizes[path] = jnp.ones((), wide[path].dtype)
+  return descent.start(wide, sizes)
 
 
 def _differs(leaf: Any, old: Any) -> bool:

@@ -96,7 +96,7 @@ class Form:
   >>> Form(tree) == Form({'w': jnp.zeros(3), 'act': 'gelu'})
   True
   >>> Form(tree).filled({'w': 1})
-  {'w': 1, 'act': 'gelu'}
+  {'act': 'gelu', 'w': 1}
   """
 
   def __init__(self, tree: Any, is_leaf: Callable[[Any], bool] | None = None):
