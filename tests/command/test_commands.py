@@ -57,7 +57,11 @@ def trained(tmp_path_factory):
 def test_a_file_of_weights_is_measured(weights, tmp_path, capsys):
   out = tmp_path / 'report.json'
   called(
-    measure, weights / 'mlp.npz', f'--inputs={weights}/x.npy', f'--out={out}'
+    measure,
+    weights / 'mlp.npz',
+    f'--inputs={weights}/x.npy',
+    '--option=activation=relu',
+    f'--out={out}',
   )
   shown = capsys.readouterr().out
   assert f'report: {out}' in shown
@@ -73,6 +77,7 @@ def test_a_file_of_weights_is_compressed(weights, tmp_path, capsys):
     f'--inputs={weights}/x.npy',
     '--params=0.6',
     '--select=.*Dense_0/kernel',
+    '--assume',
     f'--out={out}',
   )
   called(compress, *arguments)
@@ -86,9 +91,11 @@ def test_a_file_of_weights_is_compressed(weights, tmp_path, capsys):
   assert list(recipe.ranks) == ['params/Dense_0/kernel']
   x = np.load(weights / 'x.npy')
   model = MLP((16, 4))
-  dense = model.apply(
-    subject.open_subject(*map(str, (arguments[0], weights / 'x.npy'))).params, x
+  opened = subject.open_subject(
+    *map(str, (arguments[0], weights / 'x.npy')),
+    facts=subject.Facts(assume=True),
   )
+  dense = model.apply(opened.params, x)
   # Three directions are all that the inputs have: rank 3 loses rounding alone.
   np.testing.assert_allclose(
     ur.low_rank(model.apply)(small, x), dense, atol=1e-4
@@ -126,7 +133,32 @@ def test_a_run_is_measured_and_compressed_as_its_config_says(
   [
     (['no/such'], "no file or folder 'no/such'"),
     (['{mlp}'], 'is a file of weights: give --inputs=FILE'),
-    (['{mlp}', '--inputs={wide}'], r'holds \[5, 3, 3\]; the model takes'),
+    (
+      ['{mlp}', '--inputs={wide}', '--assume'],
+      r'holds \[5, 3, 3\]; the model takes',
+    ),
+    (
+      ['{mlp}', '--inputs={wide}'],
+      'Give activation= .*: --option=NAME=VALUE, .*--assume',
+    ),
+    (
+      ['{mlp}', '--inputs={wide}', '--option=activation'],
+      '--option=activation: NAME=VALUE is wanted',
+    ),
+    (
+      ['{mlp}', '--inputs={wide}', '--option=activation=relu', '--option=z=1'],
+      '--option=activation=relu z=1: .*z',
+    ),
+    (
+      ['{mlp}', '--inputs={wide}', '--architecture=no_such'],
+      'no_such',
+    ),
+    (
+      ['{mlp}', '--inputs={wide}', '--model_config=no/config.json'],
+      'no/config.json',
+    ),
+    (['{folder}', '--assume'], "--assume: a run's folder"),
+    (['{folder}', '--option=heads=2'], "--option=heads=2: a run's folder"),
     (['{folder}'], 'is no run with a network in it'),
     (['{folder}', '--inputs=x.npy'], "--inputs=x.npy: a run's folder"),
     (['{mlp}', '--out=report.txt'], '--out=report.txt: a file .html or .json'),

@@ -45,9 +45,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   with errors.in_one_line():
     if os.path.exists(values.out):
       raise FileExistsError(f'--out={values.out}: it is there already')
-    it = subject.open_subject(
-      argv[1], values.inputs, values.preprocess, values.select
-    )
+    it = subject.given(argv[1], values)
     small, report = compress(
       it.fn,
       it.params,

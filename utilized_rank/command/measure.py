@@ -40,9 +40,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     out = values.out or ''
     if values.out is not None and not out.endswith(('.html', '.json')):
       raise ValueError(f'--out={out}: a file .html or .json')
-    it = subject.open_subject(
-      argv[1], values.inputs, values.preprocess, values.select
-    )
+    it = subject.given(argv[1], values)
     moments = it.moments
     if moments is None:
       moments = collect(it.fn, it.params, it.batches(), select=it.select)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import ast
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import json
 import os
 from typing import Any, NamedTuple
@@ -39,6 +40,25 @@ class Subject(NamedTuple):
   moments: Moments | None
 
 
+class Facts(NamedTuple):
+  """What a file of weights does not say of its model.
+
+  Attributes:
+    architecture: its name in timm or torchvision.
+    config: the path of its `config.json`, where it is not beside the file.
+    options: `name=value`, as `load_checkpoint` takes them.
+    assume: take what nothing says as it usually is.
+  """
+
+  architecture: str | None = None
+  config: str | None = None
+  options: Sequence[str] = ()
+  assume: bool = False
+
+
+_NO_FACTS = Facts()
+
+
 def define(values: flags.FlagValues) -> None:
   """The flags that say what a file of weights is run on."""
   text = flags.DEFINE_string
@@ -62,6 +82,42 @@ def define(values: flags.FlagValues) -> None:
     'Regular expression of the paths of the kernels; default all of them.',
     flag_values=values,
   )
+  text(
+    'architecture',
+    None,
+    "The model's name in timm or torchvision, such as vit_base_patch16_224, "
+    'where no config.json beside the file says it.',
+    flag_values=values,
+  )
+  text(
+    'model_config',
+    None,
+    "The model's config.json, where it is not beside the file.",
+    flag_values=values,
+  )
+  flags.DEFINE_multi_string(
+    'option',
+    [],
+    'What neither shapes nor a config.json say of the model, such as '
+    'activation=relu or heads=12; once for each.',
+    flag_values=values,
+  )
+  flags.DEFINE_bool(
+    'assume',
+    False,
+    'Take what nothing says of the model as it usually is.',
+    flag_values=values,
+  )
+
+
+def given(checkpoint: str, values: flags.FlagValues) -> Subject:
+  """The network that a command line names; raises what `open_subject` does."""
+  facts = Facts(
+    values.architecture, values.model_config, values.option, values.assume
+  )
+  return open_subject(
+    checkpoint, values.inputs, values.preprocess, values.select, facts
+  )
 
 
 def open_subject(
@@ -69,6 +125,7 @@ def open_subject(
   inputs: str | None = None,
   preprocess: str | None = None,
   select: str | None = None,
+  facts: Facts = _NO_FACTS,
 ) -> Subject:
   """The network of a run's folder, or of a file of weights.
 
@@ -78,17 +135,28 @@ def open_subject(
     inputs: see `define`, as for the rest.
     preprocess: see there.
     select: see there.
+    facts: of the model.
 
   Raises:
     FileNotFoundError: there is no such file or folder.
-    ValueError: it is neither, or a file of weights comes without inputs.
+    ValueError: it is neither, or a file of weights comes without inputs or
+      what changes its output, or with what its model does not have.
   """
   if os.path.isdir(checkpoint):
-    given = {'inputs': inputs, 'preprocess': preprocess, 'select': select}
-    for name, value in given.items():
+    own = {
+      'inputs': inputs,
+      'preprocess': preprocess,
+      'select': select,
+      'architecture': facts.architecture,
+      'model_config': facts.config,
+      'option': ' '.join(facts.options) or None,
+      'assume': facts.assume or None,
+    }
+    for name, value in own.items():
       if value is not None:
+        told = '' if value is True else f'={value}'
         raise ValueError(
-          f"--{name}={value}: a run's folder such as {checkpoint!r} has its own"
+          f"--{name}{told}: a run's folder such as {checkpoint!r} has its own"
         )
     return _of_run(checkpoint)
   if not os.path.exists(checkpoint):
@@ -98,7 +166,7 @@ def open_subject(
       f'{checkpoint!r} is a file of weights: give --inputs=FILE, .npy of what '
       "the model takes, or .npz with uint8 images in 'image'"
     )
-  return _of_file(checkpoint, inputs, preprocess, select)
+  return _of_file(checkpoint, inputs, preprocess, select, facts)
 
 
 def _of_run(folder: str) -> Subject:
@@ -135,11 +203,30 @@ def _tuples(value: Any) -> Any:
 
 
 def _of_file(
-  path: str, inputs: str, preprocess: str | None, select: str | None
+  path: str,
+  inputs: str,
+  preprocess: str | None,
+  select: str | None,
+  facts: Facts,
 ) -> Subject:
+  from utilized_rank.models.importing import UnsaidError
   from utilized_rank.models.importing import load_checkpoint
 
-  model, params, imported = load_checkpoint(path)
+  try:
+    model, params, imported = load_checkpoint(
+      path,
+      config=facts.config,
+      architecture=facts.architecture,
+      assume=facts.assume,
+      **options(facts.options),
+    )
+  except UnsaidError as error:
+    raise ValueError(
+      f'{error} On a command line: --option=NAME=VALUE, --architecture=NAME, '
+      '--model_config=FILE, --assume.'
+    ) from error
+  except TypeError as error:  # the model has no such option
+    raise ValueError(f'--option={" ".join(facts.options)}: {error}') from error
   wanted = imported.input.shape[1:]
   if inputs.endswith('.npz'):
     batches = _images(inputs, preprocess, wanted)
@@ -154,6 +241,27 @@ def _of_file(
     None if select is None else [(select, True), ('.*', False)],
     None,
   )
+
+
+def options(given: Sequence[str]) -> Mapping[str, Any]:
+  """`name=value` as keyword arguments.
+
+  Raises:
+    ValueError: one is not of this form.
+
+  >>> options(['activation=relu', 'heads=12', 'epsilon=1e-6'])
+  {'activation': 'relu', 'heads': 12, 'epsilon': 1e-06}
+  """
+  found = {}
+  for option in given:
+    name, equals, text = option.partition('=')
+    if not name.isidentifier() or not equals:
+      raise ValueError(f'--option={option}: NAME=VALUE is wanted')
+    try:
+      found[name] = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      found[name] = text  # a word
+  return found
 
 
 def _arrays(path: str, wanted: tuple[int, ...]) -> Callable[[], Iterable[Any]]:

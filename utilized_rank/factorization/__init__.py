@@ -1,6 +1,7 @@
 """From measured kernels to factors of every rank.
 
-* `kernels`: kernels of a tree beside their moments, checked.
+* `kernels`: kernels of a tree beside their moments, checked;
+  `input_basis`: those that read one value share its eigenbasis.
 * `methods`: the ways to factorize one kernel, for every rank at once.
 * `decompose`: every kernel at every rank, once.
 * `factorize`, `project`: pairs in place of kernels; the paper's W'.

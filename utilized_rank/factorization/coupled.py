@@ -13,7 +13,7 @@ import dataclasses
 
 import numpy as np
 
-from utilized_rank.factorization.kernels import InputBasis
+from utilized_rank.factorization.input_basis import InputBasis
 from utilized_rank.factorization.kernels import Kernel
 from utilized_rank.factorization.kernels import Weighed
 

@@ -6,13 +6,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
-import threading
 from typing import Any, NamedTuple
 import warnings
 
 import jax
 import numpy as np
 
+from utilized_rank.factorization.input_basis import InputBasis
 from utilized_rank.linalg import best_pairs
 from utilized_rank.linalg import eigh
 from utilized_rank.linalg import gram
@@ -317,48 +317,6 @@ def _second(
 
 def _matrix(known: Callable[[], Nystrom]) -> np.ndarray:
   return known().matrix()
-
-
-class InputBasis:
-  """The eigenbasis of a moment, made when first called for, by one thread.
-
-  Attributes:
-    mean: mu (d,).
-    second: makes S (d, d).
-    sketched: makes what S is taken for, where there is a sketch of it.
-  """
-
-  def __init__(
-    self,
-    mean: np.ndarray,
-    second: Callable[[], np.ndarray],
-    sketched: Callable[[], Nystrom] | None = None,
-  ):
-    self.mean, self.second, self._lock = mean, second, threading.Lock()
-    self.sketched = sketched
-    self._basis: subspace.Basis | None = None
-    self._values: np.ndarray | None = None
-
-  def values(self) -> np.ndarray:
-    """The eigenvalues alone, in a third of the time of the vectors."""
-    if self.sketched is not None:
-      return self().values
-    with self._lock:
-      if self._basis is not None:
-        return self._basis.values
-      if self._values is None:
-        self._values = eigh.spectrum(self.second())
-      return self._values
-
-  def __call__(self) -> subspace.Basis:
-    with self._lock:
-      if self._basis is None:
-        self._basis = (
-          subspace.input_basis(self.second())
-          if self.sketched is None
-          else self.sketched().basis()
-        )
-      return self._basis
 
 
 def member_name(path: str, index: tuple[int, ...]) -> str:

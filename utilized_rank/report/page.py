@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from utilized_rank.report import depth
-from utilized_rank.report import layers_section
 from utilized_rank.report import look
 from utilized_rank.report import plots
 from utilized_rank.report import tables
@@ -17,6 +16,7 @@ from utilized_rank.report.frame import document
 from utilized_rank.report.frame import section
 from utilized_rank.report.layer import LayerReport
 from utilized_rank.report.look import escape
+from utilized_rank.report.sections import layers_table
 
 META_KEYS = (
   'title',
@@ -99,7 +99,7 @@ def html(
   sections += [
     section('Utilization by depth', _depth_section(layers)),
     section('Spectra', _spectra_section(layers, energy)),
-    section('Layers', layers_section.html(layers)),
+    section('Layers', layers_table(layers)),
   ]
   details = _details(meta)
   return document(title, '\n'.join([*sections, details]))

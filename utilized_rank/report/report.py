@@ -136,8 +136,8 @@ class Report(Mapping[str, LayerReport]):
 
     >>> open('report.html', 'w').write(report.html())  # doctest: +SKIP
     """
-    from utilized_rank.report import choice_page
     from utilized_rank.report import page
+    from utilized_rank.report import sections
 
     about: dict[str, Any] = {'energy': self.energy, 'centered': self.centered}
     if self.coverage is not None:
@@ -145,7 +145,7 @@ class Report(Mapping[str, LayerReport]):
     about |= meta or {}
     more = {}
     if self.choice is not None:
-      more['What compress chose'] = choice_page.html(self.choice)
+      more['What compress chose'] = sections.chosen(self.choice)
     mlu = self.utilization_at(energies)
     return page.html(self.layers, mlu, runs, about, more)
 

@@ -288,13 +288,18 @@ def some(names: Sequence[str], most: int = 8) -> str:
 def shortened(names: Sequence[str], room: int) -> list[str]:
   """Names that fit and still differ, their long parts cut in the middle.
 
+  >>> shortened(['block_0/attention/query', 'block_0/attention/key'], 21)
+  ['block_0/att…ion/query', 'block_0/att…ion/key']
+
+  Where that does not suffice the whole name is cut so.
+
   >>> shortened(['block_0/attention/query', 'block_0/attention/key'], 18)
-  ['block_0/att…/query', 'block_0/att…/key']
+  ['block_0/…ion/query', 'block_0/…ntion/key']
   """
   best = _cut_parts(names, room)
   if max(map(len, best)) <= room:
     return best
-  best = [_cut(name, room) for name in best]
+  best = [_cut(name, room) for name in names]
   if len(set(best)) < len(set(names)):
     # What differs is in the middle: numbers tell them apart.
     tags = [f'…{i}' for i in range(len(names))]

@@ -10,10 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import torch
-from torch.utils import _pytree
-from torchax import tensor
-from torchax.view import View
+
+from utilized_rank.host.extras import extra
+
+with extra('torch'):
+  import torch
+  from torch.utils import _pytree
+  from torchax import tensor
+  from torchax.view import View
 
 
 class Environment(tensor.Environment):

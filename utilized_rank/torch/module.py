@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank.host.extras import extra
 from utilized_rank.lowrank import leaf as leaves
 from utilized_rank.torch import torchax_import
 
@@ -45,7 +46,8 @@ def from_module(
     KeyError: when called, `output` is none of the outputs.
   """
   torchax, env = torchax_import.load()
-  import torch
+  with extra('torch'):
+    import torch
 
   if not isinstance(module, torch.nn.Module):
     raise TypeError(f'module is a torch.nn.Module, got {type(module).__name__}')
@@ -200,7 +202,8 @@ def _give_bias(module: Any, owners: list[str], c: Any) -> None:
   Raises:
     ValueError: there is none without a bias.
   """
-  from torch import nn
+  with extra('torch'):
+    from torch import nn
 
   from utilized_rank.torch import pairs
 

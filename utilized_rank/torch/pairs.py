@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
+from utilized_rank.host.extras import extra
 from utilized_rank.lowrank.leaf import LowRank
+
+with extra('torch'):
+  import torch
+  from torch import nn
 
 _CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 

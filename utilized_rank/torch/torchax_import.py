@@ -7,6 +7,8 @@ import functools
 import threading
 from typing import Any
 
+from utilized_rank.host.extras import extra
+
 _LOCK = threading.Lock()
 
 
@@ -21,20 +23,16 @@ def load() -> tuple[Any, Any]:
   Raises:
     ImportError: torchax or torch is not installed.
   """
-  try:
+  with extra('torch'):
     import torch  # noqa: F401
-  except ImportError as error:
-    raise ImportError(
-      "modules of PyTorch need it and torchax: pip install 'utilized_rank"
-      "[torch]'"
-    ) from error
   with _LOCK, _missing_overloads():
     try:
-      import torchax
+      with extra('torch'):
+        import torchax
     except ImportError as error:
       raise ImportError(
         'a module of PyTorch becomes a function of JAX by torchax, which does '
-        f"not load ({error}): pip install 'utilized_rank[torch]'"
+        f'not load: {error}'
       ) from error
     from utilized_rank.torch.early import Environment
 
@@ -49,7 +47,8 @@ def _missing_overloads():
   has, as keys of its tables (`findings/torchax_and_torch_2_13.sh`). Nothing
   calls them: a key of their name is all that is needed.
   """
-  from torch import _ops
+  with extra('torch'):
+    from torch import _ops
 
   found = _ops.OpOverloadPacket.__getattr__
 

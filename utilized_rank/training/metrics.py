@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from utilized_rank.host.extras import extra
+
 
 class DivergedError(FloatingPointError):
   """The loss or the gradient became NaN or infinite."""
@@ -134,11 +136,12 @@ def _event_writer(directory: Any, start: int) -> Any:
   if directory is None:
     raise ValueError('tensorboard=True writes into directory=, which is None')
   try:
-    from tensorboardX import SummaryWriter
+    with extra('tensorboard'):
+      from tensorboardX import SummaryWriter
   except ImportError as error:
     raise ImportError(
-      'tensorboard=True needs the package tensorboardX (pip install '
-      'tensorboardX); metrics.jsonl holds the same numbers without it'
+      f'tensorboard=True needs the package tensorboardX: {error}; '
+      'metrics.jsonl holds the same numbers without it'
     ) from error
   return SummaryWriter(os.fspath(directory), purge_step=start + 1)
 

@@ -60,6 +60,10 @@ class Imported:
   metadata: str = ''
 
 
+class UnsaidError(ValueError):
+  """Nothing says what changes the output of the model."""
+
+
 def load_checkpoint(
   path: str,
   *,
@@ -182,7 +186,7 @@ def _unsaid(
     )
     hint = ', or name the model with architecture=' * layout.architectures
     hint += ', or give its config.json with config=' * bool(layout.model_types)
-    raise ValueError(
+    raise UnsaidError(
       f'{path} has the layout of {layout.name}, and neither its shapes nor '
       f'metadata say what changes the output. Give {listed}{hint}, or take '
       'what is usual with assume=True.'

@@ -1,4 +1,4 @@
-"""The table of a page's layers: sorted, filtered and saved by its script."""
+"""Sections of the report's page: its layers, and what `compress` chose."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import numpy as np
 from utilized_rank.report import depth
 from utilized_rank.report import look
 from utilized_rank.report import tables
+from utilized_rank.report.choice import Choice
+from utilized_rank.report.choice import stage_table
+from utilized_rank.report.frame import table
 from utilized_rank.report.layer import LayerReport
 from utilized_rank.report.look import escape
 
@@ -20,8 +23,11 @@ _TOOLS = (
 )
 
 
-def html(layers: Sequence[LayerReport]) -> str:
-  """The table, which must not be empty, and what finds and saves its rows."""
+def layers_table(layers: Sequence[LayerReport]) -> str:
+  """The table, which must not be empty, and what finds and saves its rows.
+
+  The page's script sorts, filters and saves them.
+  """
   prefix, suffix, names = depth.relative_names(layers)
   titles = ['layer', 'd_in', 'd_out', 'k_S', 'k_T', 'r', 'utilization']
   titles += ['error, projected', 'error, best pair']
@@ -60,6 +66,30 @@ def html(layers: Sequence[LayerReport]) -> str:
     f'<thead><tr>{head}</tr></thead>\n<tbody>{"".join(body)}</tbody></table>'
     '</div>'
   )
+
+
+def chosen(choice: Choice) -> str:
+  """The line, what won, every leaf that is changed, why others are not, and
+  what the stages took."""
+  parts = [
+    f'<p>{escape(choice.line)}</p>',
+    f'<p class="note">{escape(choice.how)}.</p>',
+  ]
+  if choice.changed:
+    titles, rows = choice.kernel_table()
+    prefix, suffix, names = depth.relative_names(choice.changed)
+    lines = [[name, *row] for name, row in zip(names, rows, strict=True)]
+    parts.append(table(['kernel', *titles], lines))
+    note = choice.units
+    if prefix or suffix:
+      note += f'. Names stand for {prefix}…{suffix}'
+    parts.append(f'<p class="note">{escape(note)}.</p>')
+  for why, paths in choice.dense.items():
+    listed = escape(', '.join(paths)).replace('/', '/<wbr>')
+    parts.append(f'<p class="note">Dense, {escape(why)}: {listed}.</p>')
+  if choice.stages:
+    parts.append(table(*stage_table(choice.stages)))
+  return '\n'.join(parts)
 
 
 def _number(value: int | None) -> str:
