@@ -128,10 +128,11 @@ def test_a_collection_in_passes_measures_the_same(
   module = importlib.import_module('utilized_rank.collection.collect')
   passes_within = module.passes_within
 
-  def in_two(sites, with_loss, with_fisher, peak, limit):
+  def in_two(sites, *sums):
+    *sums, peak, limit = sums
     limits.append(limit)
     less = peak(list(sites)) - 1000
-    return passes_within(sites, with_loss, with_fisher, peak, less)
+    return passes_within(sites, *sums, peak, less)
 
   monkeypatch.setattr(module, 'passes_within', in_two)
   _, result, _ = finished
