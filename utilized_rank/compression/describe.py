@@ -10,6 +10,7 @@ import numpy as np
 from utilized_rank.compression.candidates import Compressed
 from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.problem import Problem
+from utilized_rank.losses.sampled import SampledSquaredError
 from utilized_rank.lowrank.leaf import LowRank
 from utilized_rank.lowrank.leaf import count_params
 from utilized_rank.lowrank.leaf import is_low_rank
@@ -47,13 +48,18 @@ def choice(problem: Problem, best: Compressed) -> Choice:
   divergence = None
   if isinstance(best, Tried):
     divergence = float(best.divergences.mean())
-  has_loss = problem.moments.grads is not None
+  predicted_unit = "share of the output's energy"
+  if problem.moments.grads is not None:
+    predicted_unit = 'nats'
+    if isinstance(problem.loss, SampledSquaredError):
+      is_plain = problem.loss.energies is None
+      predicted_unit = 'half of the squared error' if is_plain else problem.unit
   return Choice(
     method=best.method,
     damping=best.damping,
     divergence=divergence,
     unit=problem.unit,
-    predicted_unit='nats' if has_loss else "share of the output's energy",
+    predicted_unit=predicted_unit,
     kernels=tuple(kept),
     contenders=tuple(problem.journal.contenders),
     stages=tuple(problem.journal.stages),
