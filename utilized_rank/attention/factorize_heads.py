@@ -12,7 +12,6 @@ from utilized_rank.attention import heads
 from utilized_rank.attention import joint
 from utilized_rank.factorization import certify
 from utilized_rank.factorization import methods
-from utilized_rank.factorization import shared_left
 from utilized_rank.factorization.kernels import kernels
 from utilized_rank.linalg import best_pairs
 from utilized_rank.lowrank.leaf import is_low_rank
@@ -20,8 +19,8 @@ from utilized_rank.lowrank.narrow_heads import NarrowHeads
 from utilized_rank.lowrank.place import place
 from utilized_rank.lowrank.place import place_like
 from utilized_rank.moments.moments import Moments
-from utilized_rank.ranks import knapsack
 from utilized_rank.ranks import offers
+from utilized_rank.ranks.uniform import check_params_fraction
 from utilized_rank.tree import paths
 from utilized_rank.walk import compat
 
@@ -43,7 +42,7 @@ def uniform_head_ranks(
   Raises:
     ValueError: the fraction is outside (0, 1], or leaves a pair no rank.
   """
-  _check_fraction(params_fraction)
+  check_params_fraction(params_fraction)
   ranks = {}
   for name, pair in pairs.items():
     most = int(params_fraction * pair.width + 1e-9)
@@ -122,7 +121,7 @@ def budget_head_ranks(
     ValueError: the fraction is outside (0, 1] or below what the lowest ranks
       cost, or the moments lack a kernel or the gradients.
   """
-  _check_fraction(params_fraction)
+  check_params_fraction(params_fraction)
   damages = head_damages(
     params,
     moments,
@@ -133,10 +132,7 @@ def budget_head_ranks(
   )
   found = head_offers(pairs, damages, multiple_of)
   total = sum(pair.cost * pair.width for pair in pairs.values())
-  ranks: dict[Any, int] = {}
-  for taken, _ in offers.spend(found, int(params_fraction * total)):
-    ranks |= taken
-  return ranks
+  return offers.together(offers.spend(found, int(params_fraction * total)))
 
 
 def head_offers(
@@ -151,14 +147,17 @@ def head_offers(
     damages: as `head_damages` found them.
     multiple_of: ranks are multiples of this.
   """
-  found = []
-  for name, pair in pairs.items():
-    ranks = np.arange(multiple_of, pair.full_rank, multiple_of)
-    taken: list[dict[shared_left.Key, int]] = [{name: int(r)} for r in ranks]
-    ranks = np.append(ranks, pair.width)
-    choices = knapsack.Choices(pair.cost * ranks, damages[name][ranks])
-    found.append(offers.Offer([*taken, {}], choices))
-  return found
+  return [
+    offers.by_size(
+      name,
+      (pair.left.path, pair.right.path),
+      pair.cost,
+      np.arange(multiple_of, pair.full_rank, multiple_of),
+      pair.width,
+      damages[name],
+    )
+    for name, pair in pairs.items()
+  ]
 
 
 @compat.moves_data
@@ -257,11 +256,6 @@ def factorize_heads(
       new = np.asarray(old, np.float64) + lost.reshape(old.shape)
       out[path] = place_like(new, old)
   return paths.unflatten(treedef, out)
-
-
-def _check_fraction(fraction: float) -> None:
-  if not 0 < fraction <= 1:
-    raise ValueError(f'params_fraction is a share in (0, 1], got {fraction!r}')
 
 
 def _problems(

@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 
 from utilized_rank.factorization import methods
-from utilized_rank.factorization import shared_left
 from utilized_rank.hidden.layers import Hidden
 from utilized_rank.hidden.narrow_hidden import hidden_damages
 from utilized_rank.moments.moments import Moments
-from utilized_rank.ranks import knapsack
 from utilized_rank.ranks import offers
-from utilized_rank.ranks.budget import one_fraction
+from utilized_rank.ranks.uniform import check_params_fraction
 
 
 def budget_widths(
@@ -49,7 +47,7 @@ def budget_widths(
     ValueError: the fraction is outside (0, 1] or below what the lowest widths
       cost, or the moments lack a kernel or the gradients.
   """
-  one_fraction(params_fraction, None)
+  check_params_fraction(params_fraction)
   hidden = hidden.apart()
   damages = hidden_damages(
     params,
@@ -60,10 +58,7 @@ def budget_widths(
   )
   found = width_offers(hidden, damages, multiple_of)
   total = sum(layer.cost * layer.width for layer in hidden.values())
-  widths: dict[Any, int] = {}
-  for taken, _ in offers.spend(found, int(params_fraction * total)):
-    widths |= taken
-  return widths
+  return offers.together(offers.spend(found, int(params_fraction * total)))
 
 
 def width_offers(
@@ -76,12 +71,14 @@ def width_offers(
     damages: as `hidden_damages` found them.
     multiple_of: widths are multiples of this.
   """
-  found = []
-  for name, layer in hidden.items():
-    widths = np.arange(multiple_of, layer.width, multiple_of)
-    taken: list[dict[shared_left.Key, int]] = [{name: int(k)} for k in widths]
-    widths = np.append(widths, layer.width)
-    choices = knapsack.Choices(layer.cost * widths, damages[name][widths])
-    names = tuple(kernel.path for kernel in layer.kernels)
-    found.append(offers.Offer([*taken, {}], choices, names))
-  return found
+  return [
+    offers.by_size(
+      name,
+      tuple(kernel.path for kernel in layer.kernels),
+      layer.cost,
+      np.arange(multiple_of, layer.width, multiple_of),
+      layer.width,
+      damages[name],
+    )
+    for name, layer in hidden.items()
+  ]

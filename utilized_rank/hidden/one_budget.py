@@ -120,10 +120,8 @@ def narrow(
     [*of_heads, *of_layers, *of_rest], int(params_fraction * total)
   )
   first, second = len(of_heads), len(of_heads) + len(of_layers)
-  narrow_heads, widths = (
-    _together(spent[:first]),
-    _together(spent[first:second]),
-  )
+  narrow_heads = offers.together(spent[:first])
+  widths = offers.together(spent[first:second])
   if not narrow_heads and not widths:
     return None
   # Of one shape all the way, so that the rest is fitted to dense outputs.
@@ -140,7 +138,7 @@ def narrow(
   return Narrowed(
     tree,
     rest,
-    _together(spent[second:]),
+    offers.together(spent[second:]),
     # Half a number more, so that rounding does not lose one.
     min(1.0, (left + 0.5) / whole) if whole else 1.0,
     tuple(Cut(layers[cut.layer.name], cut.units) for cut in cuts),
@@ -162,13 +160,6 @@ def _measured(moments: Moments, *kernels: Any) -> bool:
     kernel.path in moments and moments[kernel.path].entry.side == 'input'
     for kernel in kernels
   )
-
-
-def _together(spent: Any) -> dict[Any, int]:
-  ranks: dict[Any, int] = {}
-  for taken, _ in spent:
-    ranks |= taken
-  return ranks
 
 
 def put_back(tree: Any, narrowed: Narrowed) -> Any:

@@ -136,10 +136,7 @@ def budget_ranks(
   )
   found = [offers.offer(terms, key, families) for key in keys]
   total = sum(terms.dense_cost(key) for key in keys)
-  ranks: dict[Any, int] = {}
-  for taken, _ in offers.spend(found, int(fraction * total)):
-    ranks |= taken
-  return ranks
+  return offers.together(offers.spend(found, int(fraction * total)))
 
 
 def one_fraction(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -166,6 +166,33 @@ def _damages(
   return dense * (lost + _UNIFORM * gone**2)
 
 
+def by_size(
+  name: str,
+  names: tuple[str, ...],
+  cost: int,
+  sizes: np.ndarray,
+  width: int,
+  damages: np.ndarray,
+) -> Offer:
+  """What kernels offer that get narrower together, or stay as they are.
+
+  Args:
+    name: the key of their size.
+    names: the kernels, for errors.
+    cost: of each feature that they keep.
+    sizes: numbers of features that they may keep.
+    width: how many they have.
+    damages: (width + 1,): entry k is the damage of k features.
+
+  >>> made = by_size('q', ('q', 'k'), 8, np.arange(1, 3), 4, np.arange(5)[::-1])
+  >>> made.ranks, made.choices.costs.tolist(), made.choices.damages.tolist()
+  ([{'q': 1}, {'q': 2}, {}], [8, 16, 32], [3, 2, 0])
+  """
+  taken: list[dict[Key, int]] = [{name: int(k)} for k in sizes]
+  sizes = np.append(sizes, width)
+  return Offer([*taken, {}], Choices(cost * sizes, damages[sizes]), names)
+
+
 def spend(
   found: Sequence[Offer], budget: int
 ) -> list[tuple[dict[Key, int], int]]:
@@ -193,6 +220,15 @@ def spend(
     (offer.ranks[pick], int(offer.choices.costs[pick]))
     for offer, pick in zip(found, picks, strict=True)
   ]
+
+
+def together(spent: Sequence[tuple[dict[Key, int], int]]) -> dict[Any, int]:
+  """The ranks of several choices, of those that `spend` returns.
+
+  >>> together([({'w': 3}, 12), ({}, 9)])
+  {'w': 3}
+  """
+  return {key: rank for taken, _ in spent for key, rank in taken.items()}
 
 
 def _said(offer: Offer, pick: int) -> str:

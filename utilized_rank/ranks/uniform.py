@@ -46,10 +46,7 @@ def uniform_ranks(
   {'w': 4}
   """
   check_gauge(gauge)
-  if not 0 < params_fraction <= 1:
-    raise ValueError(
-      f'params_fraction is a share in (0, 1], got {params_fraction!r}'
-    )
+  check_params_fraction(params_fraction)
   if multiple_of < 1:
     raise ValueError(f'multiple_of must be at least 1, got {multiple_of!r}')
   if params_fraction == 1:
@@ -74,3 +71,12 @@ def uniform_ranks(
       f' of {total} parameters; rank {multiple_of} everywhere needs {cost}'
     )
   return ranks
+
+
+def check_params_fraction(fraction: float) -> None:
+  """Raises ValueError for what is no share of parameters.
+
+  >>> check_params_fraction(0.5)
+  """
+  if not 0 < fraction <= 1:
+    raise ValueError(f'params_fraction is a share in (0, 1], got {fraction!r}')
