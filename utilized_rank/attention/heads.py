@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 import dataclasses
 import math
 
+from utilized_rank.host.columns import aligned
 from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Atoms
 from utilized_rank.tree.layout import Layout
@@ -143,15 +144,7 @@ class Attention(Mapping[str, HeadPair]):
           )
         )
     rows += [(p, '', '', '', f'- {why}') for p, why in self.unseen.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-      '  '.join(
-        [row[0].ljust(widths[0])]
-        + [cell.rjust(w) for cell, w in zip(row[1:4], widths[1:])]
-        + [row[4]]
-      ).rstrip()
-      for row in rows
-    ]
+    lines = aligned(rows)
     paired = 2 * len(self)
     lines.append(f'{paired} of {paired + len(self.unseen)} kernels in pairs')
     return '\n'.join(lines)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from utilized_rank.collection import accumulation
+from utilized_rank.host.columns import aligned
 from utilized_rank.linalg import gram
 from utilized_rank.linalg import sketch as sketches
 from utilized_rank.moments.gradients import LossFn
@@ -116,14 +117,7 @@ class Plan:
           str(k.number + 1),
         )
       )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-      '  '.join(
-        [row[0].ljust(widths[0])]
-        + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]
-      ).rstrip()
-      for row in rows
-    ]
+    lines = aligned([(*row, '') for row in rows])
     limit = (
       'no limit'
       if self.memory_limit is None

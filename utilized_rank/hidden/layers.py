@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import math
 
+from utilized_rank.host.columns import aligned
 from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Layout
 from utilized_rank.tree.layout import pieces_of
@@ -144,15 +145,7 @@ class Hidden(Mapping[str, HiddenLayer]):
           )
         )
     rows += [(p, '', '', f'- {why}') for p, why in self.unseen.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [
-      '  '.join(
-        [row[0].ljust(widths[0])]
-        + [cell.rjust(w) for cell, w in zip(row[1:3], widths[1:])]
-        + [row[3]]
-      ).rstrip()
-      for row in rows
-    ]
+    lines = aligned(rows)
     lines.append(f'{len(self)} hidden layers')
     return '\n'.join(lines)
 

@@ -1,6 +1,7 @@
 """This machine and this job: files, threads, processes, bars, options.
 
 * `files`: files that appear whole or not at all.
+* `columns`: rows of text as columns.
 * `extras`: what an installation may lack, and which extra has it.
 * `options`: typed options out of a config section.
 * `progress`: a bar on a terminal, a line every few seconds elsewhere.

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from utilized_rank.host.columns import aligned
 from utilized_rank.moments.coverage import Coverage
 from utilized_rank.moments.moments import Entry
 from utilized_rank.tree import paths
@@ -96,15 +97,7 @@ class Sites(Mapping[str, Site]):
       matrix = '×'.join(map(str, site.matrix_shape))
       rows.append((path, dims, groups, matrix, f'#{site.index}', _notes(site)))
     rows += [(p, '', '', '', '', f'- {why}') for p, why in self.others.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    right = (False, True, True, True, True)
-    lines = []
-    for row in rows:
-      cells = [
-        cell.rjust(w) if r else cell.ljust(w)
-        for cell, w, r in zip(row, widths, right)
-      ]
-      lines.append('  '.join([*cells, row[5]]).rstrip())
+    lines = aligned(rows)
     shared = len({s.index for s in self._sites.values()})
     lines.append(
       f'{len(self)} kernels of {len(self.shapes)} leaves, {shared} distinct '
