@@ -131,10 +131,11 @@ def _gradient(total: Callable[[Any], jax.Array], taps: Any) -> Any:
 def first_line(error: Exception) -> str:
   """What an error says first, or its type where it says nothing.
 
-  >>> first_line(ValueError('one\\ntwo')), first_line(AssertionError())
+  >>> first_line(ValueError('\\none\\ntwo')), first_line(AssertionError())
   ('one', 'AssertionError')
   """
-  return (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
+  said = str(error).strip().splitlines() or [type(error).__name__]
+  return said[0].rstrip('.')
 
 
 def _examples(batch: Any) -> int:

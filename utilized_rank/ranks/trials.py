@@ -69,7 +69,7 @@ class Trials:
     self._at_once = at_once
     self._programs = programs(fn, divergence)
     dense = params if reference is None else reference
-    of, form = _on_device(paths.flatten(dense)[0]), Form(dense)
+    of, form = tracing.on_device(paths.flatten(dense)[0]), Form(dense)
     self._data = [
       (batch, self._programs.outputs(form, of, batch)) for batch in batches
     ]
@@ -77,7 +77,9 @@ class Trials:
     start = {**self._named, **self._leaves({}, None)}
     self._form = Form(paths.unflatten(treedef, start), is_low_rank)
     own = self._changing()
-    self._rest = _on_device({p: v for p, v in start.items() if p not in own})
+    self._rest = tracing.on_device(
+      {p: v for p, v in start.items() if p not in own}
+    )
     self._run: Callable[..., jax.Array] | None = None
 
   @property
@@ -154,11 +156,7 @@ class Trials:
   def _fails(self, fn: Callable[..., Any], leaves: Leaves) -> Exception | None:
     """What tracing `fn` raises, if anything; nothing is computed."""
     run = functools.partial(fn, self._form)
-    try:
-      jax.eval_shape(run, leaves, self._rest, *self._data[0])
-    except Exception as error:  # each primitive's author raises another
-      return error
-    return None
+    return tracing.failure(run, leaves, self._rest, *self._data[0])
 
   def slopes(
     self, ranks: Mapping[str, int], families: Families
@@ -293,15 +291,6 @@ def programs(fn: Callable[[Any, Any], Any], divergence: Divergence) -> Programs:
   return kept([fn, divergence], 'trials', Programs)
 
 
-def _on_device(named: Mapping[str, Any]) -> Leaves:
-  """The arrays among leaves; on a device, so that they are moved once."""
-  return {
-    path: v if isinstance(v, jax.Array) else jax.device_put(v)
-    for path, v in named.items()
-    if tracing.is_array(v)
-  }
-
-
 def divergences(
   fn: Callable[[Any, Any], Any],
   params: Any,
@@ -321,7 +310,7 @@ def divergences(
     for path, v in named.items()
     if is_low_rank(v) or tracing.is_array(v)
   }
-  of, dense = _on_device(paths.flatten(params)[0]), Form(params)
+  of, dense = tracing.on_device(paths.flatten(params)[0]), Form(params)
   found = []
   for batch in batches:
     outputs = run.outputs(dense, of, batch)

@@ -8,7 +8,6 @@ import itertools
 import math
 from typing import Any
 
-import jax
 import numpy as np
 
 from utilized_rank.collection.one_pass import check_batch
@@ -151,11 +150,7 @@ def anchor(
     )
     for path, site in sites.items()
   }
-  arrays = lambda tree: {
-    path: jax.device_put(leaf)
-    for path, leaf in paths.flatten(tree)[0].items()
-    if tracing.is_array(leaf)
-  }
+  arrays = lambda tree: tracing.on_device(paths.flatten(tree)[0])
   dense = arrays(params)
   small = arrays(start) if start is not None else dict(dense)
   count = len(streams.blocks)

@@ -18,6 +18,8 @@ from utilized_rank.losses.divergence import Divergence
 from utilized_rank.losses.divergence import comes_closer
 from utilized_rank.losses.divergence import squared_error
 from utilized_rank.lowrank.low_rank import low_rank
+from utilized_rank.moments.gradients import first_line
+from utilized_rank.ranks import trials
 from utilized_rank.refit import descent
 from utilized_rank.refit.trained import Trained
 from utilized_rank.tree import paths
@@ -114,7 +116,7 @@ def distill(
     return small
   tree = Trained.of(fn, params, small, given[0])
   programs = kept([fn, divergence], 'distill', _Programs)
-  dense = _Dense(programs.dense, params)
+  dense = _Dense(trials.programs(fn, divergence).outputs, params)
   judge = functools.partial(programs.each, tree.kind)
   update = functools.partial(programs.update, tree.kind)
   rest = tree.rest()
@@ -126,8 +128,10 @@ def distill(
 
   state = tree.start()
   piece = next(_pieces(training, dense, batch_size))
-  if why := _fails(update, state, 1.0, 1.0, rest, *piece):
-    raise NoDerivative(f'the function has no reverse derivative ({why})')
+  if why := tracing.failure(update, state, 1.0, 1.0, rest, *piece):
+    raise NoDerivative(
+      f'the function has no reverse derivative ({first_line(why)})'
+    )
 
   def descend(peak, steps, looks):
     """Update by update: None, or how far outputs are, and the values."""
@@ -207,23 +211,11 @@ def _on_host(tree: Any) -> Any:
   return jax.tree.map(lambda v: np.asarray(v) if is_plain(v) else v, tree)
 
 
-def _fails(update: Callable[..., Any], *args: Any) -> str | None:
-  """What tracing an update raises, its first line; None if it is traced."""
-  try:
-    jax.eval_shape(update, *args)
-  except Exception as error:  # each primitive's author raises another
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-  return None
-
-
 class _Programs:
   """Compiled functions of `fn` and a divergence; their arguments are all."""
 
   def __init__(self, fn: Callable[[Any, Any], Any], divergence: Divergence):
     run = low_rank(fn)
-
-    def dense(form, leaves, batch):
-      return fn(form.filled(leaves), batch)
 
     def each(kind, values, rest, batch, outputs):
       tree = kind.joined(values, rest)
@@ -237,18 +229,14 @@ class _Programs:
       return descent.update(state, gradient, count, rate)
 
     compiled = functools.partial(jax.jit, static_argnums=0)
-    self.dense, self.each, self.update = map(compiled, (dense, each, update))
+    self.each, self.update = map(compiled, (each, update))
 
 
 class _Dense:
   """The dense function, some of whose outputs are remembered."""
 
   def __init__(self, run: Callable[..., Any], params: Any):
-    leaves = {
-      path: v if isinstance(v, jax.Array) else jax.device_put(v)
-      for path, v in paths.flatten(params)[0].items()
-      if tracing.is_array(v)
-    }
+    leaves = tracing.on_device(paths.flatten(params)[0])
     self._run = functools.partial(run, tracing.Form(params), leaves)
     self._kept: dict[int, Any] = {}
     self._left = _MOST_BYTES

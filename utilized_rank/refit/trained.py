@@ -102,11 +102,9 @@ class Trained:
 
   def rest(self) -> Leaves:
     """The arrays that are not trained, on the device."""
-    return {
-      path: v if isinstance(v, jax.Array) else jax.device_put(v)
-      for path, v in self.named.items()
-      if path not in self.trained and tracing.is_array(v)
-    }
+    return tracing.on_device(
+      {p: v for p, v in self.named.items() if p not in self.trained}
+    )
 
   def start(self) -> descent.State:
     """The trained leaves in float32, before the first update."""

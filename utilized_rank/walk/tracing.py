@@ -86,6 +86,32 @@ def split(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
   return [named[path] for path in moving], join
 
 
+def on_device(named: Mapping[str, Any]) -> dict[str, Any]:
+  """The arrays among leaves by path, on a device: moved once, if at all.
+
+  >>> list(on_device({'w': np.ones(2), 'act': 'gelu'}))
+  ['w']
+  """
+  return {
+    path: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
+    for path, leaf in named.items()
+    if is_array(leaf)
+  }
+
+
+def failure(fn: Callable[..., Any], *args: Any) -> Exception | None:
+  """What tracing a function raises; None where nothing. It is not run.
+
+  >>> failure(lambda x: x + 1, 2.0), str(failure(lambda x: x[0], ()))
+  (None, 'tuple index out of range')
+  """
+  try:
+    jax.eval_shape(fn, *args)
+  except Exception as error:  # each primitive's author raises another
+    return error
+  return None
+
+
 class Form:
   """A tree without its arrays: a static argument of `jax.jit`.
 
