@@ -13,8 +13,9 @@ from utilized_rank.lowrank.leaf import count_params
 from utilized_rank.storage.checkpoint import save
 
 with extra('all'):
-  from absl import app
   from absl import flags
+
+parse = subject.parse
 
 
 def define(values: flags.FlagValues) -> None:
@@ -32,20 +33,14 @@ def define(values: flags.FlagValues) -> None:
   )
 
 
-def parse(argv: Sequence[str]) -> list[str]:
-  """Parses the command line."""
-  return app.parse_flags_with_usage(list(argv))
-
-
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   """Makes smaller what the flags say."""
-  if len(argv) != 2:
-    raise app.UsageError(f'one CHECKPOINT is wanted, got {argv[1:]}')
+  checkpoint = subject.checkpoint_of(argv)
   errors.prepare()
   with errors.in_one_line():
     if os.path.exists(values.out):
       raise FileExistsError(f'--out={values.out}: it is there already')
-    it = subject.given(argv[1], values)
+    it = subject.given(checkpoint, values)
     small, report = compress(
       it.fn,
       it.params,

@@ -11,8 +11,9 @@ from utilized_rank.host.extras import extra
 from utilized_rank.report.measure import measure
 
 with extra('all'):
-  from absl import app
   from absl import flags
+
+parse = subject.parse
 
 
 def define(values: flags.FlagValues) -> None:
@@ -26,21 +27,15 @@ def define(values: flags.FlagValues) -> None:
   )
 
 
-def parse(argv: Sequence[str]) -> list[str]:
-  """Parses the command line."""
-  return app.parse_flags_with_usage(list(argv))
-
-
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   """Measures what the flags say."""
-  if len(argv) != 2:
-    raise app.UsageError(f'one CHECKPOINT is wanted, got {argv[1:]}')
+  checkpoint = subject.checkpoint_of(argv)
   errors.prepare()
   with errors.in_one_line():
     out = values.out or ''
     if values.out is not None and not out.endswith(('.html', '.json')):
       raise ValueError(f'--out={out}: a file .html or .json')
-    it = subject.given(argv[1], values)
+    it = subject.given(checkpoint, values)
     moments = it.moments
     if moments is None:
       moments = collect(it.fn, it.params, it.batches(), select=it.select)

@@ -15,6 +15,7 @@ from utilized_rank.losses.sampled import sampled_cross_entropy
 from utilized_rank.moments.moments import Moments
 
 with extra('all'):
+  from absl import app
   from absl import flags
 
 _BATCH = 64
@@ -108,6 +109,18 @@ def define(values: flags.FlagValues) -> None:
     'Take what nothing says of the model as it usually is.',
     flag_values=values,
   )
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+  """Parses the command line of a command that takes a CHECKPOINT."""
+  return app.parse_flags_with_usage(list(argv))
+
+
+def checkpoint_of(argv: Sequence[str]) -> str:
+  """The one that a parsed command line names; `absl` says how else."""
+  if len(argv) != 2:
+    raise app.UsageError(f'one CHECKPOINT is wanted, got {argv[1:]}')
+  return argv[1]
 
 
 def given(checkpoint: str, values: flags.FlagValues) -> Subject:
