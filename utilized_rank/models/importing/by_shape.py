@@ -247,53 +247,58 @@ def keyword_transformer(
   return model, jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+def _of_tokens(
+  mapped: Shapes, options: Options
+) -> tuple[dict[str, Any], jax.ShapeDtypeStruct]:
+  """Sizes of a transformer with learnt positions, and its input."""
+  vocabulary, width = mapped['params/embedding/embedding']
+  context = mapped['params/positions'][0]
+  sizes = {
+    'vocabulary': vocabulary,
+    'context': context,
+    'width': width,
+    'depth': _count(mapped, r'params/block_(\d+)/.*'),
+    'heads': options['heads'],
+    'mlp_dim': mapped['params/block_0/MlpBlock_3/Dense_0/kernel'][1],
+  }
+  return sizes, jax.ShapeDtypeStruct((1, context), jnp.int32)
+
+
 def gpt(
   layout: Layout, mapped: Shapes, source: Shapes, options: Options
 ) -> Built:
   del layout
-  vocabulary, width = mapped['params/embedding/embedding']
-  context = mapped['params/positions'][0]
+  sizes, tokens = _of_tokens(mapped, options)
   model = _build(
     GPT,
     {
-      'vocabulary': vocabulary,
-      'context': context,
-      'width': width,
-      'depth': _count(mapped, r'params/block_(\d+)/.*'),
-      'heads': options['heads'],
-      'mlp_dim': mapped['params/block_0/MlpBlock_3/Dense_0/kernel'][1],
+      **sizes,
       'tied': 'params/head/kernel' not in mapped,
       'head': any(name.startswith('transformer.') for name in source),
     },
     options,
   )
-  return model, jax.ShapeDtypeStruct((1, context), jnp.int32)
+  return model, tokens
 
 
 def bert(
   layout: Layout, mapped: Shapes, source: Shapes, options: Options
 ) -> Built:
   del layout, source
-  vocabulary, width = mapped['params/embedding/embedding']
-  context = mapped['params/positions'][0]
+  sizes, tokens = _of_tokens(mapped, options)
   classes = mapped.get('params/head/kernel', (0, 0))[1]
   output = 'vocabulary' if 'params/logits_bias' in mapped else 'tokens'
   model = _build(
     Bert,
     {
-      'vocabulary': vocabulary,
-      'context': context,
-      'width': width,
-      'depth': _count(mapped, r'params/block_(\d+)/.*'),
-      'heads': options['heads'],
-      'mlp_dim': mapped['params/block_0/MlpBlock_3/Dense_0/kernel'][1],
+      **sizes,
       'types': mapped.get('params/types/embedding', (0,))[0],
       'output': 'classes' if classes else output,
       'num_classes': classes,
     },
     options,
   )
-  return model, jax.ShapeDtypeStruct((1, context), jnp.int32)
+  return model, tokens
 
 
 def llama(
