@@ -7,15 +7,11 @@ import contextlib
 import json
 import os
 import socket
+import sys
 
 import jax
 
 from utilized_rank.host import files
-
-try:
-  import fcntl
-except ImportError:  # Windows, where two runs are not told apart
-  fcntl = None  # type: ignore[assignment]
 
 _NAME = 'process.json'
 
@@ -31,9 +27,12 @@ def occupied(path: str | os.PathLike[str]) -> Iterator[None]:
   Raises:
     ValueError: another process holds it; names the process and its host.
   """
-  if fcntl is None or (
-    jax.distributed.is_initialized() and jax.process_index()
-  ):
+  if sys.platform == 'win32':  # where two runs are not told apart
+    yield
+    return
+  import fcntl
+
+  if jax.distributed.is_initialized() and jax.process_index():
     yield
     return
   os.makedirs(path, exist_ok=True)

@@ -45,17 +45,8 @@ def from_module(
     ValueError: it is in training mode.
     KeyError: when called, `output` is none of the outputs.
   """
+  _check_module(module)
   torchax, env = torchax_import.load()
-  with extra('torch'):
-    import torch
-
-  if not isinstance(module, torch.nn.Module):
-    raise TypeError(f'module is a torch.nn.Module, got {type(module).__name__}')
-  if module.training:
-    raise ValueError(
-      'the module is in training mode, where dropout and batch statistics '
-      'make it another function at each call: call module.eval() first'
-    )
   states, run = torchax.extract_jax(module, env)
   kept = module.state_dict()
   floating = lambda v: jnp.issubdtype(v.dtype, jnp.inexact)
@@ -67,6 +58,19 @@ def from_module(
     return _chosen(_arrays(run({**fixed, **params}, args, keywords)), output)
 
   return fn, params
+
+
+def _check_module(module: Any) -> None:
+  with extra('torch'):
+    from torch import nn
+
+  if not isinstance(module, nn.Module):
+    raise TypeError(f'module is a torch.nn.Module, got {type(module).__name__}')
+  if module.training:
+    raise ValueError(
+      'the module is in training mode, where dropout and batch statistics '
+      'make it another function at each call: call module.eval() first'
+    )
 
 
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -131,14 +135,18 @@ def to_module(module: Any, small: Params) -> Any:
     KeyError: `small` lacks a parameter of the module, or has others.
     TypeError: a leaf is neither an array nor `LowRank`.
   """
-  _, params = from_module(module)
-  _check_names(params, small)
+  _check_module(module)
   from utilized_rank.torch import pairs
 
-  named = leaves.with_left(leaves.write_out(dict(small)))
   new = copy.deepcopy(module)
-  owners = _owners(new)
-  tensors = {**dict(new.named_parameters()), **dict(new.named_buffers())}
+  owners, kept = _owners(new), new.state_dict()
+  tensors = {
+    name: tensor
+    for name, tensor in (*new.named_parameters(), *new.named_buffers())
+    if name in kept and tensor.is_floating_point()
+  }
+  _check_names(tensors, small)
+  named = leaves.with_left(leaves.write_out(dict(small)))
   multiplied: list[str] = []
   made: dict[str, pairs.Pair] = {}
   for name, leaf in named.items():
@@ -184,11 +192,9 @@ def to_module(module: Any, small: Params) -> Any:
   return new
 
 
-def _check_names(params: Params, small: Params) -> None:
-  missing, odd = (
-    sorted(set(params) - set(small)),
-    sorted(set(small) - set(params)),
-  )
+def _check_names(params: Mapping[str, Any], small: Params) -> None:
+  missing = sorted(set(params) - set(small))
+  odd = sorted(set(small) - set(params))
   if missing or odd:
     raise KeyError(
       f'small is no tree of this module: it lacks {missing[:4]} and has '

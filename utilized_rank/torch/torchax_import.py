@@ -50,7 +50,8 @@ def _missing_overloads():
   with extra('torch'):
     from torch import _ops
 
-  found = _ops.OpOverloadPacket.__getattr__
+  packet, looks_up = _ops.OpOverloadPacket, '__getattr__'
+  found = getattr(packet, looks_up)
 
   def get(self, name):
     try:
@@ -60,8 +61,8 @@ def _missing_overloads():
         raise
       return f'{self}.{name}'
 
-  _ops.OpOverloadPacket.__getattr__ = get  # type: ignore[method-assign]
+  setattr(packet, looks_up, get)
   try:
     yield
   finally:
-    _ops.OpOverloadPacket.__getattr__ = found  # type: ignore[method-assign]
+    setattr(packet, looks_up, found)
