@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 import functools
+import json
 import pathlib
 import time
+from typing import Any
 
 from benchmarks.networks import char_mlp
 from benchmarks.networks import digits_vit
@@ -23,6 +25,7 @@ from benchmarks.networks import stories260k
 from benchmarks.networks.common import Network
 from benchmarks.shared import arguments
 from benchmarks.shared import cache
+from benchmarks.shared import record
 
 LOADERS: dict[str, Callable[[str], Network]] = {
   'mlp_fmnist_relu': mlp_fmnist_relu.load,
@@ -77,6 +80,32 @@ def each(
       start = time.perf_counter()
       network = LOADERS[name](data_root)
       yield network, functools.partial(_since, start)
+
+
+def write_each(
+  args: argparse.Namespace,
+  name: str,
+  seeds: dict[str, int],
+  run: Callable[[str, str], Any],
+) -> None:
+  """Runs a benchmark network by network, and writes what is known after each.
+
+  What the result file says of other networks stays.
+
+  Args:
+    args: of `parser`.
+    name: of the benchmark.
+    seeds: to be written down.
+    run: `run(name, data_root)` of a network gives its result.
+  """
+  known: dict[str, Any] = {}
+  if args.out.exists():
+    known = json.loads(args.out.read_text(encoding='utf-8'))['networks']
+  with cache.compilations():
+    for network in args.networks:
+      known[network] = run(network, args.data_root)
+      found = {'seeds': seeds, 'networks': known}
+      record.write(args.out, name, found, ['--data_root=DIR'])
 
 
 def _since(start: float) -> float:

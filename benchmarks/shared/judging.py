@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -113,6 +115,19 @@ class Fold:
     self.moments = calibrate(network, calibration)
     self.judge = Judge(network, self.moments, judged)
     self._families: dict[tuple[str, bool], ur.Families] = {}
+
+  def compress(self, share: float, **options: Any) -> tuple[Any, ur.Report]:
+    """What `ur.compress` makes of the network with what calibrates it."""
+    return ur.compress(
+      self.network.fn,
+      self.network.params,
+      self.batches,
+      moments=self.moments,
+      params_fraction=share,
+      loss=ur.sampled_cross_entropy(),
+      progress=False,
+      **options,
+    )
 
   def families(self, method: str, mean: bool) -> ur.Families:
     """Those of a method, with the mean compensated or not; made once."""

@@ -16,14 +16,12 @@ network, on two CPU cores.
 from __future__ import annotations
 
 from collections.abc import Callable
-import json
 import time
 from typing import Any
 
 import numpy as np
 
 from benchmarks import networks
-from benchmarks.shared import cache
 from benchmarks.shared import judging
 from benchmarks.shared import record
 from benchmarks.shared.judging import Fold
@@ -55,16 +53,7 @@ def predicted(fold: Fold, share: float) -> tuple[Any, float]:
 
 
 def compressed(fold: Fold, share: float) -> tuple[Any, float]:
-  network = fold.network
-  small, report = ur.compress(
-    network.fn,
-    network.params,
-    fold.batches,
-    moments=fold.moments,
-    params_fraction=share,
-    loss=ur.sampled_cross_entropy(),
-    progress=False,
-  )
+  small, report = fold.compress(share)
   assert report.choice is not None
   print(f'  {report.choice.line}', flush=True)
   trained = (s.cpu_seconds for s in report.choice.stages if s.name == 'refine')
@@ -121,15 +110,8 @@ def main():
     choices=list(SHARES),
     out=record.RESULTS / 'default.json',
   )
-  args = parser.parse_args()
-  known: dict[str, Any] = {}
-  if args.out.exists():
-    known = json.loads(args.out.read_text(encoding='utf-8'))['networks']
-  with cache.compilations():
-    for name in args.networks:
-      known[name] = run(name, args.data_root)
-      found = {'seeds': {'sampled_cross_entropy': 0}, 'networks': known}
-      record.write(args.out, 'default', found, ['--data_root=DIR'])
+  seeds = {'sampled_cross_entropy': 0}
+  networks.write_each(parser.parse_args(), 'default', seeds, run)
 
 
 if __name__ == '__main__':

@@ -15,7 +15,6 @@ import numpy as np
 from benchmarks import networks
 from benchmarks.shared import judging
 from benchmarks.shared import record
-import utilized_rank as ur
 
 FRACTIONS = (0.25, 0.15)
 
@@ -27,15 +26,9 @@ def measure(network, fractions) -> list[dict]:
     for heads in (False, True):
       found, kept, narrow = [], [], []
       for fold in folds:
-        tree, report = ur.compress(
-          network.fn,
-          network.params,
-          fold.batches,
-          moments=fold.moments,
-          params_fraction=fraction,
-          loss=ur.sampled_cross_entropy(),
-          heads=heads,
-          progress=False,
+        # Nothing else that makes trees nearer, in either.
+        tree, report = fold.compress(
+          fraction, heads=heads, layers=False, refine=0
         )
         assert report.recipe is not None
         leaves = report.recipe.leaves.values()

@@ -17,14 +17,12 @@ Takes about ten minutes on two CPU cores.
 from __future__ import annotations
 
 from collections.abc import Callable
-import json
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks import networks
 from benchmarks.networks import minilm as minilm_network
-from benchmarks.shared import cache
 from benchmarks.shared import judging
 from benchmarks.shared import record
 from benchmarks.trained import minilm
@@ -149,22 +147,8 @@ def main():
     choices=list(SHARES),
     out=record.RESULTS / 'predictions.json',
   )
-  args = parser.parse_args()
-  known = {}
-  if args.out.exists():
-    known = json.loads(args.out.read_text(encoding='utf-8'))['networks']
-  with cache.compilations():
-    for name in args.networks:
-      known[name] = run(name, args.data_root)
-      record.write(
-        args.out,
-        'predictions',
-        {
-          'seeds': {'sampled_cross_entropy': 0, 'sampled_squared_error': 0},
-          'networks': known,
-        },
-        ['--data_root=DIR'],
-      )
+  seeds = {'sampled_cross_entropy': 0, 'sampled_squared_error': 0}
+  networks.write_each(parser.parse_args(), 'predictions', seeds, run)
 
 
 if __name__ == '__main__':

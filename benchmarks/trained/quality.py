@@ -72,16 +72,7 @@ def cut(fold: Fold, recipe: Recipe, fraction: float):
   """The network's tree after a recipe."""
   network, moments = fold.network, fold.moments
   if recipe in COMPRESS:
-    return ur.compress(
-      network.fn,
-      network.params,
-      fold.batches,
-      moments=moments,
-      params_fraction=fraction,
-      loss=ur.sampled_cross_entropy(),
-      progress=False,
-      **COMPRESS[recipe],
-    )[0]
+    return fold.compress(fraction, **COMPRESS[recipe])[0]
   options: dict[str, Any] = dict(
     method=recipe.method, compensate_mean=recipe.mean, progress=False
   )
