@@ -22,6 +22,7 @@ from utilized_rank.compression.factor_pairs import pairs
 from utilized_rank.compression.journal import Journal
 from utilized_rank.compression.narrower_heads import narrower_heads
 from utilized_rank.compression.narrower_layers import narrower_layers
+from utilized_rank.compression.problem import TRIAL_EXAMPLES
 from utilized_rank.compression.problem import Budget
 from utilized_rank.compression.problem import Problem
 from utilized_rank.compression.refined import refined
@@ -62,7 +63,7 @@ def compress(
   layers: bool = True,
   refine: int = 300,
   few: bool | None = None,
-  trial_examples: int = 1024,
+  trial_examples: int = TRIAL_EXAMPLES,
   energy: float = 0.99,
   progress: bool = True,
 ) -> tuple[Any, Report]:
@@ -115,7 +116,8 @@ def compress(
     heads: try narrower attention heads as well (`factorize_heads`), within the
       same share of parameters, where moments have gradients, rows are not few,
       and data flow shows query and key, value and output kernels; kept where
-      outputs then are closer. It is a second search.
+      outputs then are closer. It is a second search, left out where its first
+      tree is more than twice as far off as the nearest of the others'.
     layers: try narrower hidden layers as well (`narrow_hidden`), alone and with
       narrower heads, under the same conditions: a search each.
     refine: updates of the chosen tree towards the dense outputs (`distill`; 0

@@ -14,6 +14,7 @@ from utilized_rank.collection.one_pass import check_batch
 from utilized_rank.collection.plan import Plan
 from utilized_rank.collection.plan import plan as plan_collection
 from utilized_rank.compression import compress as compressing
+from utilized_rank.compression.problem import TRIAL_EXAMPLES
 from utilized_rank.factorization.kernels import ENOUGH_ROWS
 from utilized_rank.moments.capture import find_sites
 from utilized_rank.moments.gradients import LossFn
@@ -21,9 +22,6 @@ from utilized_rank.report import choice
 from utilized_rank.report import tables
 from utilized_rank.report.choice import Stage
 from utilized_rank.tree import paths
-
-# Of the examples that `compress` keeps to try ranks on, unless it is told.
-TRIAL_EXAMPLES = 1024
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,9 @@ from utilized_rank.ranks.offers import Terms
 from utilized_rank.ranks.trials import divergences
 from utilized_rank.walk.interpret import UnsupportedError
 
+# As many are kept to try ranks on, unless `compress` is told otherwise.
+TRIAL_EXAMPLES = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
