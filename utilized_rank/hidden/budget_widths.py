@@ -12,7 +12,7 @@ from utilized_rank.hidden.layers import Hidden
 from utilized_rank.hidden.narrow_hidden import hidden_damages
 from utilized_rank.moments.moments import Moments
 from utilized_rank.ranks import offers
-from utilized_rank.ranks.uniform import check_params_fraction
+from utilized_rank.ranks.budget import one_fraction
 
 
 def budget_widths(
@@ -47,7 +47,7 @@ def budget_widths(
     ValueError: the fraction is outside (0, 1] or below what the lowest widths
       cost, or the moments lack a kernel or the gradients.
   """
-  check_params_fraction(params_fraction)
+  one_fraction(params_fraction, None)
   hidden = hidden.apart()
   damages = hidden_damages(
     params,
