@@ -58,7 +58,8 @@ def check(fn, params, x, units, first, second):
     (found['two'].second, moments['two'].second, second),
     (found['one'].grad_second, moments['one'].grad_second, first),
   ):
-    np.testing.assert_allclose(flat(got), parts(dense, at), rtol=1e-6)
+    # In another order of units it is the other triangle of a float32 sum.
+    np.testing.assert_allclose(flat(got), parts(dense, at), rtol=1e-5)
   np.testing.assert_array_equal(found['one'].second, moments['one'].second)
   np.testing.assert_array_equal(
     found['two'].grad_second, moments['two'].grad_second

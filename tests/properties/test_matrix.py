@@ -26,6 +26,8 @@ import utilized_rank as ur
 # One output feature for each member of an ensemble: matrices of rank one, which
 # are named and not measured, as those of a depthwise convolution.
 NO_RANK = {('vmap_ensemble', 'vector')}
+# They are written otherwise and become the primitives of the others.
+REWRITTEN = {'jit', 'scan_reversed_unrolled', 'scan_remat', 'fori_loop_indexed'}
 
 
 @functools.cache
@@ -66,7 +68,13 @@ def results(wrapper_name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize('name', FORMS)
-@pytest.mark.parametrize('wrap', WRAPPERS)
+@pytest.mark.parametrize(
+  'wrap',
+  [
+    pytest.param(name, marks=pytest.mark.slow if name in REWRITTEN else ())
+    for name in WRAPPERS
+  ],
+)
 def test_cell(wrap, name):
   expected, want, outputs, moments, got = results(wrap)[name]
   close(outputs, want, 'captured outputs')
