@@ -34,6 +34,8 @@ def refined(problem: Problem, best: Compressed, steps: int) -> Compressed:
         problem.training,
         divergence=problem.divergence,
         steps=steps,
+        # Mixtures of examples would be padded where one of them is.
+        mixup=problem.mask is None,
         progress=problem.progress,
       )
     except NoDerivative:

@@ -21,6 +21,7 @@ from utilized_rank.lowrank.low_rank import low_rank
 from utilized_rank.moments.gradients import first_line
 from utilized_rank.ranks import trials
 from utilized_rank.refit import descent
+from utilized_rank.refit import mixup as mixing
 from utilized_rank.refit.trained import Trained
 from utilized_rank.tree import paths
 from utilized_rank.walk import compat
@@ -53,7 +54,8 @@ def distill(
   divergence: Divergence = squared_error,
   steps: int = 300,
   learning_rate: float | None = None,
-  batch_size: int = 32,
+  batch_size: int = 64,
+  mixup: bool = True,
   progress: bool = True,
 ) -> Any:
   """Trains a compressed tree end to end to give the dense outputs.
@@ -79,6 +81,9 @@ def distill(
       default three are tried for a tenth of the updates each, and the one that
       comes nearest on the examples held out is taken.
     batch_size: examples of an update; fewer where a batch has fewer.
+    mixup: give the dense function, and teach, mixtures of examples too, where
+      examples can be mixed (see `mixup.can_mix`): few of them fill more of the
+      space then (Beyer et al., arXiv 2106.05237).
     progress: show a progress bar.
 
   Returns:
@@ -127,7 +132,9 @@ def distill(
     return np.concatenate([np.asarray(part, np.float64) for part in parts])
 
   state = tree.start()
-  piece = next(_pieces(training, dense, batch_size))
+  is_mixed = mixup and all(map(mixing.can_mix, training))
+  pieces_of = functools.partial(_pieces, training, dense, batch_size, is_mixed)
+  piece = next(pieces_of())
   if why := tracing.failure(update, state, 1.0, 1.0, rest, *piece):
     raise NoDerivative(
       f'the function has no reverse derivative ({first_line(why)})'
@@ -136,8 +143,7 @@ def distill(
   def descend(peak, steps, looks):
     """Update by update: None, or how far outputs are, and the values."""
     now, every = state, max(1, steps // looks)
-    pieces = _pieces(training, dense, batch_size)
-    for count, (batch, outputs) in zip(range(1, steps + 1), pieces):
+    for count, (batch, outputs) in zip(range(1, steps + 1), pieces_of()):
       rate = descent.rate_at(count, steps, peak)
       now = update(now, float(count), rate, rest, batch, outputs)
       is_seen = count % every == 0 or count == steps
@@ -256,7 +262,7 @@ class _Dense:
 
 
 def _pieces(
-  batches: Sequence[Any], dense: _Dense, size: int
+  batches: Sequence[Any], dense: _Dense, size: int, is_mixed: bool
 ) -> Iterator[tuple[Any, Any]]:
   """(examples, dense outputs) without end, in another order every time.
 
@@ -268,8 +274,13 @@ def _pieces(
     for i in random.permutation(len(batches)):
       batch = _on_host(batches[i])
       count = check_batch(batch, i)
-      outputs = dense.remembered(int(i), batch)
+      outputs = None if is_mixed else dense.remembered(int(i), batch)
       order, some = random.permutation(count), min(size, count)
       for start in range(0, count - some + 1, some):
         rows = order[start : start + some]
-        yield _rows(batch, rows, count), _rows(outputs, rows, count)
+        piece = _rows(batch, rows, count)
+        if is_mixed:
+          piece = mixing.mixed(piece, random)
+          yield piece, dense.outputs(piece)
+        else:
+          yield piece, _rows(outputs, rows, count)
