@@ -96,9 +96,10 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
 
   Args:
     path: what `save` wrote.
-    like: the module that was saved, or one like it: dense will do. Its class
-      and its functions are no arrays, so that without it a module comes back
-      as dictionaries.
+    like: the module that was saved, or one like it: dense will do, and where
+      hidden layers got narrower `recipe.abstract(dense)`. Its class and its
+      functions are no arrays, so that without it a module comes back as
+      dictionaries.
 
   Raises:
     FileNotFoundError: there is no checkpoint at `path`.
