@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import scripts
 
 from benchmarks import catalogue
 import utilized_rank as ur
@@ -144,6 +145,17 @@ def test_examples_run(page, capsys):
   for block in blocks:
     exec(block, names)
   del capsys
+
+
+# Other frameworks are in tests/frameworks/test_newcomers.py.
+@pytest.mark.slow
+@pytest.mark.parametrize('framework', ['jax', 'linen', 'nnx'])
+def test_a_script_leads_from_training_to_serving(
+  framework, tmp_path, monkeypatch
+):
+  pytest.importorskip('flatbuffers')  # of jax.export's own
+  monkeypatch.chdir(tmp_path)
+  scripts.assert_leads_from_training_to_serving(framework, tmp_path)
 
 
 def test_the_reference_has_every_name():

@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import json
+import pathlib
 import shutil
 import struct
 import subprocess
@@ -203,10 +204,26 @@ def test_tfrecord_without_tensorflow(data_dir, tmp_path):
       equal(*pair) for pair in zip(a.epoch(100), b.epoch(100), strict=True)
     )
 
+  import tensorflow_datasets as tfds
+
+  alone = tfds.builder_from_directory(target)
+  with pytest.raises((ImportError, NotImplementedError), match='(?i)tensorfl'):
+    alone.as_data_source('test')[0]
+
   (path,) = target.glob('*-test.tfrecord*')
   path.write_bytes(path.read_bytes()[:-10])
   with pytest.raises(ValueError, match='359 whole records.*says 360'):
     next(load(str(new))['test'].epoch(10))
+
+
+def test_a_format_that_is_not_read(data_dir, tmp_path):
+  """Slices of parquet are whole splits in TFDS, see docs/compatibility.md."""
+  (source,) = (pathlib.Path(data_dir) / 'sk_digits').iterdir()
+  shutil.copytree(source, tmp_path / 'set' / 'sk_digits' / source.name)
+  path = tmp_path / 'set' / 'sk_digits' / source.name / 'dataset_info.json'
+  path.write_text(path.read_text().replace('array_record', 'parquet'))
+  with pytest.raises(ValueError, match='stored as parquet; array_record and'):
+    load(str(tmp_path / 'set'))
 
 
 def test_tfrecord_of_tensorflow(tmp_path):

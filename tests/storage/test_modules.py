@@ -53,6 +53,24 @@ def test_a_module_comes_back_into_one_of_other_numbers(network, tmp_path):
     np.testing.assert_array_equal(run(again, X), run(saved, X))
 
 
+@pytest.mark.parametrize('kind', MAKE)
+def test_narrower_layers_come_back_by_their_recipe(kind, tmp_path):
+  run, module = RUN[kind], MAKE[kind](0)
+  hidden = ur.find_hidden(run, module, X)
+  moments = ur.collect(run, module, [X], progress=False)
+  (layer,) = hidden
+  small = ur.narrow_hidden(module, moments, hidden, {layer: 9})
+  ur.save(tmp_path / 'small', small)
+  with pytest.raises(ValueError, match=r'recipe\.abstract'):
+    ur.load(tmp_path / 'small', like=MAKE[kind](1))
+  recipe = ur.Recipe.of(small, moments, {}, params=module)
+  again = ur.load(tmp_path / 'small', like=recipe.abstract(MAKE[kind](1)))
+  assert jax.tree.structure(again) == jax.tree.structure(small)
+  np.testing.assert_array_equal(
+    ur.low_rank(run)(again, X), ur.low_rank(run)(small, X)
+  )
+
+
 def test_without_it_a_module_is_dictionaries(network, tmp_path):
   _, _, module, _ = network
   ur.save(tmp_path / 'dense', {'step': 3, 'module': module})

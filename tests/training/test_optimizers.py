@@ -174,6 +174,22 @@ def test_muon_orthogonalises_each_factor_of_a_stack():
     np.testing.assert_allclose(updates[name], want[name], rtol=1e-5)
 
 
+def test_what_muon_of_optax_takes_for_a_matrix():
+  """Why `FactorOptimizer` says it of each leaf; see docs/compatibility.md."""
+  scanned = {'scale': draw(3, 6), 'kernel': draw(3, 6, 6)}
+  optimizer = optax.contrib.muon(1.0)
+  state = optimizer.init(scanned)
+  updates, _ = optimizer.update(scanned, state, scanned)
+  # Vectors of three layers are one matrix, whose singular values become alike;
+  ratio = lambda s: s.min() / s.max()
+  values = lambda leaf: np.linalg.svd(np.asarray(leaf), compute_uv=False)
+  assert ratio(values(updates['scale'])) > 0.5 > ratio(values(scanned['scale']))
+  # three matrices are none, and their first step is Adam's.
+  adam = optax.adam(1.0, nesterov=True)
+  want, _ = adam.update(scanned, adam.init(scanned), scanned)
+  np.testing.assert_allclose(updates['kernel'], want['kernel'], rtol=1e-5)
+
+
 def test_balanced_and_back():
   values = tree()
   made = balanced(values)

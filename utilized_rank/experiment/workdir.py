@@ -127,11 +127,10 @@ class Workdir:
     Raises:
       ValueError: it is damaged.
     """
-    with open(self.file(name), encoding='utf-8') as f:
-      text = f.read()
     try:
-      return json.loads(text)
-    except json.JSONDecodeError as error:
+      with open(self.file(name), encoding='utf-8') as f:
+        return files.unsealed(json.load(f))
+    except ValueError as error:  # no text, no JSON, or another one
       raise ValueError(
         f'{self.file(name)!r} is damaged ({error}); remove it to make it again'
       ) from error
@@ -160,7 +159,7 @@ class Workdir:
       start = time.perf_counter()
       result = run()
       seconds = time.perf_counter() - start
-      self.write(done, {'seconds': seconds, 'result': result})
+      self.write(done, files.sealed({'seconds': seconds, 'result': result}))
     return self.read(done)['result']
 
   def seconds(self) -> dict[str, float]:

@@ -1,13 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and say so if they were changed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import hashlib
 import json
 import os
 from typing import IO, Any, TypeVar
 
 T = TypeVar('T')
+_DIGEST = 'sha256'
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -28,6 +30,16 @@ def write(
   os.replace(beside, where)
 
 
+def write_json(
+  path: str | os.PathLike[str],
+  record: Mapping[str, Any],
+  *,
+  indent: int | None = None,
+) -> None:
+  """Writes JSON with a digest of itself, which `read_json` compares."""
+  write_text(path, json.dumps(sealed(record), indent=indent) + '\n')
+
+
 def read_json(
   path: str | os.PathLike[str], what: str, make: Callable[[Any], T]
 ) -> T:
@@ -43,11 +55,44 @@ def read_json(
     FileNotFoundError: there is no file.
     ValueError: it is damaged, or holds something else.
   """
-  with open(path, encoding='utf-8') as f:
-    text = f.read()
   try:
-    return make(json.loads(text))
+    with open(path, encoding='utf-8') as f:
+      return make(unsealed(json.load(f)))
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
       f'{os.fspath(path)!r} holds no {what}, or a damaged one: {error}'
     ) from error
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+  """A record of JSON with its digest.
+
+  >>> unsealed(sealed({'rank': 3}))
+  {'rank': 3}
+  >>> unsealed({**sealed({'rank': 3}), 'rank': 2})
+  Traceback (most recent call last):
+    ...
+  ValueError: it is not what was written: its sha256 is another
+  """
+  return {**record, _DIGEST: _digest(record)}
+
+
+def unsealed(record: Any) -> Any:
+  """The record alone; what has no digest, as of before 0.2.0, is as it was.
+
+  Raises:
+    ValueError: the digest is of another record.
+  """
+  if not isinstance(record, dict) or _DIGEST not in record:
+    return record
+  rest = {key: value for key, value in record.items() if key != _DIGEST}
+  if _digest(rest) != record[_DIGEST]:
+    raise ValueError(f'it is not what was written: its {_DIGEST} is another')
+  return rest
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+  # As JSON gives it back: lists for tuples, strings for numbers as keys.
+  plain = json.loads(json.dumps(record))
+  text = json.dumps(plain, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()

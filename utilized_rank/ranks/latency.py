@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import json
 import os
 import time
 from typing import Any, NamedTuple
@@ -125,7 +124,7 @@ class LatencyTable:
       'products': self.products,
       'curves': [[*shape, *curve] for shape, curve in self.curves.items()],
     }
-    files.write_text(path, json.dumps(record))
+    files.write_json(path, record)
 
   @classmethod
   def load(cls, path: str | os.PathLike[str]) -> LatencyTable:

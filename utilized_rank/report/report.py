@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -212,7 +211,7 @@ class Report(Mapping[str, LayerReport]):
         for layer in self.layers
       ],
     }
-    files.write_text(path, json.dumps(record))
+    files.write_json(path, record)
 
   @classmethod
   def load(cls, path: str | os.PathLike[str]) -> Report:

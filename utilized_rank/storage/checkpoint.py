@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 from typing import Any
-import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -83,9 +82,8 @@ def save(
     'checksums': {name: _checksum(a) for name, a in _leaves(arrays)},
     'metadata': metadata,
   }
-  _orbax().save(
-    where, arrays, custom_metadata={_KEY: record}, overwrite=overwrite
-  )
+  kept = {_KEY: files.sealed(record)}
+  _orbax().save(where, arrays, custom_metadata=kept, overwrite=overwrite)
 
 
 @compat.moves_data
@@ -96,9 +94,9 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
 
   Args:
     path: what `save` wrote.
-    like: the module that was saved, or one like it: dense will do. Its class
-      and its functions are no arrays, so that without it a module comes back
-      as dictionaries.
+    like: the module that was saved, or one like it: dense, or where layers got
+      narrower `recipe.abstract(dense)`. Without it, as its class and functions
+      are no arrays, a module comes back as dictionaries.
 
   Raises:
     FileNotFoundError: there is no checkpoint at `path`.
@@ -168,16 +166,17 @@ def load_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
     FileNotFoundError: there is no file.
     ValueError: it is damaged, or was not written by `save_file`.
   """
-  try:
-    with open(path, 'rb') as raw, np.load(raw) as file:
-      text, *leaves = (file[f'arr_{i}'] for i in range(len(file.files)))
-    record = json.loads(text.tobytes())
-    if record['format'] != _FORMAT:
-      raise ValueError(f'its format is {record["format"]}, not {_FORMAT}')
-    arrays = jax.tree.map(lambda i: leaves[i], record['places'])
-    return _decode(arrays, record['structure']), record['metadata']
-  except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError) as e:
-    raise ValueError(f'{os.fspath(path)!r} is damaged, or no tree: {e}') from e
+  with open(path, 'rb') as raw:
+    try:
+      with np.load(raw) as file:
+        text, *leaves = (file[f'arr_{i}'] for i in range(len(file.files)))
+      record = json.loads(text.tobytes())
+      if record['format'] != _FORMAT:
+        raise ValueError(f'its format is {record["format"]}, not {_FORMAT}')
+      arrays = jax.tree.map(lambda i: leaves[i], record['places'])
+      return _decode(arrays, record['structure']), record['metadata']
+    except Exception as e:  # of as many kinds as a zip has fields
+      raise ValueError(f'{path!s} is damaged, or no tree: {e}') from e
 
 
 def _open(where: str) -> tuple[dict[str, Any], Any]:
@@ -186,7 +185,7 @@ def _open(where: str) -> tuple[dict[str, Any], Any]:
     raise FileNotFoundError(f'no checkpoint at {where!r}')
   try:
     found = ocp.metadata(where)
-    record = (found.custom_metadata or {}).get(_KEY)
+    record = files.unsealed((found.custom_metadata or {}).get(_KEY))
     shapes = found.metadata
   except Exception as error:
     raise ValueError(

@@ -39,8 +39,8 @@ def filled(like: Any, tree: Any) -> Any:
   """A module of this structure with the arrays of a tree that was written.
 
   Args:
-    like: a module or tree, dense or compressed; what `as_dictionaries` leaves
-      out is taken from it.
+    like: a module or tree, dense or compressed, or its shapes; what
+      `as_dictionaries` leaves out is taken from it.
     tree: what is put into it, by path; pairs go where kernels are.
 
   Raises:
@@ -60,7 +60,9 @@ def filled(like: Any, tree: Any) -> Any:
     was, now = (tuple(getattr(x, 'shape', ())) for x in (leaf, named[path]))
     if was != now:
       raise ValueError(
-        f'{path!r} is of shape {was} in the checkpoint and {now} in like='
+        f'{path!r} is of shape {was} in the checkpoint and {now} in like=; '
+        'where layers got narrower, their shapes are in the recipe: '
+        'like=recipe.abstract(module)'
       )
   return paths.unflatten(treedef, {**named, **found})
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import hashlib
-import json
 import os
 from typing import Any
 
@@ -248,7 +247,7 @@ class Recipe:
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes JSON: all of it, or nothing."""
-    files.write_text(path, json.dumps(self.json(), indent=1) + '\n')
+    files.write_json(path, self.json(), indent=1)
 
   @classmethod
   def load(cls, path: str | os.PathLike[str]) -> Recipe:

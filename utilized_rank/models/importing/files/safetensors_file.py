@@ -42,7 +42,10 @@ def read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
   with open(path, 'rb') as file:
     length = int.from_bytes(file.read(8), 'little')
     try:
-      header = json.loads(file.read(length))
+      # Not what a damaged length says: that may be more than there is memory.
+      header = json.loads(file.read(min(length, size)))
+      if not isinstance(header, dict):
+        raise ValueError(f'a {type(header).__name__} is none')
     except ValueError as error:
       raise ValueError(f'{path} has no header of safetensors.') from error
   start = 8 + length
@@ -52,14 +55,19 @@ def read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
   }
   tensors = {}
   for name, entry in header.items():
-    if entry['dtype'] not in _DTYPES:
+    try:
+      kind, shape = entry['dtype'], tuple(map(int, entry['shape']))
+      first, last = map(int, entry['data_offsets'])
+    except (KeyError, TypeError, ValueError) as error:
       raise ValueError(
-        f'{path}: {name} is of type {entry["dtype"]}; known are '
-        f'{", ".join(_DTYPES)}.'
+        f'{path}: of {name} it says {entry}, where dtype, shape and '
+        'data_offsets should be.'
+      ) from error
+    if kind not in _DTYPES:
+      raise ValueError(
+        f'{path}: {name} is of type {kind}; known are {", ".join(_DTYPES)}.'
       )
-    dtype = np.dtype(_DTYPES[entry['dtype']])
-    shape = tuple(entry['shape'])
-    first, last = entry['data_offsets']
+    dtype = np.dtype(_DTYPES[kind])
     if start + last > size or first < 0:
       raise ValueError(
         f'{path} ends at {size} bytes, before {name}: it is truncated.'
