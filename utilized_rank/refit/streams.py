@@ -55,6 +55,7 @@ class Streams:
     batches: Iterable[Any],
     layouts: dict[str, Layout],
     group: Group | None,
+    lean: bool = False,
   ):
     """Starts before the first block.
 
@@ -64,9 +65,10 @@ class Streams:
       batches: batches, each looked at once.
       layouts: the kernels by path.
       group: see `blocks.cut`.
+      lean: see there.
     """
     self._known: Compiled = kept([fn], 'blocks', lambda fn: {})
-    cuts = _Cuts(fn, params, layouts, group)
+    cuts = _Cuts(fn, params, layouts, group, lean)
     self.programs: list[Program] = []
     self.dense: list[State] = []
     for batch in batches:
@@ -225,9 +227,10 @@ class _Cuts:
     params: Any,
     layouts: dict[str, Layout],
     group: Group | None,
+    lean: bool,
   ):
     self._fn, self._params = fn, params
-    self._layouts, self._group = layouts, group
+    self._layouts, self._group, self._lean = layouts, group, lean
     self._made: dict[Any, Program] = {}
     self._key = (
       Form(params),
@@ -235,6 +238,7 @@ class _Cuts:
         map(compat.type_of, filter(tracing.is_array, jax.tree.leaves(params)))
       ),
       tuple(layouts.items()),
+      lean,
       compat.trace_context(),
     )
 
@@ -246,7 +250,7 @@ class _Cuts:
     key = Form(batch), types
     if key not in self._made:
       make = lambda fn: blocks.cut(
-        fn, self._params, batch, self._layouts, self._group
+        fn, self._params, batch, self._layouts, self._group, self._lean
       )
       self._made[key] = (
         kept([self._fn], ('cuts', self._key, key), make)
