@@ -41,14 +41,14 @@ def fit_block(
     number: of the block.
     dense: leaves by path, at least those of the block.
     small: the same of the compressed run, up to this block.
-    fits: of the block's kernels, by path.
+    fits: of the block's kernels, by path; those without stay dense.
     ridge: see `anchor`.
   """
   block = streams.blocks[number]
   sums = streams.measure(
     number, dense, small | {path: dense[path] for path in block.paths}
   )
-  sites = {path: fits[path].site for path in block.paths}
+  sites = {path: fit.site for path, fit in fits.items()}
   known: dict[Any, Inputs] = {}
   for (path, matrix), places in _places(block, sites).items():
     if places not in known:
@@ -68,6 +68,8 @@ def _places(
   keys = [block.reads[i].key for i in distinct(block)]
   found: dict[tuple[str, int], tuple[tuple[int, int], ...]] = {}
   for read in block.reads:
+    if read.path not in sites:
+      continue
     members = read.members(sites[read.path].layout)
     for group, matrix in enumerate(members):
       key = read.path, matrix

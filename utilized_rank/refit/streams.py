@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,10 @@ from utilized_rank.host.kept import kept
 from utilized_rank.linalg import gram
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.low_rank import low_rank
+from utilized_rank.moments.capture import capture
 from utilized_rank.moments.gradients import LossFn
+from utilized_rank.moments.merging import merge_moments
+from utilized_rank.moments.moments import Moments
 from utilized_rank.refit import blocks
 from utilized_rank.refit import readings
 from utilized_rank.refit.alike import Compiled
@@ -29,12 +32,23 @@ from utilized_rank.refit.blocks import Group
 from utilized_rank.refit.blocks import Program
 from utilized_rank.refit.blocks import State
 from utilized_rank.refit.readings import PairSums
+from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Layout
 from utilized_rank.walk import compat
 from utilized_rank.walk import tracing
 from utilized_rank.walk.tracing import Form
 
 Leaves = dict[str, Any]
+
+
+class Held(Protocol):
+  """The values of one run between two blocks, by batch."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, i: int, /) -> State: ...
+
+  def __setitem__(self, i: int, state: State, /) -> None: ...
 
 
 class Streams:
@@ -70,12 +84,13 @@ class Streams:
     self._known: Compiled = kept([fn], 'blocks', lambda fn: {})
     cuts = _Cuts(fn, params, layouts, group, lean)
     self.programs: list[Program] = []
-    self.dense: list[State] = []
+    start: list[State] = []
     for batch in batches:
       program = cuts.of(batch)
       self.programs.append(program)
-      self.dense.append(program.start(batch))
-    self.small = list(self.dense)
+      start.append(program.start(batch))
+    self.dense: Held = start
+    self.small: Held = list(start)
 
   @property
   def blocks(self) -> Sequence[Block]:
@@ -111,7 +126,25 @@ class Streams:
       sums = jax.tree.map(np.add, sums, new) if sums else new
     return sums
 
-  def through(self, number: int, leaves: Leaves, states: list[State]) -> None:
+  def moments(self, number: int, params: Leaves) -> Moments:
+    """Moments of what the kernels of a block read in the dense run.
+
+    Args:
+      number: its next block.
+      params: dense leaves by path, at least the block's.
+    """
+    found: Moments | None = None
+    for i, program in enumerate(self.programs):
+      block = program.blocks[number]
+      step = functools.partial(_moments, program, block)
+      args = _own(block, params), blocks.needs_of(block, self.dense[i])
+      given = self._alike(program, number, 'moments', step, args)
+      new = jax.device_get(given)
+      found = new if found is None else merge_moments(found, new)
+    assert found is not None  # there are batches
+    return found
+
+  def through(self, number: int, leaves: Leaves, states: Held) -> None:
     """As `advance`, for leaves that are as large as the dense ones.
 
     Blocks that compute the same are one program then.
@@ -139,7 +172,7 @@ class Streams:
       program.compiled[key] = compiled(step, args, self._known)
     return program.compiled[key](*args)
 
-  def advance(self, number: int, leaves: Leaves, states: list[State]) -> None:
+  def advance(self, number: int, leaves: Leaves, states: Held) -> None:
     """Takes a run through a block.
 
     Args:
@@ -270,6 +303,12 @@ def _outputs(program: Program, block: Block, own, values):
   if any(map(is_low_rank, own)):
     run = low_rank(run)
   return run(dict(zip(block.params, own, strict=True)), values)
+
+
+def _moments(program: Program, block: Block, own, values):
+  run = lambda named, values: program.run(block, named, values)
+  captured = capture(run, select=paths.only(block.paths))
+  return captured(dict(zip(block.params, own, strict=True)), values)[1]
 
 
 def _pair_sums(program: Program, block: Block, own, own_hat, values, hats):
