@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+BFLOAT16 = ml_dtypes.bfloat16
 CONFIG = {
   'architectures': ['LlamaForCausalLM'],
   'model_type': 'llama',
@@ -20,9 +21,9 @@ def state(
 ):
   """(config, tensors) of random weights, float32."""
   rng = np.random.default_rng(seed)
-  draw = lambda *shape: rng.normal(
-    scale=shape[-1] ** -0.5, size=shape
-  ).astype(np.float32)
+  draw = lambda *shape: rng.normal(scale=shape[-1] ** -0.5, size=shape).astype(
+    np.float32
+  )
   keys = width // heads * kv_heads
   ones = lambda: 1 + 0.1 * draw(width)
   tensors = {
@@ -58,6 +59,10 @@ def state(
 def write(folder, shards=1, dtype=np.float32, **sizes):
   """Writes a directory as Hugging Face has it; `shards` files and an index."""
   config, tensors = state(**sizes)
+  write_state(folder, config, tensors, shards, dtype)
+
+
+def write_state(folder, config, tensors, shards=1, dtype=np.float32):
   folder.mkdir()
   (folder / 'config.json').write_text(json.dumps(config))
   (folder / 'tokenizer.json').write_text('{}')
@@ -74,6 +79,3 @@ def write(folder, shards=1, dtype=np.float32, **sizes):
     where |= dict.fromkeys(some, file)
   index = {'metadata': {}, 'weight_map': where}
   (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
-
-
-BFLOAT16 = ml_dtypes.bfloat16

@@ -41,11 +41,11 @@ def measured() -> Iterator[Usage]:
   """
   usage, over = Usage(), threading.Event()
   before = _most_ever()
-  held = [_held()]
+  seen = [held()]
 
   def look():
     while not over.wait(_LOOK):
-      held[0] = max(held[0], _held())
+      seen[0] = max(seen[0], held())
 
   threading.Thread(target=look, daemon=True).start()
   start, cpu = time.monotonic(), time.process_time()
@@ -56,12 +56,12 @@ def measured() -> Iterator[Usage]:
     usage.seconds = time.monotonic() - start
     usage.cpu_seconds = time.process_time() - cpu
     after = _most_ever()
-    most = max(held[0], _held(), after if after > before else 0)
+    most = max(seen[0], held(), after if after > before else 0)
     usage.peak_bytes = most or None
 
 
-def _held() -> int:
-  """Bytes of memory that this process holds; 0 where there is no /proc."""
+def held() -> int:
+  """Bytes of memory that this process holds now; 0 where there is no /proc."""
   try:
     with open('/proc/self/statm', encoding='ascii') as file:
       pages = int(file.read().split()[1])

@@ -49,12 +49,16 @@ def fit_block(
     number, dense, small | {path: dense[path] for path in block.paths}
   )
   sites = {path: fit.site for path, fit in fits.items()}
-  known: dict[Any, Inputs] = {}
-  for (path, matrix), places in _places(block, sites).items():
-    if places not in known:
-      parts = [(sums[i], at) for i, at in places]
-      known[places] = anchored_fit.inputs(parts, fits[path].centered, path)
-    fits[path].fit(matrix, known[places], ridge)
+  # Of one input after the other: they are in float64, and large.
+  readers: dict[Any, list[tuple[str, int]]] = {}
+  for reader, places in _places(block, sites).items():
+    readers.setdefault(places, []).append(reader)
+  for places, members in readers.items():
+    parts = [(sums[i], at) for i, at in places]
+    some = fits[members[0][0]]
+    inputs = anchored_fit.inputs(parts, some.centered, some.site.path)
+    for path, matrix in members:
+      fits[path].fit(matrix, inputs, ridge)
 
 
 def _places(

@@ -35,6 +35,7 @@ from utilized_rank.refit.readings import PairSums
 from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Layout
 from utilized_rank.walk import compat
+from utilized_rank.walk import cost
 from utilized_rank.walk import tracing
 from utilized_rank.walk.tracing import Form
 
@@ -143,6 +144,34 @@ class Streams:
       found = new if found is None else merge_moments(found, new)
     assert found is not None  # there are batches
     return found
+
+  def peak_bytes(self, number: int, shapes: Leaves) -> dict[str, int]:
+    """What a block's programs take on the device, by XLA's account.
+
+    Args:
+      number: of the block.
+      shapes: its leaves' shapes by path.
+
+    Returns:
+      Bytes, arguments and all, of 'moments', 'measure' and 'through'.
+    """
+    program, block = self.programs[0], self.blocks[number]
+    own = _own(block, shapes)
+    values = [
+      jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in block.needs
+    ]
+    steps: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+      'through': (_outputs, (own, values))
+    }
+    if block.reads:
+      steps['moments'] = _moments, (own, values)
+      steps['measure'] = _pair_sums, (own, own, values, values)
+    return {
+      what: cost.peak_bytes(
+        jax.jit(functools.partial(step, program, block)).lower(*args).compile()
+      )
+      for what, (step, args) in steps.items()
+    }
 
   def through(self, number: int, leaves: Leaves, states: Held) -> None:
     """As `advance`, for leaves that are as large as the dense ones.

@@ -135,7 +135,7 @@ def compress_checkpoint(
   )
   sweep.warn_if_scarce()
   if progress:
-    say(f'{sweep.every.coverage}; unfinished work is in {work}')
+    say(f'{sweep.coverage}; unfinished work is in {work}')
   if ranks is None and uniform:
     assert params_fraction is not None
     ranks = uniform_ranks(
@@ -180,7 +180,7 @@ def _measured(
   damages = Damages(os.path.join(work, 'damages'))
   dense = sweep.streams.dense = phases.run_of(sweep, work, 'measured')
   for number in phases.rest(sweep, journal, 'measure', [dense], progress):
-    if not sweep.is_followed(number) and not sweep.blocks[number].reads:
+    if not sweep.is_needed(number):
       continue
     leaves = sweep.leaves(number)
     if sweep.blocks[number].reads:

@@ -159,9 +159,9 @@ class Output:
     size = 0
     for number in self._numbers:
       file = self._file(number)
-      found, _ = safetensors_file.read(os.path.join(self._folder, file))
-      where |= dict.fromkeys(found, file)
-      size += os.path.getsize(os.path.join(self._folder, file))
+      path = os.path.join(self._folder, file)
+      where |= dict.fromkeys(safetensors_file.read(path)[0], file)
+      size += safetensors_file.data_bytes(path)
     index = {
       'metadata': {'total_size': size, KEY: factored.json()},
       'weight_map': dict(sorted(where.items())),

@@ -60,14 +60,14 @@ def identity(sweep: Sweep) -> dict[str, Any]:
   """What decides on a job's numbers, but for the job's own arguments."""
   opened = sweep.opened
   return {
-    'checkpoint': _files(opened.path),
+    'checkpoint': files_of(opened.path),
     'model': repr(opened.model),
     'batches': sweep.digest,
     'versions': [version.__version__, jax.__version__, np.__version__],
   }
 
 
-def _files(path: str) -> list[list[Any]]:
+def files_of(path: str) -> list[list[Any]]:
   """Names, sizes and times of a checkpoint's files."""
   index = shards.index_of(path)
   if index is None and not os.path.isdir(path):

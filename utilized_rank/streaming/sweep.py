@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
+import math
 from typing import Any
 import warnings
 import zlib
@@ -14,6 +15,7 @@ import numpy as np
 from utilized_rank.factorization.kernels import ENOUGH_ROWS
 from utilized_rank.models.importing.open_checkpoint import Opened
 from utilized_rank.moments.capture import find_sites
+from utilized_rank.moments.coverage import Coverage
 from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.sites import Site
 from utilized_rank.moments.sites import Sites
@@ -106,6 +108,17 @@ class Sweep:
     """Whether a block with kernels comes behind a block."""
     return number < len(self.blocks) - 2
 
+  def is_needed(self, number: int) -> bool:
+    """Whether kernels of a block are read, or a later block needs it."""
+    return self.is_followed(number) or bool(self.blocks[number].reads)
+
+  @property
+  def coverage(self) -> Coverage:
+    """Which share of the parameters the chosen kernels hold."""
+    others = {p: s for p, s in self.every.items() if p not in self.sites}
+    sizes = {path: math.prod(s.layout.shape) for path, s in others.items()}
+    return self.every.coverage.without(sizes)
+
   def warn_if_scarce(self) -> None:
     """One warning for all kernels that are measured on few rows."""
     batches = len(self.streams.programs)
@@ -125,7 +138,8 @@ class Sweep:
   def leaves(self, number: int) -> Leaves:
     """The dense leaves that a block uses, read now."""
     read = self.opened.leaves(self.blocks[number].params)
-    return {path: jax.device_put(leaf) for path, leaf in read.items()}
+    # The host's copies go one by one.
+    return {path: jax.device_put(read.pop(path)) for path in list(read)}
 
   def moments(self, number: int, leaves: Leaves) -> Moments:
     """What a block's kernels read in the dense run, as `collect` sums it."""

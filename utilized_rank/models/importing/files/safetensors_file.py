@@ -77,6 +77,12 @@ def read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
   return tensors, others
 
 
+def data_bytes(path: str) -> int:
+  """What the tensors of a file take, without its header."""
+  with open(path, 'rb') as file:
+    return os.path.getsize(path) - 8 - int.from_bytes(file.read(8), 'little')
+
+
 def _values(
   path: str, offset: int, dtype: np.dtype, shape: tuple[int, ...]
 ) -> np.ndarray:
