@@ -93,6 +93,15 @@ def test_it_is_what_it_would_be_in_memory(tmp_path, anchored):
   model, variables, _ = load_checkpoint(str(out))
   # Sums of float32 over 192 rows, on one device in place of four.
   assert_trees_agree(variables, small, 1e-5)
+  tensors = {}
+  for file in out.glob('*.safetensors'):
+    tensors |= load_file(file)
+  name = 'model.layers.1.self_attn.q_proj'
+  a, b = tensors[f'{name}.0.weight'], tensors[f'{name}.1.weight']
+  query = small['params']['block_1']['query']['kernel'].dense()
+  # As PyTorch has it, (outputs, inputs); heads are side by side.
+  expected = np.asarray(query).reshape(16, 16).T
+  np.testing.assert_allclose(b @ a, expected, atol=1e-5)
   apply = jax.jit(ur.low_rank(model.apply))
   np.testing.assert_allclose(
     apply(variables, batches[0]), apply(small, batches[0]), atol=1e-4

@@ -47,7 +47,7 @@ def ordered_map(
   >>> list(ordered_map(lambda x: x * x, range(4)))
   [0, 1, 4, 9]
   """
-  workers = workers or min(_cores(), _MOST_WORKERS)
+  workers = workers or most_workers()
   if workers == 1:
     yield from map(fn, items)
     return
@@ -66,6 +66,11 @@ def ordered_map(
     finally:
       for future in pending:
         future.cancel()
+
+
+def most_workers() -> int:
+  """How many items are worked on at once, unless told."""
+  return min(_cores(), _MOST_WORKERS)
 
 
 def _cores() -> int:

@@ -180,17 +180,23 @@ def _measured(
   damages = Damages(os.path.join(work, 'damages'))
   dense = sweep.streams.dense = phases.run_of(sweep, work, 'measured')
   for number in phases.rest(sweep, journal, 'measure', [dense], progress):
-    if not sweep.is_needed(number):
-      continue
-    leaves = sweep.leaves(number)
-    if sweep.blocks[number].reads:
-      moments = sweep.moments(number, leaves)
-      groups = sweep.inputs_of(moments)
-      damages.take(number, leaves, moments, groups, compensate_mean)
-    if sweep.is_followed(number):
-      sweep.streams.through(number, leaves, dense)
+    if sweep.is_needed(number):
+      _measured_block(sweep, damages, number, compensate_mean)
   numbers = [i for i, block in enumerate(sweep.blocks) if block.reads]
   return damages.all(sweep.sites, numbers, compensate_mean)
+
+
+def _measured_block(
+  sweep: Sweep, damages: Damages, number: int, compensate_mean: bool
+) -> None:
+  leaves = sweep.leaves(number)
+  if sweep.blocks[number].reads:
+    moments = sweep.moments(number, leaves)
+    groups = sweep.inputs_of(moments)
+    damages.take(number, leaves, moments, groups, compensate_mean)
+    del moments
+  if sweep.is_followed(number):
+    sweep.streams.through(number, leaves, sweep.streams.dense)
 
 
 def _recipe(

@@ -47,24 +47,30 @@ class Fitting:
     sweep.streams.dense, sweep.streams.small = dense, small
     runs = [dense, small]
     for number in phases.rest(sweep, journal, _PHASE, runs, self._progress):
-      leaves = sweep.leaves(number)
-      new = self._fitted(number, leaves, ridge)
-      made = self.output.write(number, new)
-      del new
-      if sweep.is_followed(number):
-        sweep.streams.through(number, leaves, dense)
-        running = leaves | self._running(made, leaves)
-        sweep.streams.through(number, running, small)
+      self._block_anchored(number, ridge)
 
   def alone(self, journal: Journal) -> None:
     """Factorizes by what the dense model reads; as `factorize`."""
     sweep = self._sweep
     dense = sweep.streams.dense = phases.run_of(sweep, self._work, 'dense')
     for number in phases.rest(sweep, journal, _PHASE, [dense], self._progress):
-      leaves = sweep.leaves(number)
-      self.output.write(number, self._factorized(number, leaves))
-      if sweep.is_followed(number):
-        sweep.streams.through(number, leaves, dense)
+      self._block_alone(number)
+
+  # Methods of their own: of a block nothing is held when the next is read.
+
+  def _block_anchored(self, number: int, ridge: float) -> None:
+    streams, leaves = self._sweep.streams, self._sweep.leaves(number)
+    made = self.output.write(number, self._fitted(number, leaves, ridge))
+    if self._sweep.is_followed(number):
+      streams.through(number, leaves, streams.dense)
+      running = leaves | self._running(made, leaves)
+      streams.through(number, running, streams.small)
+
+  def _block_alone(self, number: int) -> None:
+    streams, leaves = self._sweep.streams, self._sweep.leaves(number)
+    self.output.write(number, self._factorized(number, leaves))
+    if self._sweep.is_followed(number):
+      streams.through(number, leaves, streams.dense)
 
   def _own(self, number: int) -> list[str]:
     paths = self._sweep.blocks[number].paths

@@ -91,15 +91,13 @@ def _measured(
   folder = os.path.join(work, 'reports')
   os.makedirs(folder, exist_ok=True)
   file = lambda number: os.path.join(folder, f'{number:06d}.json')
-  dense = sweep.streams.dense = phases.run_of(sweep, work, 'dense')
+  dense = phases.run_of(sweep, work, 'dense')
+  sweep.streams.dense = dense
   for number in phases.rest(sweep, journal, 'measure', [dense], progress):
-    if not sweep.is_needed(number):
-      continue
-    leaves = sweep.leaves(number)
-    if sweep.blocks[number].reads:
-      _block(sweep, number, leaves, energy, centered).save(file(number))
-    if sweep.is_followed(number):
-      sweep.streams.through(number, leaves, dense)
+    if sweep.is_needed(number):
+      report = _block(sweep, number, energy, centered)
+      if report is not None:
+        report.save(file(number))
   found = [
     Report.load(file(number))
     for number, block in enumerate(sweep.blocks)
@@ -110,6 +108,19 @@ def _measured(
 
 
 def _block(
+  sweep: Sweep, number: int, energy: float, centered: bool
+) -> Report | None:
+  """Measures a block, if it has kernels, and takes the run through it."""
+  leaves = sweep.leaves(number)
+  report = None
+  if sweep.blocks[number].reads:
+    report = _layers(sweep, number, leaves, energy, centered)
+  if sweep.is_followed(number):
+    sweep.streams.through(number, leaves, sweep.streams.dense)
+  return report
+
+
+def _layers(
   sweep: Sweep, number: int, leaves: Leaves, energy: float, centered: bool
 ) -> Report:
   moments = sweep.moments(number, leaves)

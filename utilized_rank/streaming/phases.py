@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from utilized_rank import version
+from utilized_rank.host import usage
 from utilized_rank.host.progress import track
 from utilized_rank.models.importing.files import shards
 from utilized_rank.streaming.journal import Journal
@@ -51,6 +52,7 @@ def rest(
     for run in runs:
       run.stand_before(number)
     yield number
+    usage.return_freed()
     journal.finish(phase, number + 1)
   for run in runs:
     run.remove()

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank.host import threads
 from utilized_rank.host import usage
 from utilized_rank.host.columns import aligned
 from utilized_rank.linalg import gram
@@ -27,6 +28,8 @@ from utilized_rank.walk import cost
 
 # An eigendecomposition's arrays of its own, and those of LAPACK beside it.
 _OF_EIGH = 4
+# What BLAS, XLA and the C library were seen to keep for themselves.
+_LIBRARIES = 300 * 2**20
 # Share of the time of compiling a block's programs that it takes to find that
 # another block's are the same.
 _AGAIN = 0.2
@@ -284,7 +287,7 @@ def _memory(
     for what, size in steps.items():
       found[what] = max(found.get(what, 0), size)
   # With the programs, which the work will have too.
-  held = usage.held()
+  held = usage.held() + _LIBRARIES
   return {what: held + size for what, size in found.items()}
 
 
@@ -307,16 +310,9 @@ def _of_kernels(
   if not uniform or not anchored:
     # Of the batch, of those before, and of both.
     steps['sums moments'] = device['moments'] + 2 * sums
-    steps['decomposes'] = (
-      leaves
-      + sums
-      + most(
-        lambda d, m: (
-          8 * (2 * d * d + 4 * d * m + _OF_EIGH * min(d, m) ** 2)
-          + 8 * _OF_EIGH * d * d * (d < m)
-        )
-      )
-    )
+    of_one = lambda d, m: 8 * (2 * d * d + 4 * d * m + _basis(d, m))
+    side_by_side = min(threads.most_workers(), len(sites))
+    steps['decomposes'] = leaves + sums + side_by_side * most(of_one)
   if anchored:
     kernels = sum(math.prod(site.matrix_shape) for site in sites)
     steps['sums pairs of inputs'] = device['measure'] + 2 * pairs
@@ -330,6 +326,11 @@ def _of_kernels(
       )
     )
   return steps
+
+
+def _basis(d: int, m: int) -> int:
+  """Numbers of the eigenbases that `decompose` makes."""
+  return _OF_EIGH * (min(d, m) ** 2 + d * d * (d < m))
 
 
 def _parts(of: Mapping[str, Any], said: Any) -> str:
