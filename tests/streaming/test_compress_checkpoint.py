@@ -344,8 +344,11 @@ def test_what_is_refused(tmp_path):
     run(params_fraction=1.5)
   with pytest.raises(ValueError, match='ridge must be a number'):
     run(ridge=-1)
+  with pytest.raises(ValueError, match='are for a budget'):
+    run(uniform=True, limits=[('.*', (1, 4))])
   with pytest.raises(ValueError, match='did you mean'):
     run(params_fraction=None, ranks={'params/block_0/quer/kernel': 2})
+  assert not (tmp_path / 'out.partial').exists()
   with pytest.raises(ValueError, match='at least one batch'):
     ur.compress_checkpoint(folder, out, [], params_fraction=0.5, **QUIET)
   (tmp_path / 'else').mkdir()

@@ -53,7 +53,7 @@ def ordered_map(
     return
   pending: deque[concurrent.futures.Future[R]] = deque()
   with (
-    _one_blas_thread(),
+    one_blas_thread(),
     concurrent.futures.ThreadPoolExecutor(workers) as pool,
   ):
     try:
@@ -79,7 +79,8 @@ def _cores() -> int:
   return os.cpu_count() or 1
 
 
-def _one_blas_thread() -> contextlib.AbstractContextManager[object]:
+def one_blas_thread() -> contextlib.AbstractContextManager[object]:
+  """While it is entered, numpy's products and decompositions take one core."""
   from threadpoolctl import threadpool_limits
 
   return threadpool_limits(limits=1, user_api='blas')

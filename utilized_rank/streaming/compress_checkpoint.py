@@ -93,7 +93,8 @@ def compress_checkpoint(
 
   Raises:
     FileExistsError: there is something at `out`.
-    ValueError: not one of a share and ranks; a path that is no such kernel;
+    ValueError: not one of a share and ranks; limits of ranks that no budget
+      chooses; a path that is no such kernel, or a rank that it cannot have;
       work that was begun with other arguments; and what `load_checkpoint`,
       `budget_ranks` and `anchor` raise.
 
@@ -111,12 +112,19 @@ def compress_checkpoint(
     )
   if params_fraction is not None:
     check_params_fraction(params_fraction)
+  if limits and (uniform or ranks is not None):
+    raise ValueError(
+      f'limits={limits!r} are for a budget; uniform ranks and ranks that are '
+      'given have none'
+    )
   if not 0 <= ridge < math.inf:
     raise ValueError(f'ridge must be a number from 0, got {ridge!r}')
   opened = open_checkpoint(os.fspath(path), **options)
   if opened.factored is not None:
     raise ValueError(f'{opened.path} is compressed already')
   sweep = Sweep(opened, batches, select)
+  if ranks is not None:
+    check_ranks(ranks, without_sums(sweep.sites))
   work = os.fspath(work_dir) if work_dir is not None else f'{out}.partial'
   journal = Journal(
     work,
@@ -157,7 +165,6 @@ def compress_checkpoint(
       families=families,
       progress=False,
     )
-  check_ranks(ranks, without_sums(sweep.sites))
   recipe = _recipe(sweep, ranks, compensate_mean)
   fitting = Fitting(sweep, recipe, work, progress)
   if anchored:

@@ -74,9 +74,8 @@ def measure_checkpoint(
     if progress:
       say(f'{sweep.coverage}; unfinished work is in {work}')
     report = _measured(sweep, journal, work, energy, centered, progress)
-    shutil.rmtree(work)
-    if work_dir is None:
-      os.makedirs(work)  # for the stack to remove
+    if work_dir is not None:
+      shutil.rmtree(work)
   return report
 
 
