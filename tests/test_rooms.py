@@ -34,7 +34,15 @@ CORE = [
   'compression',
 ]
 # They need flax, optax, TFDS, absl or torch, and are imported by name.
-OUTER = ['models', 'data', 'training', 'experiment', 'command', 'torch']
+OUTER = [
+  'models',
+  'streaming',
+  'data',
+  'training',
+  'experiment',
+  'command',
+  'torch',
+]
 ROOMS = [*CORE, *OUTER]
 MOST_FILES = 15
 MOST_LINES = 400

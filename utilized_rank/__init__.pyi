@@ -79,6 +79,18 @@ from utilized_rank.storage.recipe import Recipe as Recipe
 from utilized_rank.storage.safetensors_file import (
   save_safetensors as save_safetensors,
 )
+from utilized_rank.streaming.compress_checkpoint import (
+  compress_checkpoint as compress_checkpoint,
+)
+from utilized_rank.streaming.measure_checkpoint import (
+  measure_checkpoint as measure_checkpoint,
+)
+from utilized_rank.streaming.plan_checkpoint import (
+  CheckpointPlan as CheckpointPlan,
+)
+from utilized_rank.streaming.plan_checkpoint import (
+  plan_checkpoint as plan_checkpoint,
+)
 from utilized_rank.training.finetune import finetune as finetune
 from utilized_rank.training.optimizers import FactorOptimizer as FactorOptimizer
 from utilized_rank.tree.layout import Layout as Layout

@@ -28,7 +28,7 @@ from timm.models import vision_transformer as vit  # noqa: E402
 import torch  # noqa: E402
 
 import utilized_rank  # noqa: E402
-from utilized_rank.models.importing import load  # noqa: E402
+from utilized_rank.models.importing import open_checkpoint  # noqa: E402
 
 TABLE = 'models/importing/timm_names.txt'
 POOLS = {'token': 'token', 'avg': 'gap', 'map': 'map'}
@@ -268,7 +268,7 @@ def rows(groups):
 def hugging_face():
   return '\n'.join(
     f'| {x.name} | {", ".join(f"`{t}`" for t in x.model_types)} |'
-    for x in load.LAYOUTS
+    for x in open_checkpoint.LAYOUTS
     if x.model_types and not x.name.startswith('headless')
   )
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import os
+import sys
 
+from utilized_rank.command import by_block
 from utilized_rank.command import errors
 from utilized_rank.command import subject
 from utilized_rank.compression.compress import compress
@@ -37,9 +39,12 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   """Makes smaller what the flags say."""
   checkpoint = subject.checkpoint_of(argv)
   errors.prepare()
-  with errors.in_one_line():
+  with errors.in_one_line(f'the same command again: {" ".join(sys.argv)}'):
     if os.path.exists(values.out):
       raise FileExistsError(f'--out={values.out}: it is there already')
+    if by_block.is_directory(checkpoint):
+      by_block.compress(checkpoint, values)
+      return
     it = subject.given(checkpoint, values)
     small, report = compress(
       it.fn,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import sys
 
 from utilized_rank.collection.collect import collect
+from utilized_rank.command import by_block
 from utilized_rank.command import errors
 from utilized_rank.command import subject
 from utilized_rank.host.extras import extra
 from utilized_rank.report.measure import measure
+from utilized_rank.report.report import Report
 
 with extra('all'):
   from absl import flags
@@ -31,15 +34,11 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   """Measures what the flags say."""
   checkpoint = subject.checkpoint_of(argv)
   errors.prepare()
-  with errors.in_one_line():
+  with errors.in_one_line(f'the same command again: {" ".join(sys.argv)}'):
     out = values.out or ''
     if values.out is not None and not out.endswith(('.html', '.json')):
       raise ValueError(f'--out={out}: a file .html or .json')
-    it = subject.given(checkpoint, values)
-    moments = it.moments
-    if moments is None:
-      moments = collect(it.fn, it.params, it.batches(), select=it.select)
-    report = measure(it.params, moments, energy=values.energy)
+    report = _measured(checkpoint, values)
     if out.endswith('.json'):
       report.save(out)
     elif out:
@@ -48,3 +47,13 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     print(report)
     if out:
       print(f'\nreport: {out}')
+
+
+def _measured(checkpoint: str, values: flags.FlagValues) -> Report:
+  if by_block.is_directory(checkpoint):
+    return by_block.measure(checkpoint, values)
+  it = subject.given(checkpoint, values)
+  moments = it.moments
+  if moments is None:
+    moments = collect(it.fn, it.params, it.batches(), select=it.select)
+  return measure(it.params, moments, energy=values.energy)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
 import json
 import os
 from typing import Any, NamedTuple
@@ -191,8 +192,8 @@ def _of_run(folder: str) -> Subject:
   ):
     raise ValueError(
       f'{folder!r} is no run with a network in it: a CHECKPOINT is the folder '
-      'of `utilized-rank run` once its first stage is finished, or a file of '
-      'weights'
+      'of `utilized-rank run` once its first stage is finished, or a file or '
+      'directory of weights'
     )
   with open(config, encoding='utf-8') as file:
     job = pipeline.Job(_tuples(json.load(file)), folder)
@@ -222,10 +223,9 @@ def _of_file(
   select: str | None,
   facts: Facts,
 ) -> Subject:
-  from utilized_rank.models.importing import UnsaidError
   from utilized_rank.models.importing import load_checkpoint
 
-  try:
+  with as_flags(facts.options):
     model, params, imported = load_checkpoint(
       path,
       config=facts.config,
@@ -233,13 +233,6 @@ def _of_file(
       assume=facts.assume,
       **options(facts.options),
     )
-  except UnsaidError as error:
-    raise ValueError(
-      f'{error} On a command line: --option=NAME=VALUE, --architecture=NAME, '
-      '--model_config=FILE, --assume.'
-    ) from error
-  except TypeError as error:  # the model has no such option
-    raise ValueError(f'--option={" ".join(facts.options)}: {error}') from error
   wanted = imported.input.shape[1:]
   if inputs.endswith('.npz'):
     batches = _images(inputs, preprocess, wanted)
@@ -251,9 +244,45 @@ def _of_file(
     params,
     batches,
     sampled_cross_entropy() if has_classes else None,
-    None if select is None else [(select, True), ('.*', False)],
+    rules(select),
     None,
   )
+
+
+@contextlib.contextmanager
+def as_flags(given: Sequence[str]) -> Iterator[None]:
+  """Says what a checkpoint does not say of its model in terms of flags.
+
+  Args:
+    given: what `--option` gave.
+
+  Raises:
+    ValueError: in place of `UnsaidError`, and of an option that no model has.
+  """
+  from utilized_rank.models.importing import UnsaidError
+
+  try:
+    yield
+  except UnsaidError as error:
+    raise ValueError(
+      f'{error} On a command line: --option=NAME=VALUE, --architecture=NAME, '
+      '--model_config=FILE, --assume.'
+    ) from error
+  except TypeError as error:  # the model has no such option
+    raise ValueError(f'--option={" ".join(given)}: {error}') from error
+
+
+def rules(select: str | None) -> Any:
+  """The paths that one expression matches, and no others; None for all."""
+  return None if select is None else [(select, True), ('.*', False)]
+
+
+def batches_of(path: str, most: int) -> Callable[[], Iterable[Any]]:
+  """Batches of as many examples as have so many places (tokens), or of one."""
+  inputs = np.load(path, mmap_mode='r')
+  step = max(1, most // max(1, int(np.prod(inputs.shape[1:2]))))
+  starts = range(0, len(inputs), step)
+  return lambda: (np.asarray(inputs[i : i + step]) for i in starts)
 
 
 def options(given: Sequence[str]) -> Mapping[str, Any]:

@@ -47,13 +47,13 @@ def ordered_map(
   >>> list(ordered_map(lambda x: x * x, range(4)))
   [0, 1, 4, 9]
   """
-  workers = workers or min(_cores(), _MOST_WORKERS)
+  workers = workers or most_workers()
   if workers == 1:
     yield from map(fn, items)
     return
   pending: deque[concurrent.futures.Future[R]] = deque()
   with (
-    _one_blas_thread(),
+    one_blas_thread(),
     concurrent.futures.ThreadPoolExecutor(workers) as pool,
   ):
     try:
@@ -68,13 +68,19 @@ def ordered_map(
         future.cancel()
 
 
+def most_workers() -> int:
+  """How many items are worked on at once, unless told."""
+  return min(_cores(), _MOST_WORKERS)
+
+
 def _cores() -> int:
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 
 
-def _one_blas_thread() -> contextlib.AbstractContextManager[object]:
+def one_blas_thread() -> contextlib.AbstractContextManager[object]:
+  """While it is entered, numpy's products and decompositions take one core."""
   from threadpoolctl import threadpool_limits
 
   return threadpool_limits(limits=1, user_api='blas')

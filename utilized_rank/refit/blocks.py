@@ -13,6 +13,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from utilized_rank.refit import readings
 from utilized_rank.refit.readings import Read
@@ -142,6 +144,7 @@ def cut(
   batch: Any,
   layouts: dict[str, Layout],
   group: Group | None = None,
+  lean: bool = False,
 ) -> Program:
   """Cuts a function before the products of its kernels.
 
@@ -153,6 +156,9 @@ def cut(
     group: consecutive kernels of one name make a block; default those that
       read one value (q, k and v). Where a kernel is read more than once, all
       that lies between is one block.
+    lean: cut where the least has to be kept from one block to the next, in
+      place of right before a product (behind a residual sum, before the norm),
+      and once more behind the last kernel: the last block has no kernels then.
 
   Raises:
     UnsupportedError: a kernel is read inside a loop that is no `scan`, in a
@@ -164,7 +170,6 @@ def cut(
   ranges = _ranges(reads, layouts, group)
   place = {id(eqn): i for i, eqn in enumerate(jaxpr.eqns)}
   starts = [place[id(reads[first].eqn)] for first, _ in ranges]
-  cuts = [0, *starts, len(jaxpr.eqns)]
   param_vars = jaxpr.invars[: len(names)]
   name_of = dict(zip(param_vars, names, strict=True))
   args = jaxpr.invars[len(names) :]
@@ -179,6 +184,12 @@ def cut(
     for var in _variables(jaxpr.outvars if eqn is None else eqn.invars)
     if var in made
   }
+  if lean:
+    ends = [place[id(reads[stop - 1].eqn)] + 1 for _, stop in ranges]
+    between = zip([0, *ends], [*starts, len(jaxpr.eqns)], strict=True)
+    starts = _where_least_is_alive(made, last, list(between))
+    ranges.append((len(reads), len(reads)))
+  cuts = [0, *starts, len(jaxpr.eqns)]
 
   def part(begin, end, gives, reads=()) -> Block:
     here = [
@@ -204,6 +215,35 @@ def cut(
     parts.append(part(begin, end, gives, reads[first:stop]))
     rests.append(part(end, len(jaxpr.eqns), jaxpr.outvars))
   return Program(flat.consts, args, parts, rests, flat.out_tree, flat.rescaling)
+
+
+def _where_least_is_alive(
+  made: dict[Any, int],
+  last: dict[Any, int],
+  between: Sequence[tuple[int, int]],
+) -> list[int]:
+  """For each range of places the one before which the fewest bytes are kept.
+
+  Of several the last. Whole numbers count first: tokens are small, but what is
+  looked up for them belongs before the blocks, with its table.
+
+  Args:
+    made: variable to the place that makes it.
+    last: variable to the last place that reads it.
+    between: first and last place of each range.
+  """
+  end = max(stop for _, stop in between) + 2
+  steps = np.zeros((2, end), np.int64)
+  for var, at in last.items():
+    floating = int(jnp.issubdtype(var.aval.dtype, jnp.inexact))
+    size = var.aval.size * var.aval.dtype.itemsize
+    steps[floating, made[var] + 1] += size
+    steps[floating, min(at, end - 2) + 1] -= size
+  alive = list(zip(*np.cumsum(steps, axis=1).tolist(), strict=True))
+  return [
+    min(range(begin, stop + 1), key=lambda place: (*alive[place], -place))
+    for begin, stop in between
+  ]
 
 
 def _variables(atoms: Iterable[Any]) -> list[Any]:

@@ -117,7 +117,7 @@ def refine(
     block = streams.blocks[number]
     biases = [sites[p].bias for p in block.paths]
     own = {p: now[p] for p in [*block.paths, *biases] if p is not None}
-    inputs = list(streams.small)
+    inputs = [streams.small[i] for i in range(len(streams.small))]
     streams.advance(number, dense, streams.dense)
     if own:  # what comes before the first kernel has none
       metrics = [None] * len(block.gives)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,10 @@ from utilized_rank.host.kept import kept
 from utilized_rank.linalg import gram
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.low_rank import low_rank
+from utilized_rank.moments.capture import capture
 from utilized_rank.moments.gradients import LossFn
+from utilized_rank.moments.merging import merge_moments
+from utilized_rank.moments.moments import Moments
 from utilized_rank.refit import blocks
 from utilized_rank.refit import readings
 from utilized_rank.refit.alike import Compiled
@@ -29,12 +32,24 @@ from utilized_rank.refit.blocks import Group
 from utilized_rank.refit.blocks import Program
 from utilized_rank.refit.blocks import State
 from utilized_rank.refit.readings import PairSums
+from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Layout
 from utilized_rank.walk import compat
+from utilized_rank.walk import cost
 from utilized_rank.walk import tracing
 from utilized_rank.walk.tracing import Form
 
 Leaves = dict[str, Any]
+
+
+class Held(Protocol):
+  """The values of one run between two blocks, by batch."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, i: int, /) -> State: ...
+
+  def __setitem__(self, i: int, state: State, /) -> None: ...
 
 
 class Streams:
@@ -55,6 +70,7 @@ class Streams:
     batches: Iterable[Any],
     layouts: dict[str, Layout],
     group: Group | None,
+    lean: bool = False,
   ):
     """Starts before the first block.
 
@@ -64,16 +80,18 @@ class Streams:
       batches: batches, each looked at once.
       layouts: the kernels by path.
       group: see `blocks.cut`.
+      lean: see there.
     """
     self._known: Compiled = kept([fn], 'blocks', lambda fn: {})
-    cuts = _Cuts(fn, params, layouts, group)
+    cuts = _Cuts(fn, params, layouts, group, lean)
     self.programs: list[Program] = []
-    self.dense: list[State] = []
+    start: list[State] = []
     for batch in batches:
       program = cuts.of(batch)
       self.programs.append(program)
-      self.dense.append(program.start(batch))
-    self.small = list(self.dense)
+      start.append(program.start(batch))
+    self.dense: Held = start
+    self.small: Held = list(start)
 
   @property
   def blocks(self) -> Sequence[Block]:
@@ -109,7 +127,53 @@ class Streams:
       sums = jax.tree.map(np.add, sums, new) if sums else new
     return sums
 
-  def through(self, number: int, leaves: Leaves, states: list[State]) -> None:
+  def moments(self, number: int, params: Leaves) -> Moments:
+    """Moments of what the kernels of a block read in the dense run.
+
+    Args:
+      number: its next block.
+      params: dense leaves by path, at least the block's.
+    """
+    found: Moments | None = None
+    for i, program in enumerate(self.programs):
+      block = program.blocks[number]
+      step = functools.partial(_moments, program, block)
+      args = _own(block, params), blocks.needs_of(block, self.dense[i])
+      given = self._alike(program, number, 'moments', step, args)
+      new = jax.device_get(given)
+      found = new if found is None else merge_moments(found, new)
+    assert found is not None  # there are batches
+    return found
+
+  def peak_bytes(self, number: int, shapes: Leaves) -> dict[str, int]:
+    """What a block's programs take on the device, by XLA's account.
+
+    Args:
+      number: of the block.
+      shapes: its leaves' shapes by path.
+
+    Returns:
+      Bytes, arguments and all, of 'moments', 'measure' and 'through'.
+    """
+    program, block = self.programs[0], self.blocks[number]
+    own = _own(block, shapes)
+    values = [
+      jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in block.needs
+    ]
+    steps: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+      'through': (_outputs, (own, values))
+    }
+    if block.reads:
+      steps['moments'] = _moments, (own, values)
+      steps['measure'] = _pair_sums, (own, own, values, values)
+    return {
+      what: cost.peak_bytes(
+        jax.jit(functools.partial(step, program, block)).lower(*args).compile()
+      )
+      for what, (step, args) in steps.items()
+    }
+
+  def through(self, number: int, leaves: Leaves, states: Held) -> None:
     """As `advance`, for leaves that are as large as the dense ones.
 
     Blocks that compute the same are one program then.
@@ -137,7 +201,7 @@ class Streams:
       program.compiled[key] = compiled(step, args, self._known)
     return program.compiled[key](*args)
 
-  def advance(self, number: int, leaves: Leaves, states: list[State]) -> None:
+  def advance(self, number: int, leaves: Leaves, states: Held) -> None:
     """Takes a run through a block.
 
     Args:
@@ -225,9 +289,10 @@ class _Cuts:
     params: Any,
     layouts: dict[str, Layout],
     group: Group | None,
+    lean: bool,
   ):
     self._fn, self._params = fn, params
-    self._layouts, self._group = layouts, group
+    self._layouts, self._group, self._lean = layouts, group, lean
     self._made: dict[Any, Program] = {}
     self._key = (
       Form(params),
@@ -235,6 +300,7 @@ class _Cuts:
         map(compat.type_of, filter(tracing.is_array, jax.tree.leaves(params)))
       ),
       tuple(layouts.items()),
+      lean,
       compat.trace_context(),
     )
 
@@ -246,7 +312,7 @@ class _Cuts:
     key = Form(batch), types
     if key not in self._made:
       make = lambda fn: blocks.cut(
-        fn, self._params, batch, self._layouts, self._group
+        fn, self._params, batch, self._layouts, self._group, self._lean
       )
       self._made[key] = (
         kept([self._fn], ('cuts', self._key, key), make)
@@ -266,6 +332,12 @@ def _outputs(program: Program, block: Block, own, values):
   if any(map(is_low_rank, own)):
     run = low_rank(run)
   return run(dict(zip(block.params, own, strict=True)), values)
+
+
+def _moments(program: Program, block: Block, own, values):
+  run = lambda named, values: program.run(block, named, values)
+  captured = capture(run, select=paths.only(block.paths))
+  return captured(dict(zip(block.params, own, strict=True)), values)[1]
 
 
 def _pair_sums(program: Program, block: Block, own, own_hat, values, hats):

@@ -257,23 +257,28 @@ class Recipe:
       FileNotFoundError: there is no file.
       ValueError: it holds no recipe, or one of another format.
     """
+    return files.read_json(path, 'recipe', cls.from_json)
 
-    def make(record: Any) -> Recipe:
-      known = record['kind'], record['format']
-      if known != (_KIND, _FORMAT):
-        raise ValueError(f'it holds {known}, not {(_KIND, _FORMAT)}')
-      return cls(
-        {_key(r['paths']): _rank(r['rank']) for r in record['ranks']},
-        record['method'],
-        record['compensate_mean'],
-        record['damping'],
-        record['calibration'],
-        record['versions'],
-        {name: _leaf(leaf) for name, leaf in record['leaves'].items()},
-        {name: tuple(v) for name, v in record.get('narrowed', {}).items()},
-      )
+  @classmethod
+  def from_json(cls, record: Any) -> Recipe:
+    """What `json` gave.
 
-    return files.read_json(path, 'recipe', make)
+    Raises:
+      KeyError, TypeError, ValueError: it is something else.
+    """
+    known = record['kind'], record['format']
+    if known != (_KIND, _FORMAT):
+      raise ValueError(f'it holds {known}, not {(_KIND, _FORMAT)}')
+    return cls(
+      {_key(r['paths']): _rank(r['rank']) for r in record['ranks']},
+      record['method'],
+      record['compensate_mean'],
+      record['damping'],
+      record['calibration'],
+      record['versions'],
+      {name: _leaf(leaf) for name, leaf in record['leaves'].items()},
+      {name: tuple(v) for name, v in record.get('narrowed', {}).items()},
+    )
 
 
 def fingerprint(moments: Moments) -> str:

@@ -32,10 +32,12 @@ def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
   Raises:
     ValueError: it is none of these, not safe to read, or ends too early.
   """
-  if os.path.isdir(path):
-    return _of_files(path, shards.files(path))
-  if path.endswith('.index.json'):
-    return _of_files(path, shards.indexed(path))
+  index = shards.index_of(path)
+  if index is not None or os.path.isdir(path):
+    named = shards.files(path) if index is None else shards.indexed(index)
+    tensors, others = _of_files(path, named)
+    said = {} if index is None else shards.metadata(index)
+    return tensors, others | {f'__metadata__.{k}': v for k, v in said.items()}
   with open(path, 'rb') as file:
     head = file.read(9)
   if zipfile.is_zipfile(path):

@@ -1,7 +1,8 @@
-"""Files of safetensors, read tensor by tensor, in every dtype of JAX."""
+"""Files of safetensors, in every dtype of JAX; read tensor by tensor."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from utilized_rank.host import files
 from utilized_rank.models.importing.files.tensor import Tensor
 
 _DTYPES: dict[str, Any] = {
@@ -83,6 +85,12 @@ def read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
   return tensors, others
 
 
+def data_bytes(path: str) -> int:
+  """What the tensors of a file take, without its header."""
+  with open(path, 'rb') as file:
+    return os.path.getsize(path) - 8 - int.from_bytes(file.read(8), 'little')
+
+
 def _values(
   path: str, offset: int, dtype: np.dtype, shape: tuple[int, ...]
 ) -> np.ndarray:
@@ -90,3 +98,49 @@ def _values(
   # Not a mapping: pages of one that stays open stay in memory.
   flat = np.fromfile(path, np.uint8, count * dtype.itemsize, offset=offset)
   return flat.view(dtype).reshape(shape)
+
+
+def write(
+  path: str,
+  tensors: Mapping[str, np.ndarray],
+  metadata: Mapping[str, str] | None = None,
+) -> None:
+  """Writes arrays beside the file, then renames: all of it, or nothing.
+
+  Equal arrays make equal bytes.
+
+  Raises:
+    ValueError: an array has a dtype that the format does not know.
+
+  >>> import tempfile
+  >>> path = os.path.join(tempfile.mkdtemp(), 'x.safetensors')
+  >>> write(path, {'x': np.arange(3, dtype=np.int8)})
+  >>> read(path)[0]['x'].read()
+  array([0, 1, 2], dtype=int8)
+  """
+  names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+  header: dict[str, Any] = {}
+  if metadata:
+    header['__metadata__'] = dict(metadata)
+  at = 0
+  for name, array in tensors.items():
+    if array.dtype not in names:
+      raise ValueError(
+        f'{name} is of type {array.dtype}; known are {", ".join(_DTYPES)}.'
+      )
+    header[name] = {
+      'dtype': names[array.dtype],
+      'shape': list(array.shape),
+      'data_offsets': [at, at + array.nbytes],
+    }
+    at += array.nbytes
+  text = json.dumps(header).encode()
+  text += b' ' * (-len(text) % 8)
+
+  def put(file: Any) -> None:
+    file.write(len(text).to_bytes(8, 'little') + text)
+    for array in tensors.values():
+      # A view of bytes: numpy has no buffer of a type that it does not know.
+      file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+  files.write(path, put)

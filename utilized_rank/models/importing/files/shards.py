@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from typing import Any
 
 # As Hugging Face, timm and OpenCLIP name them; the first that is there.
 _WHOLE = (
@@ -18,16 +19,34 @@ _SHARD = re.compile(r'.*-(\d+)-of-(\d+)\.(safetensors|bin)')
 _SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt', '.npz', '.msgpack')
 
 
+INDEX = 'model.safetensors.index.json'
+
+
+def index_of(path: str) -> str | None:
+  """The index that says which files of a directory hold a model, or None."""
+  if path.endswith('.index.json'):
+    return path
+  for name in (INDEX, 'pytorch_model.bin.index.json'):
+    if os.path.exists(where := os.path.join(path, name)):
+      return where
+  return None
+
+
+def metadata(path: str) -> dict[str, Any]:
+  """What an index says beside where the tensors are."""
+  with open(path) as file:
+    return json.load(file).get('metadata') or {}
+
+
 def files(folder: str) -> list[str]:
   """The files of one model: by an index, by a usual name, or all shards.
 
   Raises:
     ValueError: there is none, or nothing says which it is.
   """
+  if index := index_of(folder):
+    return indexed(index)
   names = sorted(os.listdir(folder))
-  for name in ('model.safetensors.index.json', 'pytorch_model.bin.index.json'):
-    if name in names:
-      return indexed(os.path.join(folder, name))
   for name in _WHOLE:
     if name in names:
       return [os.path.join(folder, name)]
