@@ -310,3 +310,22 @@ def test_compress_does_not_see_padding(small):
       trees.append(tree)
   for one, two in zip(trees[:2], trees[2:], strict=True):
     jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_a_forgotten_mask_is_a_warning():
+  fn = lambda p, batch: batch['x'] @ p['w']
+  params = {'w': jnp.eye(3)}
+  padded = np.array([[1, 1, 0, 0], [1, 1, 1, 0]])
+  batch = {'x': np.ones((2, 4, 3), np.float32), 'attention_mask': padded}
+  collect = functools.partial(ur.collect, fn, params, progress=False)
+  with pytest.warns(UserWarning, match="'attention_mask', which hides 38%"):
+    collect([batch])
+  # None where it is given, or is none of padding.
+  collect([batch], mask='attention_mask')
+  for other in (
+    np.ones((2, 4), bool),
+    np.array([[1, 0, 1, 0], [1, 1, 1, 1]]),  # what a model is to predict
+    np.array([[0.5, 1, 0, 0], [1, 1, 1, 0]]),
+    np.tri(2, 2)[:, None],
+  ):
+    collect([{**batch, 'attention_mask': other}])

@@ -26,6 +26,7 @@ from utilized_rank.host.progress import wrapped
 from utilized_rank.moments.gradients import LossFn
 from utilized_rank.moments.masks import Mask
 from utilized_rank.moments.masks import Masked
+from utilized_rank.moments.masks import unused
 from utilized_rank.moments.measurement import Measurement
 from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.sides import Columns
@@ -87,7 +88,8 @@ def collect(
       sees zeros in place of padded outputs. Tokens are followed from axis 1 of
       the batch's arrays to the products' rows and the outputs; a row per
       example counts if its token, or any token, is real. With a mask an uneven
-      batch is filled up, so that one compiled step serves all.
+      batch is filled up, so that one compiled step serves all. Where it is
+      forgotten, and a batch holds what looks like one, there is a warning.
     select: ordered `(regex, bool)` rules over leaf paths; default all kernels.
     on_opaque: 'error', or 'report' to pass over parameters that enter a
       primitive which hides its computation, with a warning that names them.
@@ -207,6 +209,14 @@ def collect(
   elif select is None and sites.coverage.is_low:
     # Who selects a part asked for it.
     warnings.warn(f'most is not measured: {sites.coverage}', stacklevel=2)
+  if mask is None and pmap_axis is None:
+    for path, share in unused(stream.first).items():
+      warnings.warn(
+        f'the first batch has {path!r}, which hides {share:.0%} of the tokens '
+        'as padding, and they are measured like the others; give collect '
+        'that array as mask=, or a mask of ones if they are to count',
+        stacklevel=2,
+      )
   if progress:
     say(wrapped(str(sites.coverage)))
 

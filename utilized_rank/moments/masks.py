@@ -13,6 +13,7 @@ import numpy as np
 
 from utilized_rank.moments.counting import Counting
 from utilized_rank.moments.rows import Rows
+from utilized_rank.tree import paths
 from utilized_rank.walk import tracing
 
 # `mask(batch) -> (B,) or (B, T)`, nonzero where an example or token is real.
@@ -68,6 +69,41 @@ class Masked:
     real = np.zeros((*lead[:-1], want, *mask.shape[end:]), bool)
     real[(slice(None),) * self._axis + (slice(size),)] = mask
     return jax.tree.map(take, batch), real
+
+
+def unused(batch: Any) -> dict[str, float]:
+  """What in a batch looks like a mask of padding, and the share that it hides.
+
+  That is an array (B, T) of zeros and ones with `mask` in its name, whose
+  zeros are at the start or at the end of each example.
+
+  Args:
+    batch: pytree of arrays that lead with the batch axis.
+
+  Returns:
+    Path to share of zeros, above 0.
+
+  >>> mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+  >>> unused({'tokens': np.ones((2, 4)), 'mask': mask})
+  {'mask': 0.25}
+  """
+  found = {}
+  for path, leaf in paths.flatten(batch)[0].items():
+    is_named = 'mask' in path.rpartition('/')[2].lower()
+    is_here = getattr(leaf, 'is_fully_addressable', True)
+    if is_named and is_here and np.ndim(leaf) == 2:
+      mask = np.asarray(leaf)
+      if _hides_ends(mask):
+        found[path] = float(np.mean(mask == 0))
+  return found
+
+
+def _hides_ends(mask: np.ndarray) -> bool:
+  real = mask != 0
+  if real.all() or not np.all((mask == 0) | (mask == 1)):
+    return False
+  changes = np.diff(real.astype(np.int8), axis=1)
+  return bool(np.all(np.abs(changes).sum(axis=1) <= 1))
 
 
 # A batch and its mask, (B,) or (B, T), as `masks.Masked` gives them.
