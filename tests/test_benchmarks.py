@@ -167,6 +167,7 @@ def test_the_commit_is_what_is_checked_out(tmp_path):
 
 
 def test_what_is_written_says_where_it_was_found(tmp_path, monkeypatch):
+  monkeypatch.delenv('XLA_FLAGS', raising=False)  # the command would have them
   monkeypatch.setattr(record, '_COMMIT', '1a2b3c4+')
   path = tmp_path / 'found.json'
   record.write(path, 'gram', {'rows': [1]}, ['--quick', '--out', 'x'])
@@ -190,6 +191,7 @@ def test_what_is_written_says_where_it_was_found(tmp_path, monkeypatch):
     'trained.utilization',
   ],
 )
-def test_examples(module):
+def test_examples(module, monkeypatch):
+  monkeypatch.delenv('XLA_FLAGS', raising=False)
   found = doctest.testmod(importlib.import_module(f'benchmarks.{module}'))
   assert found.attempted and not found.failed

@@ -72,7 +72,7 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
   >>> unsealed({**sealed({'rank': 3}), 'rank': 2})
   Traceback (most recent call last):
     ...
-  ValueError: it is not what was written: its sha256 is another
+  ValueError: it is not what was written: its sha256 is another; ...
   """
   return {**record, _DIGEST: _digest(record)}
 
@@ -87,7 +87,10 @@ def unsealed(record: Any) -> Any:
     return record
   rest = {key: value for key, value in record.items() if key != _DIGEST}
   if _digest(rest) != record[_DIGEST]:
-    raise ValueError(f'it is not what was written: its {_DIGEST} is another')
+    raise ValueError(
+      f'it is not what was written: its {_DIGEST} is another; what was changed '
+      'on purpose has none'
+    )
   return rest
 
 
