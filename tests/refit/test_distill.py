@@ -91,8 +91,9 @@ def test_a_linear_function_comes_to_the_best_of_its_rank():
   )  # fmt: skip
   near = ur.distill(
     fn, params, start, [x] * 5, steps=400, learning_rate=0.03, batch_size=64,
-    progress=False,
+    mixup=False, progress=False,
   )  # fmt: skip
+  # Of mixtures another pair is best: their mean weighs more.
   s = np.linalg.svd(x.astype(np.float64) @ params['w'], compute_uv=False)
   best = np.sum(s[2:] ** 2) / (64 * 5)
   first, last = (distance(fn, params, tree, x) for tree in (start, near))
@@ -123,8 +124,9 @@ def test_what_the_examples_held_out_do_not_gain_by_is_not_taken():
   start = small()
   batches = [*np.split(train, 4), other]
   same = ur.distill(
-    mlp, PARAMS, start, batches, steps=50, learning_rate=0.1, progress=False
-  )
+    mlp, PARAMS, start, batches, steps=50, learning_rate=0.1, mixup=False,
+    progress=False,
+  )  # fmt: skip
   assert same is start
 
 

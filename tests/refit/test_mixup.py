@@ -17,7 +17,7 @@ def test_a_mixture_lies_between_two_examples():
   found = mixed({'x': x, 'y': y}, np.random.default_rng(1))
   np.testing.assert_array_equal(found['y'], y)
   is_same = (found['x'] == x).all(1)
-  assert 16 < is_same.sum() < 48  # every second one, by chance
+  assert is_same.sum() < 8  # its own partner, by chance
   for i in np.flatnonzero(~is_same):
     by = found['x'][i] - x[i]
     way = x - x[i]  # towards one of the others, and no further

@@ -81,9 +81,9 @@ def distill(
       default three are tried for a tenth of the updates each, and the one that
       comes nearest on the examples held out is taken.
     batch_size: examples of an update; fewer where a batch has fewer.
-    mixup: give the dense function, and teach, mixtures of examples too, where
-      examples can be mixed (see `mixup.can_mix`): few of them fill more of the
-      space then (Beyer et al., arXiv 2106.05237).
+    mixup: ask the dense function about mixtures of examples, and teach those,
+      where examples can be mixed (see `mixup.can_mix`): few of them fill more
+      of the space then (Beyer et al., arXiv 2106.05237).
     progress: show a progress bar.
 
   Returns:

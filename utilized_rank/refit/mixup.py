@@ -33,9 +33,9 @@ def can_mix(batch: Any) -> bool:
 
 
 def mixed(batch: Any, random: np.random.Generator) -> Any:
-  """Every second example, by chance, moved towards another one.
+  """Every example moved towards another one, by a share between 0 and 1.
 
-  By a share between 0 and 1: x + share (y - x).
+  x + share (y - x), the share uniform.
 
   Args:
     batch: as for `can_mix`.
@@ -51,7 +51,7 @@ def mixed(batch: Any, random: np.random.Generator) -> Any:
   """
   count = check_batch(batch, 0)
   other = random.permutation(count)
-  share = random.uniform(size=count) * (random.uniform(size=count) < 0.5)
+  share = random.uniform(size=count)
 
   def mix(value: Any) -> Any:
     if not _is_mixed(value):
