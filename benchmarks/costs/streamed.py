@@ -14,11 +14,13 @@ Takes five minutes for 100M on two CPU cores.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import resource
 import tempfile
 import time
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -95,11 +97,11 @@ def plan(folder: pathlib.Path, batches: list[np.ndarray]) -> dict:
 
 def work(folder: pathlib.Path, batches: list[np.ndarray]) -> dict:
   """Compresses it; what a step leaves behind is seen when the next begins."""
-  from utilized_rank.streaming import journal
+  from utilized_rank.streaming import ledger
 
   out = folder.parent / 'small'
   most = [0]
-  finish = journal.Journal.finish
+  finish = ledger.Ledger.finish
 
   def look(self, phase, count):
     between = pathlib.Path(f'{out}.partial') / 'between'
@@ -107,9 +109,9 @@ def work(folder: pathlib.Path, batches: list[np.ndarray]) -> dict:
     most[0] = max(most[0], held)
     finish(self, phase, count)
 
-  journal.Journal.finish = look  # type: ignore[method-assign]
   start = time.perf_counter()
-  ur.compress_checkpoint(folder, out, batches, params_fraction=FRACTION)
+  with mock.patch.object(ledger.Ledger, 'finish', look):
+    ur.compress_checkpoint(folder, out, batches, params_fraction=FRACTION)
   seconds = time.perf_counter() - start
   return {
     'seconds': seconds,
@@ -185,15 +187,11 @@ def write(folder: pathlib.Path, size: str, hollow: bool) -> int:
 
 
 def _write_hollow(path: pathlib.Path, shapes: dict) -> None:
-  header, at = {}, 0
-  for name, shape in shapes.items():
-    end = at + 2 * int(np.prod(shape))
-    header[name] = {'dtype': 'BF16', 'shape': shape, 'data_offsets': [at, end]}
-    at = end
-  text = json.dumps(header).encode()
+  head = safetensors_file.header({n: (_BFLOAT16, s) for n, s in shapes.items()})
+  size = sum(_BFLOAT16.itemsize * math.prod(s) for s in shapes.values())
   with open(path, 'wb') as file:
-    file.write(len(text).to_bytes(8, 'little') + text)
-    file.truncate(8 + len(text) + at)
+    file.write(head)
+    file.truncate(len(head) + size)
 
 
 if __name__ == '__main__':

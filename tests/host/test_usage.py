@@ -34,7 +34,7 @@ def test_a_step_that_fails_is_measured():
 
 
 def test_where_the_system_does_not_say(monkeypatch):
-  monkeypatch.setattr(usage, '_held', lambda: 0)
+  monkeypatch.setattr(usage, 'held', lambda: 0)
   monkeypatch.setattr(usage, '_most_ever', lambda: 0)
   with usage.measured() as step:
     pass

@@ -34,6 +34,16 @@ def test_the_upper_triangle_is_enough(shape):
   )
 
 
+@pytest.mark.parametrize('shape', [(200, 512), (2, 150, 530), (50, 12)])
+def test_what_is_read_on_the_host_is_symmetric_exactly(shape):
+  x = jnp.asarray(RNG.normal(size=shape).astype(np.float32) + 0.5)
+  panels = jax.tree.map(np.asarray, gram.panels(x)[1])
+  second = gram.whole(panels)
+  np.testing.assert_array_equal(second, np.swapaxes(second, -1, -2))
+  largest = np.full((2, 2), np.finfo(np.float32).max)
+  np.testing.assert_array_equal(gram.whole((largest,)), largest)
+
+
 def test_wide_bfloat16_rows_are_summed_in_float32():
   x = jnp.ones((3000, 512), jnp.bfloat16)
   total, second = gram.gram(x)

@@ -129,12 +129,12 @@ import os, signal, sys, warnings
 import numpy as np
 warnings.simplefilter('ignore')
 import utilized_rank as ur
-from utilized_rank.streaming import journal
+from utilized_rank.streaming import ledger
 
 folder, out, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 rng = np.random.default_rng(1)
 batches = [rng.integers(0, 19, (4, 12)) for _ in range(4)]
-finish, count = journal.Journal.finish, [0]
+finish, count = ledger.Ledger.finish, [0]
 
 def counted(self, phase, number):
   count[0] += 1
@@ -142,7 +142,7 @@ def counted(self, phase, number):
     os.kill(os.getpid(), signal.SIGKILL)
   finish(self, phase, number)
 
-journal.Journal.finish = counted
+ledger.Ledger.finish = counted
 ur.compress_checkpoint(
   folder, out, batches, params_fraction=0.7, progress=False)
 """
@@ -161,8 +161,8 @@ def test_a_killed_job_goes_on_to_the_same_bytes(tmp_path):
     killed = subprocess.run([*job, kill_at], timeout=300)
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
-  journal = json.loads((tmp_path / 'out.partial/journal.json').read_text())
-  assert journal['done'] == {'measure': 5, 'fit': 1}
+  ledger = json.loads((tmp_path / 'out.partial/ledger.json').read_text())
+  assert ledger['done'] == {'measure': 5, 'fit': 1}
   options = {'params_fraction': 0.7, **QUIET}
   with pytest.raises(ValueError, match='anchored=True; this run has False'):
     ur.compress_checkpoint(folder, out, tokens(), anchored=False, **options)

@@ -6,13 +6,10 @@ import pytest
 
 import utilized_rank as ur
 from utilized_rank.models.importing import load_checkpoint
-from utilized_rank.streaming import journal
+from utilized_rank.streaming import ledger
 
-pytestmark = [
-  pytest.mark.slow,
-  # Rows are few here.
-  pytest.mark.filterwarnings('ignore:.* rows for'),
-]
+# Rows are few here.
+pytestmark = pytest.mark.filterwarnings('ignore:.* rows for')
 
 SELECT = [(r'params/block_\d+/.*kernel', True), ('.*', False)]
 
@@ -34,7 +31,7 @@ def test_it_is_what_it_would_be_in_memory(tmp_path, monkeypatch):
   class Stop(Exception):
     pass
 
-  finish = journal.Journal.finish
+  finish = ledger.Ledger.finish
 
   def stopped(self, phase, count):
     if count == 3:
@@ -44,10 +41,10 @@ def test_it_is_what_it_would_be_in_memory(tmp_path, monkeypatch):
   run = lambda: ur.measure_checkpoint(
     folder, tokens(), energy=0.9, work_dir=work, progress=False
   )
-  monkeypatch.setattr(journal.Journal, 'finish', stopped)
+  monkeypatch.setattr(ledger.Ledger, 'finish', stopped)
   with pytest.raises(Stop):
     run()
-  monkeypatch.setattr(journal.Journal, 'finish', finish)
+  monkeypatch.setattr(ledger.Ledger, 'finish', finish)
   report = run()
   assert not work.exists()
   assert list(report) == list(expected)
@@ -66,6 +63,7 @@ def test_it_is_what_it_would_be_in_memory(tmp_path, monkeypatch):
   assert 'block_0/query' in str(report)
 
 
+@pytest.mark.quick
 def test_without_a_folder_it_leaves_nothing(tmp_path, monkeypatch):
   folder = tmp_path / 'in'
   llamas.write(folder, depth=1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank.streaming import journal
+from utilized_rank.streaming import ledger
 from utilized_rank.streaming import plan_checkpoint as module
 
 pytestmark = [
@@ -27,14 +27,14 @@ def test_a_plan_knows_the_disk(tmp_path, monkeypatch):
   llamas.write(folder, dtype=llamas.BFLOAT16, width=32, mlp_dim=64)
   plan = ur.plan_checkpoint(folder, tokens(), params_fraction=0.7)
   most = [0]
-  finish = journal.Journal.finish
+  finish = ledger.Ledger.finish
 
   def look(self, phase, count):
     between = (tmp_path / 'out.partial/between').rglob('*.safetensors')
     most[0] = max(most[0], sum(f.stat().st_size for f in between))
     finish(self, phase, count)
 
-  monkeypatch.setattr(journal.Journal, 'finish', look)
+  monkeypatch.setattr(ledger.Ledger, 'finish', look)
   ur.compress_checkpoint(
     folder, out, tokens(), params_fraction=0.7, progress=False
   )

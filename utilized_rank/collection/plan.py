@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from utilized_rank.collection import accumulation
 from utilized_rank.host.columns import aligned
+from utilized_rank.host.units import of_bytes
 from utilized_rank.linalg import gram
 from utilized_rank.linalg import sketch as sketches
 from utilized_rank.moments.gradients import LossFn
@@ -112,7 +113,7 @@ class Plan:
           '×'.join(map(str, shape)),
           '×'.join(map(str, k.site.matrix_shape)),
           f'#{k.site.index}{_MEASURED[k.site.side]}',
-          _bytes(k.sums_bytes + k.grad_bytes) if k.sums_bytes else 'shared',
+          of_bytes(k.sums_bytes + k.grad_bytes) if k.sums_bytes else 'shared',
           f'{k.flops:.2e}' if k.flops else '',
           str(k.number + 1),
         )
@@ -121,12 +122,12 @@ class Plan:
     limit = (
       'no limit'
       if self.memory_limit is None
-      else f'limit {_bytes(self.memory_limit)}'
+      else f'limit {of_bytes(self.memory_limit)}'
     )
     lines += [
-      f'sums {_bytes(self.sums_bytes)}; plain function '
-      f'{_bytes(self.forward_bytes)}; predicted peak '
-      f'{_bytes(self.peak_bytes)} in {len(self.pass_bytes)} '
+      f'sums {of_bytes(self.sums_bytes)}; plain function '
+      f'{of_bytes(self.forward_bytes)}; predicted peak '
+      f'{of_bytes(self.peak_bytes)} in {len(self.pass_bytes)} '
       f'pass{"es" if len(self.pass_bytes) > 1 else ""} ({limit})',
       f'forward {self.forward_flops:.2e} FLOPs per batch, backward '
       f'{self.backward_flops:.2e}, Gram matrices {self.gram_flops:.2e}: '
@@ -134,14 +135,6 @@ class Plan:
       f'than {self.floor:.2f} x)',
     ]
     return '\n'.join(lines)
-
-
-def _bytes(n: float) -> str:
-  for unit in ('B', 'KiB', 'MiB'):
-    if n < 1024:
-      return f'{n:.0f} {unit}'
-    n /= 1024
-  return f'{n:.2f} GiB'
 
 
 def plan(
@@ -267,12 +260,12 @@ def passes_within(
     largest = max(weight, key=weight.__getitem__)
     if weight[largest] > room:
       raise ValueError(
-        f'{inputs[largest]} need {_bytes(base + rate * weight[largest])}: '
-        f'{_bytes(base)} for the function on one batch and '
-        f'{_bytes(rate * weight[largest])} for sums of {weight[largest]} '
-        f'bytes; memory_limit is {_bytes(memory_limit)}. Take smaller batches, '
-        'measure wide inputs from_outputs or by a sketch, or leave kernels '
-        'out with select'
+        f'{inputs[largest]} need {of_bytes(base + rate * weight[largest])}: '
+        f'{of_bytes(base)} for the function on one batch and '
+        f'{of_bytes(rate * weight[largest])} for sums of {weight[largest]} '
+        f'bytes; memory_limit is {of_bytes(memory_limit)}. Take smaller '
+        'batches, measure wide inputs from_outputs or by a sketch, or leave '
+        'kernels out with select'
       )
     loads = _packed(weight, room, inputs, number)
     pass_bytes = [int(base + rate * load) for load in loads]

@@ -24,9 +24,7 @@ _TOKENS = 4096
 
 def is_directory(checkpoint: str) -> bool:
   """Whether a CHECKPOINT is a directory of weights, and not of a run."""
-  if not os.path.isdir(checkpoint):
-    return False
-  if os.path.isdir(os.path.join(checkpoint, 'dense')):
+  if not os.path.isdir(checkpoint) or subject.is_run(checkpoint):
     return False
   try:
     return bool(shards.files(checkpoint))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import os
-import sys
 
 from utilized_rank.command import by_block
 from utilized_rank.command import errors
@@ -39,7 +38,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   """Makes smaller what the flags say."""
   checkpoint = subject.checkpoint_of(argv)
   errors.prepare()
-  with errors.in_one_line(f'the same command again: {" ".join(sys.argv)}'):
+  with errors.in_one_line(errors.same_command()):
     if os.path.exists(values.out):
       raise FileExistsError(f'--out={values.out}: it is there already')
     if by_block.is_directory(checkpoint):

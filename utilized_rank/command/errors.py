@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import shutil
+import sys
 import tempfile
 
 from utilized_rank.host.extras import extra
@@ -18,6 +19,11 @@ with extra('all'):
   from absl import logging
 
 _FULL = os.strerror(errno.ENOSPC)
+
+
+def same_command() -> str:
+  """How to go on where the command line says it all."""
+  return f'the same command again: {" ".join(sys.argv)}'
 
 
 @contextlib.contextmanager

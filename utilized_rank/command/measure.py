@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-import sys
 
 from utilized_rank.collection.collect import collect
 from utilized_rank.command import by_block
@@ -34,7 +33,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   """Measures what the flags say."""
   checkpoint = subject.checkpoint_of(argv)
   errors.prepare()
-  with errors.in_one_line(f'the same command again: {" ".join(sys.argv)}'):
+  with errors.in_one_line(errors.same_command()):
     out = values.out or ''
     if values.out is not None and not out.endswith(('.html', '.json')):
       raise ValueError(f'--out={out}: a file .html or .json')

@@ -64,7 +64,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}')
   errors.prepare()
-  with errors.in_one_line(f'the same command again: {" ".join(sys.argv)}'):
+  with errors.in_one_line(errors.same_command()):
     import jax
 
     from utilized_rank.experiment import pipeline

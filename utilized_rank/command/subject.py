@@ -20,6 +20,7 @@ with extra('all'):
   from absl import flags
 
 _BATCH = 64
+_CONFIG = 'config.json'
 
 
 class Subject(NamedTuple):
@@ -183,19 +184,23 @@ def open_subject(
   return _of_file(checkpoint, inputs, preprocess, select, facts)
 
 
+def is_run(folder: str) -> bool:
+  """Whether it is the folder of a run with a network in it."""
+  return os.path.isfile(os.path.join(folder, _CONFIG)) and os.path.isdir(
+    os.path.join(folder, 'dense')
+  )
+
+
 def _of_run(folder: str) -> Subject:
   from utilized_rank.experiment import pipeline
 
-  config = os.path.join(folder, 'config.json')
-  if not os.path.isfile(config) or not os.path.isdir(
-    os.path.join(folder, 'dense')
-  ):
+  if not is_run(folder):
     raise ValueError(
       f'{folder!r} is no run with a network in it: a CHECKPOINT is the folder '
       'of `utilized-rank run` once its first stage is finished, or a file or '
       'directory of weights'
     )
-  with open(config, encoding='utf-8') as file:
+  with open(os.path.join(folder, _CONFIG), encoding='utf-8') as file:
     job = pipeline.Job(_tuples(json.load(file)), folder)
   return Subject(
     job.of_batch,
@@ -281,6 +286,11 @@ def batches_of(path: str, most: int) -> Callable[[], Iterable[Any]]:
   """Batches of as many examples as have so many places (tokens), or of one."""
   inputs = np.load(path, mmap_mode='r')
   step = max(1, most // max(1, int(np.prod(inputs.shape[1:2]))))
+  return _in_batches(inputs, step)
+
+
+def _in_batches(inputs: np.ndarray, step: int) -> Callable[[], Iterable[Any]]:
+  """`step` examples after the other, read when their turn is."""
   starts = range(0, len(inputs), step)
   return lambda: (np.asarray(inputs[i : i + step]) for i in starts)
 
@@ -312,8 +322,7 @@ def _arrays(path: str, wanted: tuple[int, ...]) -> Callable[[], Iterable[Any]]:
     raise ValueError(
       f'{path} holds {list(inputs.shape)}; the model takes {["N", *wanted]}'
     )
-  starts = range(0, len(inputs), _BATCH)
-  return lambda: (np.asarray(inputs[i : i + _BATCH]) for i in starts)
+  return _in_batches(inputs, _BATCH)
 
 
 def _images(

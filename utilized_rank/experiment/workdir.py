@@ -128,9 +128,8 @@ class Workdir:
       ValueError: it is damaged.
     """
     try:
-      with open(self.file(name), encoding='utf-8') as f:
-        return files.unsealed(json.load(f))
-    except ValueError as error:  # no text, no JSON, or another one
+      return files.parsed(self.file(name))
+    except ValueError as error:
       raise ValueError(
         f'{self.file(name)!r} is damaged ({error}); remove it to make it again'
       ) from error

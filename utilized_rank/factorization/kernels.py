@@ -189,7 +189,7 @@ def kernels(
   for path in wanted:
     _check(path, named, moments)
   order = [path for path in moments if path in wanted]
-  _warn_if_few(moments, order)
+  warn_if_few(moments, order, stacklevel=4)
   return _pairs(named, moments, order, centered)
 
 
@@ -369,7 +369,7 @@ def scarce(
   return few
 
 
-def _warn_if_few(moments: Moments, wanted: list[str]) -> None:
+def warn_if_few(moments: Moments, wanted: list[str], stacklevel: int) -> None:
   """One warning for all kernels that were measured on few rows."""
   few = scarce(moments, wanted)
   if few:
@@ -379,5 +379,5 @@ def _warn_if_few(moments: Moments, wanted: list[str]) -> None:
       f'{path!r} was measured on {rows} rows for {d} {side} features; '
       f'below {ENOUGH_ROWS} rows each ({len(few)} of {len(wanted)} kernels) '
       'moments are noisy, and ranks no higher than the rows',
-      stacklevel=4,
+      stacklevel=stacklevel,
     )

@@ -2,6 +2,7 @@
 
 * `files`: files that appear whole or not at all.
 * `columns`: rows of text as columns.
+* `units`: numbers of bytes as text.
 * `extras`: what an installation may lack, and which extra has it.
 * `options`: typed options out of a config section.
 * `progress`: a bar on a terminal, a line every few seconds elsewhere.

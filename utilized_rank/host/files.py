@@ -56,12 +56,22 @@ def read_json(
     ValueError: it is damaged, or holds something else.
   """
   try:
-    with open(path, encoding='utf-8') as f:
-      return make(unsealed(json.load(f)))
+    return make(parsed(path))
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
       f'{os.fspath(path)!r} holds no {what}, or a damaged one: {error}'
     ) from error
+
+
+def parsed(path: str | os.PathLike[str]) -> Any:
+  """What a file of JSON holds, without its digest.
+
+  Raises:
+    FileNotFoundError: there is no file.
+    ValueError: it is no text, no JSON, or not what was written.
+  """
+  with open(path, encoding='utf-8') as f:
+    return unsealed(json.load(f))
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,21 +90,27 @@ def _panels(x: jax.Array, edges: Edges) -> tuple[jax.Array, Panels]:
 def whole(second: Panels) -> Any:
   """The symmetric matrix of panels: numpy arrays make one, jax arrays too.
 
+  A product's own two triangles are not summed in one order, and so differ in
+  rounding. Numpy's squares on the diagonal are the mean of both: exactly
+  symmetric, as what reads rows for columns takes them to be.
+
   >>> full = np.arange(9.0).reshape(3, 3) + np.arange(9.0).reshape(3, 3).T
   >>> bool((whole((full[:2], full[2:, 2:])) == full).all())
   True
   """
-  if len(second) == 1:
-    return second[0]
   d = second[0].shape[-1]
   starts = [d - panel.shape[-1] for panel in second]
   if all(isinstance(panel, np.ndarray) for panel in second):
     full = np.empty((*second[0].shape[:-2], d, d), second[0].dtype)
     for a, panel in zip(starts, second, strict=True):
       b = a + panel.shape[-2]
-      full[..., a:b, a:] = panel
-      full[..., b:, a:b] = np.swapaxes(panel[..., b - a :], -1, -2)
+      square, rest = panel[..., : b - a], panel[..., b - a :]
+      full[..., a:b, a:b] = square / 2 + np.swapaxes(square, -1, -2) / 2
+      full[..., a:b, b:] = rest
+      full[..., b:, a:b] = np.swapaxes(rest, -1, -2)
     return full
+  if len(second) == 1:
+    return second[0]
   rows = []
   for i, (a, panel) in enumerate(zip(starts, second, strict=True)):
     b = a + panel.shape[-2]

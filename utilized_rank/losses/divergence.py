@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from utilized_rank.losses.logits import relative_entropy
+
 # divergence(dense outputs, outputs, batch) -> (B,), not negative, 0 where the
 # two agree.
 Divergence = Callable[[Any, Any, Any], jax.Array]
@@ -47,8 +49,7 @@ def kl_divergence(
 
 def _of_logits(dense: Any, outputs: Any, batch: Any) -> jax.Array:
   del batch
-  p, q = (jax.nn.log_softmax(o.astype(jnp.float32)) for o in (dense, outputs))
-  nats = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+  nats = relative_entropy(dense, outputs)
   return nats.reshape(len(nats), -1).sum(1)
 
 

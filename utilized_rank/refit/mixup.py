@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from utilized_rank.collection.one_pass import check_batch
 from utilized_rank.walk import compat
 
 # Axes of an image, the batch's among them; with fewer, bytes may be tokens.
@@ -49,7 +48,7 @@ def mixed(batch: Any, random: np.random.Generator) -> Any:
   >>> bool((both >= 0).all() and (both <= 8).all())
   True
   """
-  count = check_batch(batch, 0)
+  count = len(jax.tree.leaves(batch)[0])
   other = random.permutation(count)
   share = random.uniform(size=count)
 

@@ -177,11 +177,7 @@ class Recipe:
       compensate_mean,
       damping,
       fingerprint(moments),
-      {
-        'utilized_rank': version.__version__,
-        'jax': jax.__version__,
-        'numpy': np.__version__,
-      },
+      versions_here(),
       leaves,
       {} if params is None else _narrowed(named, paths.flatten(params)[0]),
     )
@@ -279,6 +275,15 @@ class Recipe:
       {name: _leaf(leaf) for name, leaf in record['leaves'].items()},
       {name: tuple(v) for name, v in record.get('narrowed', {}).items()},
     )
+
+
+def versions_here() -> dict[str, str]:
+  """Those of this process that decide on numbers."""
+  return {
+    'utilized_rank': version.__version__,
+    'jax': jax.__version__,
+    'numpy': np.__version__,
+  }
 
 
 def fingerprint(moments: Moments) -> str:

@@ -5,6 +5,6 @@
 * `sweep`: a model cut into blocks whose weights are read when their turn is.
 * `states`: what the batches are between two blocks, in files.
 * `output`: the files of the compressed checkpoint.
-* `journal`: what is finished of a job that may be interrupted.
+* `ledger`: what is finished of a job that may be interrupted.
 * `damages`: what ranks cost all blocks, known before the first is cut.
 """

@@ -8,27 +8,23 @@ import os
 import shutil
 from typing import Any
 
-import jax
-import numpy as np
-
-from utilized_rank import version
 from utilized_rank.factorization import methods
 from utilized_rank.factorization.decompose import Families
 from utilized_rank.factorization.shared_left import check_ranks
 from utilized_rank.host.progress import say
-from utilized_rank.models.importing.open_checkpoint import open_checkpoint
 from utilized_rank.moments.moments import Moments
 from utilized_rank.ranks.budget import budget_ranks
 from utilized_rank.ranks.uniform import check_params_fraction
 from utilized_rank.ranks.uniform import uniform_ranks
 from utilized_rank.storage.recipe import FactoredLeaf
 from utilized_rank.storage.recipe import Recipe
+from utilized_rank.storage.recipe import versions_here
 from utilized_rank.streaming import phases
 from utilized_rank.streaming.damages import METHOD
 from utilized_rank.streaming.damages import Damages
 from utilized_rank.streaming.damages import without_sums
 from utilized_rank.streaming.fitting import Fitting
-from utilized_rank.streaming.journal import Journal
+from utilized_rank.streaming.ledger import Ledger
 from utilized_rank.streaming.sweep import Sweep
 from utilized_rank.tree import paths
 
@@ -119,14 +115,11 @@ def compress_checkpoint(
     )
   if not 0 <= ridge < math.inf:
     raise ValueError(f'ridge must be a number from 0, got {ridge!r}')
-  opened = open_checkpoint(os.fspath(path), **options)
-  if opened.factored is not None:
-    raise ValueError(f'{opened.path} is compressed already')
-  sweep = Sweep(opened, batches, select)
+  sweep = Sweep.of(path, batches, select, options)
   if ranks is not None:
     check_ranks(ranks, without_sums(sweep.sites))
   work = os.fspath(work_dir) if work_dir is not None else f'{out}.partial'
-  journal = Journal(
+  ledger = Ledger(
     work,
     phases.identity(sweep)
     | {
@@ -153,7 +146,7 @@ def compress_checkpoint(
       multiple_of=multiple_of,
     )
   elif ranks is None:
-    known, families = _measured(sweep, journal, work, compensate_mean, progress)
+    known, families = _measured(sweep, ledger, work, compensate_mean, progress)
     ranks = budget_ranks(
       None,
       known,
@@ -168,9 +161,9 @@ def compress_checkpoint(
   recipe = _recipe(sweep, ranks, compensate_mean)
   fitting = Fitting(sweep, recipe, work, progress)
   if anchored:
-    fitting.anchored(journal, ridge)
+    fitting.anchored(ledger, ridge)
   else:
-    fitting.alone(journal)
+    fitting.alone(ledger)
   fitting.output.finish(out)
   shutil.rmtree(work)
   return recipe
@@ -178,7 +171,7 @@ def compress_checkpoint(
 
 def _measured(
   sweep: Sweep,
-  journal: Journal,
+  ledger: Ledger,
   work: str,
   compensate_mean: bool,
   progress: bool,
@@ -186,7 +179,7 @@ def _measured(
   """What all ranks cost, by a run of the dense model."""
   damages = Damages(os.path.join(work, 'damages'))
   dense = sweep.streams.dense = phases.run_of(sweep, work, 'measured')
-  for number in phases.rest(sweep, journal, 'measure', [dense], progress):
+  for number in phases.rest(sweep, ledger, 'measure', [dense], progress):
     if sweep.is_needed(number):
       _measured_block(sweep, damages, number, compensate_mean)
   numbers = [i for i, block in enumerate(sweep.blocks) if block.reads]
@@ -220,10 +213,6 @@ def _recipe(
     compensate_mean,
     methods.DAMPING,
     sweep.digest,
-    {
-      'utilized_rank': version.__version__,
-      'jax': jax.__version__,
-      'numpy': np.__version__,
-    },
+    versions_here(),
     leaves,
   )

@@ -16,7 +16,7 @@ from utilized_rank.refit.kernel_fit import fit_block
 from utilized_rank.storage.recipe import Recipe
 from utilized_rank.streaming import phases
 from utilized_rank.streaming.damages import without_scarce
-from utilized_rank.streaming.journal import Journal
+from utilized_rank.streaming.ledger import Ledger
 from utilized_rank.streaming.output import Output
 from utilized_rank.streaming.sweep import Leaves
 from utilized_rank.streaming.sweep import Sweep
@@ -39,21 +39,21 @@ class Fitting:
     os.makedirs(files, exist_ok=True)
     self.output = Output(sweep.opened, sweep.blocks, sites, recipe, files)
 
-  def anchored(self, journal: Journal, ridge: float) -> None:
+  def anchored(self, ledger: Ledger, ridge: float) -> None:
     """Fits behind the compressed blocks to the dense ones; as `anchor`."""
     sweep = self._sweep
     dense = phases.run_of(sweep, self._work, 'dense')
     small = phases.run_of(sweep, self._work, 'small')
     sweep.streams.dense, sweep.streams.small = dense, small
     runs = [dense, small]
-    for number in phases.rest(sweep, journal, _PHASE, runs, self._progress):
+    for number in phases.rest(sweep, ledger, _PHASE, runs, self._progress):
       self._block_anchored(number, ridge)
 
-  def alone(self, journal: Journal) -> None:
+  def alone(self, ledger: Ledger) -> None:
     """Factorizes by what the dense model reads; as `factorize`."""
     sweep = self._sweep
     dense = sweep.streams.dense = phases.run_of(sweep, self._work, 'dense')
-    for number in phases.rest(sweep, journal, _PHASE, [dense], self._progress):
+    for number in phases.rest(sweep, ledger, _PHASE, [dense], self._progress):
       self._block_alone(number)
 
   # Methods of their own: of a block nothing is held when the next is read.

@@ -12,13 +12,12 @@ from typing import Any
 
 from utilized_rank.host.progress import say
 from utilized_rank.linalg.subspace import check_energy
-from utilized_rank.models.importing.open_checkpoint import open_checkpoint
 from utilized_rank.report.layer import LayerReport
 from utilized_rank.report.measure import measure
 from utilized_rank.report.report import Report
 from utilized_rank.streaming import phases
 from utilized_rank.streaming.damages import without_scarce
-from utilized_rank.streaming.journal import Journal
+from utilized_rank.streaming.ledger import Ledger
 from utilized_rank.streaming.sweep import Leaves
 from utilized_rank.streaming.sweep import Sweep
 from utilized_rank.tree import paths
@@ -59,21 +58,18 @@ def measure_checkpoint(
   >>> print(ur.measure_checkpoint('llama-7b', batches))  # doctest: +SKIP
   """
   check_energy(energy)
-  opened = open_checkpoint(os.fspath(path), **options)
-  if opened.factored is not None:
-    raise ValueError(f'{opened.path} is compressed already')
-  sweep = Sweep(opened, batches, select)
+  sweep = Sweep.of(path, batches, select, options)
   with contextlib.ExitStack() as stack:
     if work_dir is None:
       work = stack.enter_context(tempfile.TemporaryDirectory())
     else:
       work = os.fspath(work_dir)
     own = {'energy': energy, 'centered': centered, 'select': select}
-    journal = Journal(work, phases.identity(sweep) | own)
+    ledger = Ledger(work, phases.identity(sweep) | own)
     sweep.warn_if_scarce()
     if progress:
       say(f'{sweep.coverage}; unfinished work is in {work}')
-    report = _measured(sweep, journal, work, energy, centered, progress)
+    report = _measured(sweep, ledger, work, energy, centered, progress)
     if work_dir is not None:
       shutil.rmtree(work)
   return report
@@ -81,7 +77,7 @@ def measure_checkpoint(
 
 def _measured(
   sweep: Sweep,
-  journal: Journal,
+  ledger: Ledger,
   work: str,
   energy: float,
   centered: bool,
@@ -92,7 +88,7 @@ def _measured(
   file = lambda number: os.path.join(folder, f'{number:06d}.json')
   dense = phases.run_of(sweep, work, 'dense')
   sweep.streams.dense = dense
-  for number in phases.rest(sweep, journal, 'measure', [dense], progress):
+  for number in phases.rest(sweep, ledger, 'measure', [dense], progress):
     if sweep.is_needed(number):
       report = _block(sweep, number, energy, centered)
       if report is not None:

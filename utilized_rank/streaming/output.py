@@ -17,6 +17,7 @@ from utilized_rank.models.importing.files import safetensors_file
 from utilized_rank.models.importing.files import shards
 from utilized_rank.models.importing.files.factored import KEY
 from utilized_rank.models.importing.files.factored import Factored
+from utilized_rank.models.importing.files.factored import parts_of
 from utilized_rank.models.importing.open_checkpoint import Opened
 from utilized_rank.moments.sites import Site
 from utilized_rank.refit.blocks import Block
@@ -140,7 +141,7 @@ class Output:
     """What a leaf of a tensor that changes is, by what it is to the leaf."""
     leaf = leaves.get(path)
     if is_low_rank(leaf):
-      yield from _of_pair(leaf)
+      yield from parts_of(leaf).items()
     elif leaf is not None:
       yield 'bias', np.asarray(leaf).reshape(-1)
     else:  # beside others that change
@@ -181,15 +182,6 @@ class Output:
   def _file(self, number: int) -> str:
     at, count = self._numbers.index(number) + 1, len(self._numbers)
     return f'model-{at:05d}-of-{count:05d}.safetensors'
-
-
-def _of_pair(leaf: Any) -> Iterator[tuple[str, np.ndarray]]:
-  """A pair as two linear layers of PyTorch hold it."""
-  rank = leaf.rank
-  yield 'a', np.asarray(leaf.a).reshape(-1, rank).T
-  yield 'b', np.asarray(leaf.b).reshape(rank, -1).T
-  if leaf.c is not None:
-    yield 'c', np.asarray(leaf.c).reshape(-1)
 
 
 def _stands_beside(name: str) -> bool:

@@ -6,14 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import os
 from typing import Any
 
-import jax
-import numpy as np
-
-from utilized_rank import version
 from utilized_rank.host import usage
 from utilized_rank.host.progress import track
 from utilized_rank.models.importing.files import shards
-from utilized_rank.streaming.journal import Journal
+from utilized_rank.storage.recipe import versions_here
+from utilized_rank.streaming.ledger import Ledger
 from utilized_rank.streaming.states import States
 from utilized_rank.streaming.sweep import Sweep
 
@@ -26,7 +23,7 @@ def run_of(sweep: Sweep, work: str, name: str) -> States:
 
 def rest(
   sweep: Sweep,
-  journal: Journal,
+  ledger: Ledger,
   phase: str,
   runs: Sequence[States],
   progress: bool,
@@ -38,13 +35,13 @@ def rest(
 
   Args:
     sweep: the model.
-    journal: what is finished.
+    ledger: what is finished.
     phase: what is done with the blocks, in a word.
     runs: what is to stand before each block.
     progress: show a progress bar.
   """
   count = len(sweep.blocks)
-  first = journal.finished(phase)
+  first = ledger.finished(phase)
   numbers: Iterable[int] = range(first, count)
   if progress:
     numbers = track(numbers, total=count - first, desc=phase, unit='block')
@@ -53,7 +50,7 @@ def rest(
       run.stand_before(number)
     yield number
     usage.return_freed()
-    journal.finish(phase, number + 1)
+    ledger.finish(phase, number + 1)
   for run in runs:
     run.remove()
 
@@ -65,17 +62,13 @@ def identity(sweep: Sweep) -> dict[str, Any]:
     'checkpoint': files_of(opened.path),
     'model': repr(opened.model),
     'batches': sweep.digest,
-    'versions': [version.__version__, jax.__version__, np.__version__],
+    'versions': versions_here(),
   }
 
 
 def files_of(path: str) -> list[list[Any]]:
   """Names, sizes and times of a checkpoint's files."""
-  index = shards.index_of(path)
-  if index is None and not os.path.isdir(path):
-    found = [path]
-  else:
-    found = shards.files(path) if index is None else shards.indexed(index)
+  found = shards.files(path) if shards.is_several(path) else [path]
   about = [os.stat(file) for file in found]
   return [
     [os.path.basename(file), stat.st_size, stat.st_mtime_ns]

@@ -16,8 +16,8 @@ import numpy as np
 from utilized_rank.host import threads
 from utilized_rank.host import usage
 from utilized_rank.host.columns import aligned
+from utilized_rank.host.units import of_bytes
 from utilized_rank.linalg import gram
-from utilized_rank.models.importing.open_checkpoint import open_checkpoint
 from utilized_rank.refit.blocks import Block
 from utilized_rank.refit.blocks import Program
 from utilized_rank.refit.streams import distinct
@@ -75,18 +75,19 @@ class CheckpointPlan:
     longest = max(self.memory, key=self.memory.__getitem__)
     rows = [
       ('time', _time(self.total_seconds), _parts(self.seconds, _time)),
-      ('memory', _bytes(self.peak_bytes), f'while it {longest}'),
+      ('memory', of_bytes(self.peak_bytes), f'while it {longest}'),
       (
         'disk',
-        _bytes(self.out_bytes + self.work_bytes),
-        f'checkpoint {_bytes(self.out_bytes)}, work {_bytes(self.work_bytes)}',
+        of_bytes(self.out_bytes + self.work_bytes),
+        f'checkpoint {of_bytes(self.out_bytes)}, '
+        f'work {of_bytes(self.work_bytes)}',
       ),
     ]
     return '\n'.join(
       [
         f'{self.blocks} blocks, {self.parameters:,} parameters, '
         f'{self.kernels / self.parameters:.1%} of them in their kernels; the '
-        f'largest block has {_bytes(self.largest)} of weights',
+        f'largest block has {of_bytes(self.largest)} of weights',
         *aligned(rows),
       ]
     )
@@ -120,8 +121,8 @@ def plan_checkpoint(
   Raises:
     ValueError: as `compress_checkpoint`.
   """
-  opened = open_checkpoint(os.fspath(path), **options)
-  sweep = Sweep(opened, batches, select)
+  sweep = Sweep.of(path, batches, select, options)
+  opened = sweep.opened
   shapes, _ = paths.flatten(opened.abstract)
   sizes = {path: math.prod(leaf.shape) for path, leaf in shapes.items()}
   kernels = sum(sizes[path] for path in sweep.sites)
@@ -344,7 +345,3 @@ def _time(seconds: float) -> str:
     return f'{seconds:.0f} s'
   minutes = seconds / 60
   return f'{minutes:.0f} min' if minutes < 100 else f'{minutes / 60:.1f} h'
-
-
-def _bytes(n: float) -> str:
-  return f'{n / 2**20:.0f} MiB' if n < 2**30 else f'{n / 2**30:.1f} GiB'

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import math
+import os
 from typing import Any
-import warnings
 import zlib
 
 import jax
 import numpy as np
 
-from utilized_rank.factorization.kernels import ENOUGH_ROWS
+from utilized_rank.factorization.kernels import warn_if_few
 from utilized_rank.models.importing.open_checkpoint import Opened
+from utilized_rank.models.importing.open_checkpoint import open_checkpoint
 from utilized_rank.moments.capture import find_sites
 from utilized_rank.moments.coverage import Coverage
 from utilized_rank.moments.moments import Moments
@@ -22,6 +23,7 @@ from utilized_rank.moments.sites import Sites
 from utilized_rank.refit.anchor import checked
 from utilized_rank.refit.blocks import Block
 from utilized_rank.refit.streams import Streams
+from utilized_rank.streaming.damages import without_sums
 from utilized_rank.tree import paths
 
 # Leaves by path, on the device.
@@ -92,6 +94,24 @@ class Sweep:
           new = dataclasses.replace(self.sites[path], bias=None)
           self.sites[path] = new
 
+  @classmethod
+  def of(
+    cls,
+    path: str | os.PathLike[str],
+    batches: Iterable[Any],
+    select: paths.Rules | None,
+    options: Mapping[str, Any],
+  ) -> Sweep:
+    """Of a checkpoint that is not compressed; the options are its model's.
+
+    Raises:
+      ValueError: it is, or as `__init__` and `open_checkpoint`.
+    """
+    opened = open_checkpoint(os.fspath(path), **options)
+    if opened.factored is not None:
+      raise ValueError(f'{opened.path} is compressed already')
+    return cls(opened, batches, select)
+
   def _noted(self, stream: Iterator[Any]) -> Iterator[Any]:
     for batch in stream:
       for leaf in jax.tree.leaves(batch):
@@ -120,20 +140,13 @@ class Sweep:
     return self.every.coverage.without(sizes)
 
   def warn_if_scarce(self) -> None:
-    """One warning for all kernels that are measured on few rows."""
+    """Says now what measuring would say of few rows; to the caller's caller."""
     batches = len(self.streams.programs)
-    ratios = {
-      path: site.rows * batches / site.matrix_shape[0]
-      for path, site in self.sites.items()
+    rows = {
+      path: np.asarray(site.rows * batches) for path, site in self.sites.items()
     }
-    path = min(ratios, key=ratios.__getitem__)
-    if ratios[path] < ENOUGH_ROWS:
-      warnings.warn(
-        f'{path!r} is measured on {ratios[path]:.2g} rows for each of its '
-        f'{self.sites[path].matrix_shape[0]} input features; below '
-        f'{ENOUGH_ROWS} moments are noisy, and ranks no higher than the rows',
-        stacklevel=3,
-      )
+    counted = without_sums(self.sites, rows)
+    warn_if_few(counted, list(counted), stacklevel=4)
 
   def leaves(self, number: int) -> Leaves:
     """The dense leaves that a block uses, read now."""

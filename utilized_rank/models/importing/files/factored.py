@@ -106,6 +106,17 @@ def of_parts(values: Mapping[str, np.ndarray]) -> np.ndarray:
   return values['weight'].T if 'weight' in values else values['bias']
 
 
+def parts_of(leaf: Any) -> dict[str, np.ndarray]:
+  """A pair as two linear layers of PyTorch hold it; see `low_rank_of`."""
+  found: dict[str, np.ndarray] = {
+    'a': np.asarray(leaf.a).reshape(-1, leaf.rank).T,
+    'b': np.asarray(leaf.b).reshape(leaf.rank, -1).T,
+  }
+  if leaf.c is not None:
+    found['c'] = np.asarray(leaf.c).reshape(-1)
+  return found
+
+
 def low_rank_of(
   values: Mapping[str, np.ndarray], layout: Any, dtype: Any
 ) -> LowRank:

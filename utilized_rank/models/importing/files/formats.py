@@ -32,10 +32,9 @@ def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
   Raises:
     ValueError: it is none of these, not safe to read, or ends too early.
   """
-  index = shards.index_of(path)
-  if index is not None or os.path.isdir(path):
-    named = shards.files(path) if index is None else shards.indexed(index)
-    tensors, others = _of_files(path, named)
+  if shards.is_several(path):
+    tensors, others = _of_files(path, shards.files(path))
+    index = shards.index_of(path)
     said = {} if index is None else shards.metadata(index)
     return tensors, others | {f'__metadata__.{k}': v for k, v in said.items()}
   with open(path, 'rb') as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import functools
 import json
+import math
 import os
 from typing import Any
 
@@ -100,6 +101,41 @@ def _values(
   return flat.view(dtype).reshape(shape)
 
 
+def header(
+  tensors: Mapping[str, tuple[Any, tuple[int, ...]]],
+  metadata: Mapping[str, str] | None = None,
+) -> bytes:
+  """What a file begins with, before the tensors one after the other.
+
+  Args:
+    tensors: dtype and shape of each, by name.
+    metadata: kept beside them.
+
+  Raises:
+    ValueError: a dtype that the format does not know.
+  """
+  names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+  record: dict[str, Any] = {}
+  if metadata:
+    record['__metadata__'] = dict(metadata)
+  at = 0
+  for name, (dtype, shape) in tensors.items():
+    if dtype not in names:
+      raise ValueError(
+        f'{name} is of type {dtype}; known are {", ".join(_DTYPES)}.'
+      )
+    end = at + math.prod(shape) * np.dtype(dtype).itemsize
+    record[name] = {
+      'dtype': names[dtype],
+      'shape': list(shape),
+      'data_offsets': [at, end],
+    }
+    at = end
+  text = json.dumps(record).encode()
+  text += b' ' * (-len(text) % 8)
+  return len(text).to_bytes(8, 'little') + text
+
+
 def write(
   path: str,
   tensors: Mapping[str, np.ndarray],
@@ -118,27 +154,10 @@ def write(
   >>> read(path)[0]['x'].read()
   array([0, 1, 2], dtype=int8)
   """
-  names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-  header: dict[str, Any] = {}
-  if metadata:
-    header['__metadata__'] = dict(metadata)
-  at = 0
-  for name, array in tensors.items():
-    if array.dtype not in names:
-      raise ValueError(
-        f'{name} is of type {array.dtype}; known are {", ".join(_DTYPES)}.'
-      )
-    header[name] = {
-      'dtype': names[array.dtype],
-      'shape': list(array.shape),
-      'data_offsets': [at, at + array.nbytes],
-    }
-    at += array.nbytes
-  text = json.dumps(header).encode()
-  text += b' ' * (-len(text) % 8)
+  head = header({n: (a.dtype, a.shape) for n, a in tensors.items()}, metadata)
 
   def put(file: Any) -> None:
-    file.write(len(text).to_bytes(8, 'little') + text)
+    file.write(head)
     for array in tensors.values():
       # A view of bytes: numpy has no buffer of a type that it does not know.
       file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

@@ -32,6 +32,11 @@ def index_of(path: str) -> str | None:
   return None
 
 
+def is_several(path: str) -> bool:
+  """Whether a model may be in several files: a directory's, an index's."""
+  return os.path.isdir(path) or index_of(path) is not None
+
+
 def metadata(path: str) -> dict[str, Any]:
   """What an index says beside where the tensors are."""
   with open(path) as file:

@@ -9,18 +9,18 @@ from typing import Any
 
 from utilized_rank.host import files
 
-_FILE = 'journal.json'
+_FILE = 'ledger.json'
 
 
-class Journal:
+class Ledger:
   """How many parts of each phase are finished, in a file of a folder.
 
   >>> import tempfile
   >>> folder = tempfile.mkdtemp()
-  >>> Journal(folder, {'share': 0.5}).finish('fit', 3)
-  >>> Journal(folder, {'share': 0.5}).finished('fit')
+  >>> Ledger(folder, {'share': 0.5}).finish('fit', 3)
+  >>> Ledger(folder, {'share': 0.5}).finished('fit')
   3
-  >>> Journal(folder, {'share': 0.25})  # doctest: +ELLIPSIS
+  >>> Ledger(folder, {'share': 0.25})  # doctest: +ELLIPSIS
   Traceback (most recent call last):
   ...
   ValueError: ... was begun with share=0.5; this run has 0.25. Give the same...
@@ -49,7 +49,7 @@ class Journal:
       self._write()
       return
     of = lambda record: (dict(record['identity']), dict(record['done']))
-    was, self._done = files.read_json(self._path, 'journal', of)
+    was, self._done = files.read_json(self._path, 'ledger', of)
     for key in sorted({*was, *self._identity}):
       if was.get(key) != self._identity.get(key):
         raise ValueError(
@@ -69,7 +69,7 @@ class Journal:
 
   def _write(self) -> None:
     record = {'identity': self._identity, 'done': self._done}
-    files.write_text(self._path, json.dumps(record, indent=1) + '\n')
+    files.write_json(self._path, record, indent=1)
 
 
 def _short(value: Any) -> str:
