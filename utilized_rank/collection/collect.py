@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import os
 from typing import Any
-import warnings
 import zlib
 
 from jax.sharding import Mesh
@@ -23,6 +22,7 @@ from utilized_rank.host import processes
 from utilized_rank.host.kept import Kept
 from utilized_rank.host.progress import say
 from utilized_rank.host.progress import wrapped
+from utilized_rank.host.warning import warn
 from utilized_rank.moments.gradients import LossFn
 from utilized_rank.moments.masks import Mask
 from utilized_rank.moments.masks import Masked
@@ -201,21 +201,19 @@ def collect(
       lambda params, batch: what.sites(tree_of(params), batch), stream.first
     )
   if sites.holes:
-    warnings.warn(
+    warn(
       f'the moments leave out {sorted(sites.holes)}, which enter primitives '
-      'that hide what they compute',
-      stacklevel=2,
+      'that hide what they compute'
     )
   elif select is None and sites.coverage.is_low:
     # Who selects a part asked for it.
-    warnings.warn(f'most is not measured: {sites.coverage}', stacklevel=2)
+    warn(f'most is not measured: {sites.coverage}')
   if mask is None and pmap_axis is None:
     for path, share in unused(stream.first).items():
-      warnings.warn(
+      warn(
         f'the first batch has {path!r}, which hides {share:.0%} of the tokens '
         'as padding, and they are measured like the others; give collect '
-        'that array as mask=, or a mask of ones if they are to count',
-        stacklevel=2,
+        'that array as mask=, or a mask of ones if they are to count'
       )
   if progress:
     say(wrapped(str(sites.coverage)))

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
 from typing import Any, NamedTuple
-import warnings
 
 import jax
 import numpy as np
 
 from utilized_rank.factorization.input_basis import InputBasis
+from utilized_rank.host.warning import warn
 from utilized_rank.linalg import best_pairs
 from utilized_rank.linalg import eigh
 from utilized_rank.linalg import gram
@@ -189,7 +189,7 @@ def kernels(
   for path in wanted:
     _check(path, named, moments)
   order = [path for path in moments if path in wanted]
-  warn_if_few(moments, order, stacklevel=4)
+  warn_if_few(moments, order)
   return _pairs(named, moments, order, centered)
 
 
@@ -369,15 +369,14 @@ def scarce(
   return few
 
 
-def warn_if_few(moments: Moments, wanted: list[str], stacklevel: int) -> None:
+def warn_if_few(moments: Moments, wanted: list[str]) -> None:
   """One warning for all kernels that were measured on few rows."""
   few = scarce(moments, wanted)
   if few:
     _, path, rows, d = min(few)
     side = moments[path].entry.side
-    warnings.warn(
+    warn(
       f'{path!r} was measured on {rows} rows for {d} {side} features; '
       f'below {ENOUGH_ROWS} rows each ({len(few)} of {len(wanted)} kernels) '
-      'moments are noisy, and ranks no higher than the rows',
-      stacklevel=stacklevel,
+      'moments are noisy, and ranks no higher than the rows'
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 import functools
 from typing import Any
-import warnings
 
 import jax
 
+from utilized_rank.host.warning import warn
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.lowrank.leaf import with_left
 from utilized_rank.lowrank.restored import explained
@@ -112,10 +112,9 @@ class _Substitution:
   def dropped(self, view: View, reason: str) -> None:
     if reason == RESCALES:
       return  # of A B, without c: as many rows as there are vectors
-    warnings.warn(
+    warn(
       f'{view.path!r} is low-rank but meets {reason!r}, which is no product '
-      'with an activation: it is multiplied out there',
-      stacklevel=2,
+      'with an activation: it is multiplied out there'
     )
 
   def product(self, eqn, operands, which, walk):

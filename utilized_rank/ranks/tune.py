@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
-import warnings
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from utilized_rank.factorization import methods
 from utilized_rank.factorization.decompose import Families
 from utilized_rank.factorization.decompose import decompose
 from utilized_rank.host.progress import track
+from utilized_rank.host.warning import warn
 from utilized_rank.losses.divergence import Divergence
 from utilized_rank.losses.divergence import comes_closer
 from utilized_rank.moments.gradients import first_line
@@ -296,10 +296,9 @@ class _Search:
     """Whether the outputs have a derivative; a warning where they have not."""
     why = self._trials.no_slopes(self.ranks, self.families)
     if why is not None:
-      warnings.warn(
+      warn(
         'ranks are chosen by predictions and trials alone, without slopes: '
-        f'the function has no reverse derivative ({first_line(why)})',
-        stacklevel=3,
+        f'the function has no reverse derivative ({first_line(why)})'
       )
     return why is None
 

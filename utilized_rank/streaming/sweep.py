@@ -140,13 +140,13 @@ class Sweep:
     return self.every.coverage.without(sizes)
 
   def warn_if_scarce(self) -> None:
-    """Says now what measuring would say of few rows; to the caller's caller."""
+    """Says now what measuring would say of few rows."""
     batches = len(self.streams.programs)
     rows = {
       path: np.asarray(site.rows * batches) for path, site in self.sites.items()
     }
     counted = without_sums(self.sites, rows)
-    warn_if_few(counted, list(counted), stacklevel=4)
+    warn_if_few(counted, list(counted))
 
   def leaves(self, number: int) -> Leaves:
     """The dense leaves that a block uses, read now."""

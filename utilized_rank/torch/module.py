@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import copy
 from typing import Any
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank.host.extras import extra
+from utilized_rank.host.warning import warn
 from utilized_rank.lowrank import leaf as leaves
 from utilized_rank.torch import torchax_import
 
@@ -184,10 +184,9 @@ def to_module(module: Any, small: Params) -> Any:
     else:
       new = pair
   if multiplied:
-    warnings.warn(
+    warn(
       'multiplied out again, since their layers are no plain products: '
-      + ', '.join(multiplied),
-      stacklevel=2,
+      + ', '.join(multiplied)
     )
   return new
 
