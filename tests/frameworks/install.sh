@@ -27,4 +27,7 @@ EOF
   add regex sentencepiece tokenizers &&
     add --no-deps keras-hub==0.32.0 kagglehub==1.0.2 kagglesdk==0.1.28 ||
     echo 'not tested, does not install here: keras-hub'
+  # Its blocks are Flax alone; what else it wants brings TensorFlow too, and in
+  # the releases after this one the blocks want it.
+  add --no-deps gemma==3.0.2 || echo 'not tested, does not install here: gemma'
 }

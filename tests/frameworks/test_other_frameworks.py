@@ -24,6 +24,7 @@ MODELS = {
   'keras-hub llama': ('keras keras_hub', 'keras_models', 'llama'),
   'haliax': ('haliax', 'haliax_models', 'transformer'),
   'penzai': ('penzai', 'penzai_models', 'llamalike'),
+  'gemma': ('gemma', 'gemma_models', 'transformer'),
   'qwix lora': ('qwix', 'nnx_zoo_models', 'qwix_lora'),
   'equimo vit': ('equimo', 'equinox_zoo_models', 'equimo_vit'),
   'eqx-zoo qwen': ('eqx_zoo', 'equinox_zoo_models', 'zoo_qwen'),
@@ -43,6 +44,8 @@ pytestmark = [
   pytest.mark.filterwarnings('ignore::DeprecationWarning'),
   pytest.mark.filterwarnings('ignore::FutureWarning'),
   pytest.mark.filterwarnings('ignore:.*static_field:UserWarning'),
+  # Ours, of words that are both looked up and multiplied with.
+  pytest.mark.filterwarnings('ignore:.*meets .a lookup:UserWarning'),
 ]
 
 
