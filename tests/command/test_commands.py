@@ -114,6 +114,7 @@ def test_images_are_brought_to_what_the_model_takes(tmp_path):
     np.testing.assert_array_equal(found[0], np.ones((64, 6, 6, 3), np.float32))
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_and_compressed_as_its_config_says(
   trained, tmp_path, capsys
 ):

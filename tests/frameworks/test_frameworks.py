@@ -209,7 +209,14 @@ def test_collect_streams_what_capture_sees(name):
     )
 
 
-@pytest.mark.parametrize('name', COMPRESSED)
+@pytest.mark.parametrize(
+  'name',
+  # What a version of JAX changes in a framework's model, the others show too.
+  [
+    COMPRESSED[0],
+    *(pytest.param(n, marks=pytest.mark.slow) for n in COMPRESSED[1:]),
+  ],
+)
 def test_compresses_to_half_of_the_parameters(name):
   running.assert_compresses(case(name))
 

@@ -1,5 +1,6 @@
 """Collection by several real processes, on CPU devices joined by gloo."""
 
+import os
 from pathlib import Path
 import pickle
 import signal
@@ -11,6 +12,7 @@ import time
 import jax
 import job
 import numpy as np
+import pytest
 
 from utilized_rank.host import processes
 
@@ -29,7 +31,12 @@ def start(case, folder, count=2, distributed=True):
       [sys.executable, HERE / 'job.py', *map(str, [i, count, port]), case]
       + [str(folder)],
       cwd=HERE.parent,
-      env={'PYTHONPATH': str(HERE.parent), 'PATH': ''},
+      # One compiler: sums are compared to the bit.
+      env={
+        'PYTHONPATH': str(HERE.parent),
+        'PATH': '',
+        'XLA_FLAGS': os.environ.get('XLA_FLAGS', ''),
+      },
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
@@ -106,6 +113,7 @@ def test_parameters_spread_over_processes(tmp_path):
     assert 'pass its mesh as mesh=' in out['elsewhere']
 
 
+@pytest.mark.slow
 def test_kernels_shared_out_give_the_tree_of_one(tmp_path):
   """Bit for bit, by every method; each makes a share; none waits for ever."""
   found = results('factorized', tmp_path)
@@ -161,6 +169,7 @@ def test_kernels_shared_out_give_the_tree_of_one(tmp_path):
     assert out['rounds'] == [48] * 22
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_started_again(tmp_path):
   """SIGKILL three times, at random moments of a run of two seconds."""
   rng = np.random.default_rng(0)
@@ -183,6 +192,7 @@ def test_killed_at_any_moment_and_started_again(tmp_path):
   assert not (tmp_path / 'sums').exists()
 
 
+@pytest.mark.slow
 def test_a_job_of_two_killed_and_started_again(tmp_path):
   """SIGKILL, one process a little before the other."""
   jobs = start('interrupted', tmp_path)
@@ -208,6 +218,7 @@ def test_a_job_of_two_killed_and_started_again(tmp_path):
   assert not (tmp_path / 'sums').exists()
 
 
+@pytest.mark.slow
 def test_passes_killed_and_started_again(tmp_path):
   """SIGKILL when one process has the first pass on disk."""
   case = 'interrupted in passes'

@@ -40,8 +40,11 @@ def test_what_is_read_on_the_host_is_symmetric_exactly(shape):
   panels = jax.tree.map(np.asarray, gram.panels(x)[1])
   second = gram.whole(panels)
   np.testing.assert_array_equal(second, np.swapaxes(second, -1, -2))
-  largest = np.full((2, 2), np.finfo(np.float32).max)
-  np.testing.assert_array_equal(gram.whole((largest,)), largest)
+  d = shape[-1]
+  np.testing.assert_array_equal(
+    np.tril(second[..., :d, : d // 8]),
+    np.tril(np.asarray(gram.gram(x)[1])[..., :d, : d // 8]),
+  )
 
 
 def test_wide_bfloat16_rows_are_summed_in_float32():

@@ -237,6 +237,7 @@ def test_flow(name, x, sizes, is_apart):
 # --- the verbs ---
 
 
+@pytest.mark.slow
 def test_compress_is_no_worse_than_uniform_ranks(params):
   rng = np.random.default_rng(5)
   data = [

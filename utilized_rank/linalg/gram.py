@@ -91,8 +91,8 @@ def whole(second: Panels) -> Any:
   """The symmetric matrix of panels: numpy arrays make one, jax arrays too.
 
   A product's own two triangles are not summed in one order, and so differ in
-  rounding. Numpy's squares on the diagonal are the mean of both: exactly
-  symmetric, as what reads rows for columns takes them to be.
+  rounding. Of numpy's squares on the diagonal the lower one is taken for both,
+  since what reads rows for columns wants them exactly symmetric.
 
   >>> full = np.arange(9.0).reshape(3, 3) + np.arange(9.0).reshape(3, 3).T
   >>> bool((whole((full[:2], full[2:, 2:])) == full).all())
@@ -105,7 +105,8 @@ def whole(second: Panels) -> Any:
     for a, panel in zip(starts, second, strict=True):
       b = a + panel.shape[-2]
       square, rest = panel[..., : b - a], panel[..., b - a :]
-      full[..., a:b, a:b] = square / 2 + np.swapaxes(square, -1, -2) / 2
+      full[..., a:b, a:b] = np.tril(square)
+      full[..., a:b, a:b] += np.swapaxes(np.tril(square, -1), -1, -2)
       full[..., a:b, b:] = rest
       full[..., b:, a:b] = np.swapaxes(rest, -1, -2)
     return full
