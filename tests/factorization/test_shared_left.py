@@ -342,8 +342,9 @@ def _every_loss(params, moments, budget, compensate):
   joint = [
     (r * (8 + 14) + 10 * compensate, loss({QKV: r})) for r in range(1, 9)
   ]
+  last = list(choices('o'))
   for cost, damage in [*separate, *joint]:
-    for more, further in choices('o'):
+    for more, further in last:
       if cost + more <= budget:
         yield damage + further
 
