@@ -54,6 +54,23 @@ def kinds(tree):
   return jax.tree.map(lambda v: (np.shape(v), v.dtype), tree)
 
 
+@pytest.mark.parametrize(
+  'divergence', [ur.squared_error, ur.kl_divergence()], ids=['share', 'nats']
+)
+def test_what_is_exact_is_not_trained(divergence, monkeypatch):
+  begun = []
+  update = descent.update
+  monkeypatch.setattr(
+    descent, 'update', lambda *a: begun.append(1) or update(*a)
+  )
+  run = lambda params, x: mlp(params, x)  # nothing is compiled for it yet
+  options = dict(divergence=divergence, steps=3, progress=False)
+  tree = small(ranks={'w': 6})  # all that six features have
+  assert ur.distill(run, PARAMS, tree, data(), **options) is tree and not begun
+  ur.distill(run, PARAMS, small(), data(), **options)
+  assert begun
+
+
 def test_updates_are_those_of_adam_in_float64():
   value, gradients = draw(3), [draw(3) for _ in range(4)]
   state = descent.start(jnp.asarray(value), jnp.float32(2.0))

@@ -36,6 +36,8 @@ LOOKS = 10
 # Rates that are tried, and the share of the updates that each gets for it.
 RATES = (0.01, 0.002, 0.0005)
 TRIAL = 0.1
+# Outputs that differ by no more than so many roundings are the dense ones.
+EXACT = 8
 # Dense outputs are kept up to this, and computed anew beyond.
 _MOST_BYTES = 2**30
 
@@ -88,7 +90,8 @@ def distill(
 
   Returns:
     The trained tree, of the same ranks, shapes and dtypes; `small` itself where
-    outputs do not come closer, or fewer than eight examples are held out.
+    outputs do not come closer or differ by float32's rounding alone, or fewer
+    than eight examples are held out.
 
   Raises:
     ValueError: a number is not positive, there is no batch, or `fn` has no
@@ -132,6 +135,10 @@ def distill(
     return np.concatenate([np.asarray(part, np.float64) for part in parts])
 
   state = tree.start()
+  before = look(state.values)
+  batch, outputs = judged[0]
+  if before.mean() <= float(programs.rounding(outputs, batch)):
+    return small
   is_mixed = mixup and all(map(mixing.can_mix, training))
   pieces_of = functools.partial(_pieces, training, dense, batch_size, is_mixed)
   piece = next(pieces_of())
@@ -160,7 +167,6 @@ def distill(
     chosen = int(np.argmin(np.nan_to_num(ends, nan=np.inf))) if trial else 0
     yield from descend(rates[chosen], steps, LOOKS)
 
-  before = look(state.values)
   best, nearest = state.values, before
   updates: Iterable[Any] = every_update()
   if progress:
@@ -234,6 +240,16 @@ class _Programs:
       gradient = jax.grad(mean)(state.values, kind, *args)
       return descent.update(state, gradient, count, rate)
 
+    def rounding(outputs, batch):
+      """The mean divergence of outputs that are a few roundings off."""
+      scale = 1 + EXACT * float(jnp.finfo(jnp.float32).eps)
+      off = jax.tree.map(
+        lambda y: y * scale if jnp.issubdtype(y.dtype, jnp.inexact) else y,
+        outputs,
+      )
+      return jnp.mean(divergence(outputs, off, batch))
+
+    self.rounding = jax.jit(rounding)
     compiled = functools.partial(jax.jit, static_argnums=0)
     self.each, self.update = map(compiled, (each, update))
 
