@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/venv.sh
 quick=
-case " $* " in *' --quick '*) quick=1 ;; esac
+case " $* " in *' --quick '* | *' -m quick '*) quick=1 ;; esac
 if [ -n "${LATEST:-}" ]; then
   venv=.venv-latest
   make_venv "$venv" "${PYTHON:-python3}" --upgrade -e '.[test]'

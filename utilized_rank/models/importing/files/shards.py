@@ -50,7 +50,7 @@ def files(folder: str) -> list[str]:
     ValueError: there is none, or nothing says which it is.
   """
   if index := index_of(folder):
-    return indexed(index)
+    return _indexed(index)
   names = sorted(os.listdir(folder))
   for name in _WHOLE:
     if name in names:
@@ -69,7 +69,7 @@ def files(folder: str) -> list[str]:
   )
 
 
-def indexed(path: str) -> list[str]:
+def _indexed(path: str) -> list[str]:
   """The files that an index names.
 
   Raises:
