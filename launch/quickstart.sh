@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the project into .venv and runs its main job: a ViT on handwritten
 # digits is trained, measured, cut to 50 % and 25 % of its blocks' parameters,
-# fine-tuned and reported on. Three to six minutes on two CPU cores, and the
+# fine-tuned and reported on. Three to seven minutes on two CPU cores, and the
 # installation before. Arguments go to launch.main:
 #
 #   launch/quickstart.sh                      # -> runs/digits/report.html
