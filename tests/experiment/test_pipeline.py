@@ -16,6 +16,8 @@ from utilized_rank.data import splits
 from utilized_rank.experiment import pipeline
 from utilized_rank.experiment import settings
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -120,7 +122,6 @@ def test_the_page_names_every_layer(finished):
   assert page.count('MlpBlock_3') >= 2
 
 
-@pytest.mark.slow
 def test_a_collection_in_passes_measures_the_same(
   finished, digits, tmp_path, monkeypatch
 ):
@@ -183,7 +184,6 @@ def test_a_report_that_was_deleted_is_made_again(finished, config, tmp_path):
   assert again['compressed'] == json.loads(json.dumps(result['compressed']))
 
 
-@pytest.mark.slow
 def test_another_fraction_keeps_what_is_there(
   finished, digits, tmp_path, monkeypatch
 ):
@@ -211,7 +211,6 @@ def test_another_fraction_keeps_what_is_there(
     assert again['compressed'][1][key] == there[key]
 
 
-@pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_at_the_next_step(
   config, tmp_path, monkeypatch, capsys
 ):

@@ -8,6 +8,8 @@ import importlib.util
 import pytest
 import scripts
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize('framework', ['haiku', 'equinox', 'keras'])
 # Theirs: names that Python, JAX and Keras will take away one day.

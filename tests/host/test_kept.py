@@ -12,6 +12,8 @@ import utilized_rank as ur
 from utilized_rank.host.kept import kept
 from utilized_rank.ranks.trials import divergences
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 PARAMS = {
   name: RNG.normal(size=shape).astype(np.float32) / 3

@@ -23,6 +23,8 @@ from utilized_rank.axes.where import batch_array
 from utilized_rank.axes.where import plain
 from utilized_rank.walk.interpret import UnsupportedError
 
+pytestmark = pytest.mark.slow
+
 collect = functools.partial(ur.collect, progress=False)
 
 
@@ -237,7 +239,6 @@ def test_flow(name, x, sizes, is_apart):
 # --- the verbs ---
 
 
-@pytest.mark.slow
 def test_compress_is_no_worse_than_uniform_ranks(params):
   rng = np.random.default_rng(5)
   data = [

@@ -19,6 +19,8 @@ from wrappers import close
 import utilized_rank as ur
 from utilized_rank.tree import paths
 
+pytestmark = pytest.mark.slow
+
 FORMS = forms.FORMS | {
   # Under `vmap` it would be one number for each example: not in the matrix.
   'scale_of_the_data': forms.Form(

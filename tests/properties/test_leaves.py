@@ -13,6 +13,8 @@ import pytest
 
 import utilized_rank as ur
 
+pytestmark = pytest.mark.slow
+
 OTHERS = {
   'act': jnp.tanh,
   'flag': True,

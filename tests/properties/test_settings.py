@@ -7,6 +7,8 @@ import pytest
 
 import utilized_rank as ur
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
   'rank_promotion': ('jax_numpy_rank_promotion', 'raise'),
   'dtype_promotion': ('jax_numpy_dtype_promotion', 'strict'),

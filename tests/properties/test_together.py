@@ -15,6 +15,8 @@ from utilized_rank.collection.running_sums import RunningSums
 from utilized_rank.products import convolution
 from utilized_rank.walk.cost import peak_bytes
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 PARAMS = {
   'conv': RNG.normal(size=(3, 3, 2, 4)).astype(np.float32) / 4,

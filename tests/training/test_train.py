@@ -17,9 +17,10 @@ from utilized_rank.training import train
 
 # When one of orbax's parallel reads of a damaged file fails, the others may
 # report to an event loop that is closed already.
-pytestmark = pytest.mark.filterwarnings(
-  'ignore::pytest.PytestUnraisableExceptionWarning'
-)
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning'),
+]
 
 CONFIG = train.TrainConfig(
   steps=8,
