@@ -94,8 +94,11 @@ TIMM = [
     'swin_tiny_patch4_window7_224',
     {'depths': (2, 2), 'num_heads': (3, 6), 'num_classes': 0},
   ),
-  # The window of 7 becomes one of 6 where there are but 6 patches.
-  ('swin_tiny_patch4_window7_224', {'depths': (1, 1, 1, 2), 'img_size': 192}),
+  # Windows of 12 become one of 6 where there are but 6 patches.
+  (
+    'swin_tiny_patch4_window7_224',
+    {'depths': (1, 1, 1, 2), 'img_size': 192, 'window_size': 12},
+  ),
   ('swin_s3_tiny_224', {'depths': (2, 2, 2, 2)}),
 ]
 
