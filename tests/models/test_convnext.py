@@ -136,10 +136,9 @@ def test_compress_halves_it():
     progress=False,
   )
   # Biases, norms and depthwise convolutions stay as they are.
-  # Biases, norms and depthwise convolutions stay as they are.
   assert ur.count_params(small) < 0.7 * ur.count_params(variables)
   assert jax.jit(ur.low_rank(model.apply))(small, x).shape == (64, 3)
-  assert 'stage0_0/Dense_0/kernel' in str(report)
+  assert 'params/stage0_0/Dense_0/kernel' in report
 
 
 def timm_state(act=False, v2=False, norms_first=False):
