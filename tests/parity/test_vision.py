@@ -105,8 +105,8 @@ def check(name, model, path, read, arguments, images):
   assert found < BAR
 
 
-def images_of(count=2):
-  images = np.random.default_rng(0).normal(size=(count, 32, 32, 3))
+def images_of(count=2, side=32):
+  images = np.random.default_rng(0).normal(size=(count, side, side, 3))
   return images.astype(np.float32)
 
 

@@ -20,10 +20,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import originals  # noqa: E402, F401 (torchvision is imported as it can be)
 import timm  # noqa: E402
 from timm import layers  # noqa: E402
+from timm.layers.grn import GlobalResponseNorm  # noqa: E402
 from timm.models import beit  # noqa: E402
+from timm.models import convnext  # noqa: E402
 from timm.models import deit  # noqa: E402
 from timm.models import eva  # noqa: E402
 from timm.models import resnet  # noqa: E402
+from timm.models import swin_transformer as swin  # noqa: E402
 from timm.models import vision_transformer as vit  # noqa: E402
 import torch  # noqa: E402
 
@@ -131,6 +134,7 @@ def of_eva(model):
   if kv - {None, attention.num_heads}:
     raise Unknown('attention: heads that share keys')
   block = model.blocks[0]
+  only('block', block, eva.EvaBlock)
   if (block.gamma_1 is None) != (block.gamma_2 is None):
     raise Unknown('layer scale on one branch')
   more = {}
@@ -193,12 +197,74 @@ def of_resnet(model):
   return {'activation': activation(block.act1), 'blur': blurs[kind]}
 
 
+def mean(model):
+  if model.head.global_pool.pool_type != 'avg':
+    raise Unknown(f'pooling: {model.head.global_pool.pool_type}')
+  return 'gap'
+
+
+def of_convnext(model):
+  norms = {
+    layers.LayerNorm: 'layer',
+    layers.LayerNorm2d: 'layer',
+    layers.RmsNorm: 'rms',
+    layers.RmsNorm2d: 'rms',
+  }
+  others = (convnext.NormMlpClassifierHead, GlobalResponseNorm)
+  others += (layers.GlobalResponseNormMlp,)
+  found = [
+    m
+    for m in model.modules()
+    if 'Norm' in type(m).__name__ and not isinstance(m, others)
+  ]
+  for norm in found:
+    only('norm', norm, *norms)
+  kinds = {(norms[type(m)], m.eps) for m in found}
+  if len(kinds) > 1:
+    raise Unknown('norms of several kinds')
+  ((norm, epsilon),) = kinds
+  for stage in model.stages:
+    for block in stage.blocks:
+      only('shortcut', block.shortcut, torch.nn.Identity)
+      only('mlp', block.mlp, layers.Mlp, layers.GlobalResponseNormMlp)
+  act = activation(model.stages[0].blocks[0].mlp.act)
+  hidden = getattr(model.head, 'pre_logits', torch.nn.Identity())
+  if type(hidden) is not torch.nn.Identity and activation(hidden.act) != act:
+    raise Unknown('activation: another in the head')
+  return {
+    'activation': act,
+    'epsilon': epsilon,
+    'norm': norm,
+    'pool': mean(model),
+  }
+
+
+def of_swin(model):
+  only('patch embedding', model.patch_embed, layers.PatchEmbed)
+  rows = model.patch_embed.grid_size[0]
+  for stage in model.layers:
+    for block in stage.blocks:
+      window = block.window_size
+      if block.always_partition or rows % window[0] or len(set(window)) > 1:
+        raise Unknown('windows that do not divide the image')
+    rows = -(-rows // 2)
+  if block.window_size[0] != block.input_resolution[0]:
+    raise Unknown('the last windows do not cover the image')
+  return {
+    'activation': activation(block.mlp.act),
+    'epsilon': epsilon(model),
+    'pool': mean(model),
+  }
+
+
 KINDS = {
   vit.VisionTransformer: of_vit,
   deit.VisionTransformerDistilled: of_vit,
   eva.Eva: of_eva,
   beit.Beit: of_beit,
+  convnext.ConvNeXt: of_convnext,
   resnet.ResNet: of_resnet,
+  swin.SwinTransformer: of_swin,
 }
 
 

@@ -59,6 +59,7 @@ class BlockOptions:
     rotation: of queries and keys of patches, or None.
     relative_positions: a learned number for each two places of patches and
       each head is added to the scores (https://arxiv.org/abs/2106.08254).
+    relative_tokens: such numbers are there for a token before the patches.
     grid: rows and columns of patches, for these two.
     epsilon: of the norms.
     dropout: rate after the attention and the dense layers.
@@ -84,6 +85,7 @@ class BlockOptions:
   norm: str = 'layer'
   rotation: GridRotation | None = None
   relative_positions: bool = False
+  relative_tokens: bool = True
   grid: tuple[int, int] | None = None
   epsilon: float = 1e-6
   dropout: float = 0.0
@@ -246,7 +248,9 @@ class Attention(nn.Module):
       q, k = turn(q), turn(k)
     bias = None
     if o.relative_positions and o.grid is not None:
-      bias = RelativePositions(o.grid, o.heads, name='relative')(x.shape[1])
+      bias = RelativePositions(
+        o.grid, o.heads, o.relative_tokens, name='relative'
+      )(x.shape[1])
     if o.attention_dropout > 0 and not self.deterministic:
       causal = nn.make_causal_mask(x[..., 0], dtype=bool) if o.causal else None
       y = nn.dot_product_attention(
@@ -288,20 +292,22 @@ def _turned(x: Array, rotation: GridRotation, grid: tuple[int, int]) -> Array:
 class RelativePositions(nn.Module):
   """A learned number for each head, and each offset of two patches.
 
-  Behind the offsets of patches come three: from a token to a patch, from a
-  patch to a token, from a token to itself.
+  With `tokens`, behind the offsets of patches come three: from a token to a
+  patch, from a patch to a token, from a token to itself.
   """
 
   grid: tuple[int, int]
   heads: int
+  tokens: bool = True
 
   @nn.compact
   def __call__(self, length: int) -> Array:
     """`(heads, length, length)`, of the patches and at most one token."""
     rows, columns = self.grid
     offsets = (2 * rows - 1) * (2 * columns - 1)
+    rows_of_table = offsets + 3 * self.tokens
     table = self.param(
-      'table', nn.initializers.normal(0.02), (offsets + 3, self.heads)
+      'table', nn.initializers.normal(0.02), (rows_of_table, self.heads)
     )
     at = np.indices(self.grid).reshape(2, -1)
     away = at[:, :, None] - at[:, None]

@@ -58,6 +58,8 @@ def vit(
   query = mapped[f'{attention}query/kernel']
   if len(query) == 3:
     heads = query[1]
+  elif f'{attention}relative/table' in mapped:
+    heads = mapped[f'{attention}relative/table'][1]
   elif f'{attention}query_norm/scale' in mapped:
     heads = width // mapped[f'{attention}query_norm/scale'][0]
   else:
@@ -73,13 +75,13 @@ def vit(
     pool = 'map'
   elif head[0] == 2 * width:
     pool = 'token_and_gap'
-  model = _build(
+  model = build(
     ViT,
     {
       'num_classes': head[1],
       'patch_size': patch,
       'width': width,
-      'depth': _count(mapped, r'params/Transformer/encoderblock_(\d+)/.*'),
+      'depth': count(mapped, r'params/Transformer/encoderblock_(\d+)/.*'),
       'heads': heads,
       'mlp_dim': mapped[f'{mlp}{hidden}/kernel'][1],
       'pool': pool,
@@ -113,7 +115,7 @@ def vit(
     },
     options,
   )
-  return model, _images(side * patch, channels)
+  return model, images(side * patch, channels)
 
 
 def _grid(
@@ -164,17 +166,17 @@ def resnet(
 ) -> Built:
   del layout, source
   size, _, channels, width = mapped['params/conv1/kernel']
-  stages = _count(mapped, r'params/layer(\d+)_.*', first=1)
+  stages = count(mapped, r'params/layer(\d+)_.*', first=1)
   shortcut = 'pad'
   if any('conv_shortcut' in path for path in mapped):
     norms = any('bn_shortcut' in path for path in mapped)
     shortcut = 'norm' if norms else 'conv'
-  model = _build(
+  model = build(
     ResNet,
     {
       'num_classes': mapped['params/head/kernel'][1],
       'stages': tuple(
-        _count(mapped, rf'params/layer{i + 1}_(\d+)/.*') for i in range(stages)
+        count(mapped, rf'params/layer{i + 1}_(\d+)/.*') for i in range(stages)
       ),
       'width': width,
       'bottleneck': 'params/layer1_0/conv3/kernel' in mapped,
@@ -183,7 +185,7 @@ def resnet(
     },
     options,
   )
-  return model, _images(32 if size == 3 else 224, channels)
+  return model, images(32 if size == 3 else 224, channels)
 
 
 def vgg(
@@ -192,7 +194,7 @@ def vgg(
   del layout
   widths = [
     mapped[f'params/conv{i}/kernel'][3]
-    for i in range(_count(mapped, r'params/conv(\d+)/kernel'))
+    for i in range(count(mapped, r'params/conv(\d+)/kernel'))
   ]
   batch_norm = 'batch_stats/bn0/mean' in mapped
   at = places(source, 'features', 4)
@@ -206,11 +208,11 @@ def vgg(
     stages[-1].append(width)
   hidden = [
     mapped[f'params/fc{i}/kernel'][1]
-    for i in range(_count(mapped, r'params/fc(\d+)/kernel'))
+    for i in range(count(mapped, r'params/fc(\d+)/kernel'))
   ]
   first = mapped['params/fc0/kernel' if hidden else 'params/head/kernel'][0]
   pool_size = math.isqrt(first // widths[-1])
-  model = _build(
+  model = build(
     VGG,
     {
       'num_classes': mapped['params/head/kernel'][1],
@@ -222,7 +224,7 @@ def vgg(
     options,
   )
   side = pool_size * 2 ** len(stages)
-  return model, _images(side, mapped['params/conv0/kernel'][2])
+  return model, images(side, mapped['params/conv0/kernel'][2])
 
 
 def keyword_transformer(
@@ -231,12 +233,12 @@ def keyword_transformer(
   del source
   coefficients, width = mapped['params/embedding/kernel']
   block = 'params/Transformer/encoderblock_0/'
-  model = _build(
+  model = build(
     KeywordTransformer,
     {
       'num_classes': mapped['params/head/kernel'][1],
       'width': width,
-      'depth': _count(mapped, r'params/Transformer/encoderblock_(\d+)/.*'),
+      'depth': count(mapped, r'params/Transformer/encoderblock_(\d+)/.*'),
       'heads': options['heads'],
       'mlp_dim': mapped[f'{block}MlpBlock_3/Dense_0/kernel'][1],
     },
@@ -257,7 +259,7 @@ def _of_tokens(
     'vocabulary': vocabulary,
     'context': context,
     'width': width,
-    'depth': _count(mapped, r'params/block_(\d+)/.*'),
+    'depth': count(mapped, r'params/block_(\d+)/.*'),
     'heads': options['heads'],
     'mlp_dim': mapped['params/block_0/MlpBlock_3/Dense_0/kernel'][1],
   }
@@ -269,7 +271,7 @@ def gpt(
 ) -> Built:
   del layout
   sizes, tokens = _of_tokens(mapped, options)
-  model = _build(
+  model = build(
     GPT,
     {
       **sizes,
@@ -288,7 +290,7 @@ def bert(
   sizes, tokens = _of_tokens(mapped, options)
   classes = mapped.get('params/head/kernel', (0, 0))[1]
   output = 'vocabulary' if 'params/logits_bias' in mapped else 'tokens'
-  model = _build(
+  model = build(
     Bert,
     {
       **sizes,
@@ -311,12 +313,12 @@ def llama(
   qk_norm = None
   if norm := mapped.get('params/block_0/query_norm/scale'):
     qk_norm = 'head' if norm[0] == head_dim else 'width'
-  model = _build(
+  model = build(
     Llama,
     {
       'vocabulary': vocabulary,
       'width': width,
-      'depth': _count(mapped, r'params/block_(\d+)/.*'),
+      'depth': count(mapped, r'params/block_(\d+)/.*'),
       'heads': heads,
       'kv_heads': mapped['params/block_0/key/kernel'][1] // head_dim,
       'mlp_dim': mapped['params/block_0/mlp/gate/kernel'][1],
@@ -340,9 +342,9 @@ def mlp(
   del layout, source
   kernels = [
     mapped[f'params/Dense_{i}/kernel']
-    for i in range(_count(mapped, r'params/Dense_(\d+)/kernel'))
+    for i in range(count(mapped, r'params/Dense_(\d+)/kernel'))
   ]
-  model = _build(MLP, {'widths': tuple(k[1] for k in kernels)}, options)
+  model = build(MLP, {'widths': tuple(k[1] for k in kernels)}, options)
   return model, jax.ShapeDtypeStruct((1, kernels[0][0]), jnp.float32)
 
 
@@ -364,13 +366,15 @@ def width_without_heads(mapped: Shapes) -> int | None:
   """Width of the queries where no shape tells how many heads they have."""
   for path, shape in mapped.items():
     if path.endswith('/query/kernel') and len(shape) == 2:
+      if path.replace('query/kernel', 'relative/table') in mapped:
+        return None  # it has a number for each head
       norm = mapped.get(path.replace('query/kernel', 'query_norm/scale'))
       # A norm per head is as wide as a head.
       return shape[1] if norm in (None, (shape[1],)) else None
   return None
 
 
-def _build(kind: type, read: dict[str, Any], options: Options) -> nn.Module:
+def build(kind: type, read: dict[str, Any], options: Options) -> nn.Module:
   known = {f.name for f in dataclasses.fields(kind)} - {'parent', 'name'}
   if unknown := set(options) - known:
     raise TypeError(
@@ -381,7 +385,7 @@ def _build(kind: type, read: dict[str, Any], options: Options) -> nn.Module:
   return kind(**{**read, **told})
 
 
-def _count(paths: Iterable[str], pattern: str, first: int = 0) -> int:
+def count(paths: Iterable[str], pattern: str, first: int = 0) -> int:
   """How many there are of what is numbered without a gap."""
   numbers = {int(m[1]) for path in paths if (m := re.fullmatch(pattern, path))}
   expected = set(range(first, first + len(numbers)))
@@ -390,5 +394,5 @@ def _count(paths: Iterable[str], pattern: str, first: int = 0) -> int:
   return len(numbers)
 
 
-def _images(side: int, channels: int) -> jax.ShapeDtypeStruct:
+def images(side: int, channels: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)

@@ -105,7 +105,7 @@ def _resize(
   if not isinstance(model, ViT):
     raise TypeError(
       f'image_size={image_size}: a {type(model).__name__} has no position '
-      'embeddings to resize; it takes images of any size.'
+      'embeddings to resize; give it images of another size as they are.'
     )
   if image_size % model.patch_size:
     raise ValueError(

@@ -23,6 +23,8 @@ from utilized_rank.models.importing import vit_layouts
 from utilized_rank.models.importing.files import formats
 from utilized_rank.models.importing.files.factored import Factored
 from utilized_rank.models.importing.files.tensor import Tensor
+from utilized_rank.models.importing.hierarchies import convnext
+from utilized_rank.models.importing.hierarchies import swin
 from utilized_rank.tree import paths
 
 with extra('models'):
@@ -33,6 +35,8 @@ LAYOUTS: tuple[layouts.Layout, ...] = (
   *hf_vit_layouts.LAYOUTS,
   *language_layouts.LAYOUTS,
   *other_layouts.LAYOUTS,
+  *convnext.LAYOUTS,
+  *swin.LAYOUTS,
 )
 _SHOWN = 8
 

@@ -132,11 +132,37 @@ def _siglip(c: Config) -> Facts:
   }
 
 
+def _convnext(c: Config) -> Facts:
+  c.skip('num_stages', 'hidden_sizes', 'depths', 'layer_scale_init_value')
+  c.skip('tie_word_embeddings', *_BACKBONE)
+  return {
+    'activation': c.activation(),
+    'last_epsilon': c('layer_norm_eps', 1e-12),
+  }
+
+
+def _swin(c: Config) -> Facts:
+  # The norms of the patches and of the mergings have it whatever is said.
+  c.only('layer_norm_eps', 1e-5)
+  c.only('use_absolute_embeddings', False)
+  # Told by the shapes, windows by their tables of positions.
+  c.skip('embed_dim', 'depths', 'num_heads', 'window_size', 'mlp_ratio')
+  c.skip('num_layers', 'qkv_bias', 'tie_word_embeddings', 'path_norm')
+  c.skip(*_BACKBONE)
+  return {
+    'activation': c.activation(),
+    'epsilon': 1e-5,
+    'input_size': _side(c),
+  }
+
+
 FACTS: dict[str, Callable[[Config], Facts]] = {
   'aimv2_vision_model': _aimv2,
   'beit': _beit,
   'clip': _tower(_clip),
   'clip_vision_model': _clip,
+  'convnext': _convnext,
+  'convnextv2': _convnext,
   'deit': _deit,
   'dinov2': _dinov2,
   'dinov2_with_registers': _dinov2,
@@ -146,6 +172,7 @@ FACTS: dict[str, Callable[[Config], Facts]] = {
   'siglip2': _tower(_siglip),
   'siglip2_vision_model': _siglip,
   'siglip_vision_model': _siglip,
+  'swin': _swin,
   'vit': _vit,
   'vit_mae': _vit_mae,
   'vit_msn': lambda c: _vit(c, epsilon=1e-6),

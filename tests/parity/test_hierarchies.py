@@ -1,0 +1,154 @@
+"""ConvNeXt and Swin of transformers and timm, and ours.
+
+Random weights at small sizes, float32. Prints each difference (`-s`).
+"""
+
+import pytest
+
+torch = pytest.importorskip('torch')
+
+import originals  # noqa: E402 (torchvision is imported as it can be)
+
+pytest.importorskip('timm')
+pytest.importorskip('transformers')
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from test_vision import check  # noqa: E402
+from test_vision import images_of  # noqa: E402
+from test_vision import logits  # noqa: E402
+from test_vision import original  # noqa: E402
+from test_vision import pooled  # noqa: E402
+import timm  # noqa: E402
+
+from utilized_rank.models.importing import load_checkpoint  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+BAR = 1e-4
+STAGES = {
+  'depths': [1, 2],
+  'hidden_sizes': [8, 16],
+  'num_stages': 2,
+  'image_size': 32,
+}
+WINDOWS = {
+  'depths': [2, 2],
+  'num_heads': [2, 4],
+  'embed_dim': 16,
+  'window_size': 4,
+  'image_size': 32,
+}
+CASES = [
+  ('ConvNext', 'Model', pooled, STAGES),
+  ('ConvNext', 'ForImageClassification', logits, STAGES),
+  (
+    'ConvNext',
+    'ForImageClassification',
+    logits,
+    {**STAGES, 'layer_scale_init_value': 0.0, 'hidden_act': 'gelu_new'},
+  ),
+  ('ConvNextV2', 'Model', pooled, STAGES),
+  ('ConvNextV2', 'ForImageClassification', logits, STAGES),
+  # 8 patches of windows of 4, then 4 patches that one window covers.
+  ('Swin', 'Model', pooled, WINDOWS),
+  ('Swin', 'ForImageClassification', logits, WINDOWS),
+  # Shifted at both resolutions, by one of three patches.
+  (
+    'Swin',
+    'ForImageClassification',
+    logits,
+    {**WINDOWS, 'window_size': 3, 'image_size': 48, 'qkv_bias': False},
+  ),
+]
+
+
+@pytest.mark.parametrize(('name', 'kind', 'read', 'sizes'), CASES, ids=str)
+def test_the_saved_directory_gives_the_same(name, kind, read, sizes, tmp_path):
+  model = original(name, kind, sizes, tmp_path)
+  images = images_of(side=sizes['image_size'])
+  batch = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+  check(f'{name}{kind} {sizes}', model, tmp_path, read, (batch,), images)
+  path = tmp_path / 'in_memory.pth'
+  torch.save(model.state_dict(), path)
+  check(f'{name}{kind} in memory', model, path, read, (batch,), images)
+
+
+# One for each stem, norm, head, width of kernels and activation.
+TIMM = [
+  ('convnext_atto', {}),
+  ('convnext_atto_ols', {}),
+  ('convnext_atto_rms', {}),
+  ('convnext_nano_ols', {'depths': (1, 1, 1, 1)}),
+  ('convnext_tiny', {'depths': (1, 1, 1, 1)}),
+  ('convnext_tiny', {'depths': (1, 1, 1, 1), 'num_classes': 0}),
+  ('convnext_tiny_hnf', {'depths': (1, 1, 1, 1)}),
+  ('convnext_large_mlp', {'depths': (1, 1, 1, 1)}),
+  ('convnext_xxlarge', {'depths': (1, 1, 1, 1), 'dims': (16, 32, 64, 96)}),
+  ('convnextv2_atto', {}),
+  ('convnextv2_tiny', {'depths': (1, 1, 1, 1)}),
+  ('test_convnext', {}),
+  ('test_convnext3', {}),
+  ('swin_tiny_patch4_window7_224', {'depths': (2, 2, 2, 2)}),
+  (
+    'swin_tiny_patch4_window7_224',
+    {'depths': (2, 2), 'num_heads': (3, 6), 'num_classes': 0},
+  ),
+  # Windows of 12 become one of 6 where there are but 6 patches.
+  (
+    'swin_tiny_patch4_window7_224',
+    {'depths': (1, 1, 1, 2), 'img_size': 192, 'window_size': 12},
+  ),
+  ('swin_s3_tiny_224', {'depths': (2, 2, 2, 2)}),
+]
+
+
+@pytest.mark.parametrize(('name', 'options'), TIMM, ids=str)
+def test_the_name_says_what_the_shapes_do_not(name, options, tmp_path):
+  side = options.get('img_size', 64 if 'convnext' in name else 224)
+  model = timm.create_model(name, **{'num_classes': 5, **options})
+  model = originals.randomise(model)
+  path = tmp_path / 'w.pth'
+  torch.save({'arch': name, 'state_dict': model.state_dict()}, path)
+  ours, variables, imported = load_checkpoint(str(path))
+  assert imported.assumed == {}
+  images = images_of(side=side)
+  if 'swin' in name and len(ours.depths) == 4:
+    assert imported.input.shape[1:] == images.shape[1:]
+  with torch.no_grad():
+    batch = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    expected = model(batch).numpy()
+  actual = jax.jit(ours.apply)(variables, images)
+  assert actual.shape == expected.shape
+  assert np.std(expected) > 1e-2
+  found = abs(actual - expected).max() / abs(expected).max()
+  print(f'timm {name} {options}: {found:.1e}')
+  assert found < BAR
+
+
+def test_merging_at_the_end_of_a_stage_is_that_at_the_beginning(tmp_path):
+  """As Microsoft's files have it, and timm's before 0.9."""
+  model = originals.randomise(
+    timm.create_model(
+      'swin_tiny_patch4_window7_224',
+      depths=(1, 1),
+      num_heads=(3, 6),
+      num_classes=5,
+    )
+  )
+  state = model.state_dict()
+  old = {
+    name.replace('layers.1.down', 'layers.0.down').replace('.fc.', '.')
+    if 'downsample' in name or 'head' in name
+    else name: value
+    for name, value in state.items()
+  }
+  trees = []
+  for content in (state, old):
+    torch.save(content, tmp_path / 'w.pth')
+    trees.append(
+      load_checkpoint(
+        str(tmp_path / 'w.pth'), architecture='swin_tiny_patch4_window7_224'
+      )[1]
+    )
+  jax.tree.map(np.testing.assert_array_equal, *trees)
