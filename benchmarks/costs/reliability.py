@@ -103,7 +103,7 @@ class Trial:
       at = self.rng(part, len(events)).uniform()
       after = at * seconds if missing > 0 else None
       ended = self.start(workdir, part).ended(number, after)
-      event = {
+      event: dict[str, Any] = {
         'at': round(at, 3) if ended.delivered else None,
         'delivered': ended.delivered,
         'stage': ended.stage,
@@ -125,7 +125,7 @@ class Trial:
         if not _is_told(ended):
           faults.append('said nothing')
       if event['over']:
-        shutil.rmtree(workdir)
+        shutil.rmtree(workdir, ignore_errors=True)
       self.add(part, event)
 
   def _differences(self, workdir: pathlib.Path) -> Iterator[str]:
@@ -168,7 +168,7 @@ class Trial:
     with mounted(self.folder / 'small', int(ROOM * size)) as disk:
       workdir = disk / 'run'
       ended = self.start(workdir, 'full').ended()
-      event = {
+      event: dict[str, Any] = {
         'room': ROOM,
         'stage': ended.stage,
         **self._refusal(ended, 'the disk is full'),

@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.shared import launches
+from utilized_rank.command import errors
 from utilized_rank.experiment import pipeline
 from utilized_rank.experiment.settings import STAGES
 
 # Of each kind: where it is, and the first stage that the run does again, which
-# reads it; None where all are done.
+# reads it; None where all are done. Of checkpoints the newest is read.
 KINDS: dict[str, tuple[str, str | None]] = {
-  'checkpoints of training': ('train', 'train'),
+  'checkpoints of training': ('train/4', 'train'),
   'dense parameters': ('dense', 'collect'),
   'moments': ('moments', 'measure'),
   'factors': ('factorized', 'finetune'),
-  'checkpoints of fine-tuning': ('finetune', 'finetune'),
+  'checkpoints of fine-tuning': ('finetune/0.5/4', 'finetune'),
   'fine-tuned factors': ('finetuned', 'evaluate'),
   'utilization.json': ('utilization.json', 'report'),
   'results of stages': ('stages', None),
@@ -77,6 +78,7 @@ def flipped(
   found = {'kind': kind, 'file': flip(copy / where, rng)}
   if first is not None:
     forget(copy, first)
+  errors.prepare()  # as the command does
   said = io.StringIO()
   try:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
