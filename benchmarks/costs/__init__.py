@@ -1,1 +1,1 @@
-"""Time, memory and communication; random weights."""
+"""Time, memory, communication, and what a run survives; random weights."""

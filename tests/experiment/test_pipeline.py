@@ -174,13 +174,21 @@ def test_a_second_start_shows_the_result_again(
   assert 'mean layer utilization: ' in shown
 
 
-def test_a_report_that_was_deleted_is_made_again(finished, config, tmp_path):
+def test_a_report_that_was_deleted_or_changed_is_made_again(
+  finished, config, tmp_path, capsys
+):
   folder, result, _ = finished
   copy = tmp_path / 'copy'
   shutil.copytree(folder, copy)
   (copy / 'report.html').unlink()
+  changed = (copy / 'report.json').read_text().replace('"rank": ', '"rank": 1')
+  (copy / 'report.json').write_text(changed)
   again = pipeline.run(config, copy)
   assert (copy / 'report.html').exists()
+  said = capsys.readouterr().err
+  for name in ('report.html', 'report.json'):
+    assert f'{name} is gone or was changed: it is made again' in said
+  assert json.loads((copy / 'report.json').read_text()) == again
   assert again['compressed'] == json.loads(json.dumps(result['compressed']))
 
 

@@ -58,6 +58,35 @@ def test_damaged_results_are_named(tmp_path):
     run.stage('train', lambda: 1)
 
 
+def test_files_that_a_stage_made_are_compared(tmp_path):
+  run = Workdir(tmp_path / 'run', {})
+  names = ('a.json', 'b.html')
+  assert run.changed('report', names) == []  # of a stage that is to come
+
+  def work():
+    for name in names:
+      run.write_text(name, 'made')
+
+  run.stage('report', work, names)
+  assert run.changed('report', names) == []
+  run.write_text('a.json', 'mbde')
+  assert run.changed('report', names) == ['a.json']
+  (tmp_path / 'run' / 'b.html').unlink()
+  assert run.changed('report', names) == ['a.json', 'b.html']
+  run.forget('report')
+  run.stage('report', work)  # as before 0.2.0, without digests
+  run.write_text('a.json', 'mbde')
+  assert run.changed('report', names) == []
+
+
+def test_a_damaged_config_is_not_to_be_removed(tmp_path):
+  """Without it the folder holds no run."""
+  Workdir(tmp_path / 'run', {'seed': 0})
+  (tmp_path / 'run' / 'config.json').write_text('{"seed')
+  with pytest.raises(ValueError, match=r'damaged .*; give a new --workdir'):
+    Workdir(tmp_path / 'run', {'seed': 0})
+
+
 def test_nothing_half_written_remains(tmp_path):
   run = Workdir(tmp_path / 'run', {})
   run.write('deep/er/file.json', [1, 2])

@@ -6,10 +6,14 @@ import atexit
 from collections.abc import Iterator
 import contextlib
 import errno
+from logging import LogRecord
+from logging import getLogger as get_logger
 import os
+import shlex
 import shutil
 import sys
 import tempfile
+from typing import Any
 
 from utilized_rank.host.extras import extra
 from utilized_rank.host.stopping import Preempted
@@ -19,11 +23,16 @@ with extra('all'):
   from absl import logging
 
 _FULL = os.strerror(errno.ENOSPC)
+# How orbax, reading what is damaged, begins to tell of what it then raises.
+_RAISED_TOO = ('Failed to get metadata', 'Task exception was never retrieved')
 
 
 def same_command() -> str:
   """How to go on where the command line says it all."""
-  return f'the same command again: {" ".join(sys.argv)}'
+  module = sys.modules['__main__'].__spec__
+  # The file of a module that `python -m` runs is no command.
+  start = sys.argv[:1] if module is None else ['python', '-m', module.name]
+  return f'the same command again: {shlex.join([*start, *sys.argv[1:]])}'
 
 
 @contextlib.contextmanager
@@ -60,13 +69,29 @@ def prepare() -> None:
   """Keeps libraries from what nobody asked for.
 
   absl sets INFO, where orbax tells of every file; matplotlib would write its
-  caches to the home folder.
+  caches to the home folder. An error in orbax's threads is raised where they
+  are waited for, and needs not to be told of by each of them before.
   """
+  for logger in (logging.get_absl_logger(), get_logger('asyncio')):
+    logger.addFilter(_is_news)
+  sys.unraisablehook = _unraisable
   if 'MPLCONFIGDIR' not in os.environ:
     folder = os.environ['MPLCONFIGDIR'] = tempfile.mkdtemp(prefix='matplotlib-')
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
   if logging.get_verbosity() == logging.INFO:
     logging.set_verbosity(logging.WARNING)
+
+
+def _is_news(record: LogRecord) -> bool:
+  raised = record.exc_info and 'orbax' in record.pathname
+  raised = raised or record.getMessage().startswith(_RAISED_TOO)
+  return not raised or logging.level_debug()
+
+
+def _unraisable(found: Any) -> None:
+  # Writes that were under way when orbax gave up end in threads of C++.
+  if str(found.exc_value) != 'Event loop is closed' or logging.level_debug():
+    sys.__unraisablehook__(found)
 
 
 def _full(error: BaseException) -> str:

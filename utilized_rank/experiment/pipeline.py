@@ -77,12 +77,14 @@ def run(
   with occupied.occupied(workdir), stopping.on_signals():
     job = Job(settings, workdir, redo=redo)
     occupied.sign(workdir)
-    if not all(os.path.exists(job.workdir.file(n)) for n in _REPORTS):
+    for file in job.workdir.changed('report', _REPORTS):
+      progress.say(f'{file} is gone or was changed: it is made again')
       job.workdir.forget('report')
     for name in settings.stages:
       done = job.workdir.finished(name)
       progress.say(f'stage {name}{" (done before)" if done else ""}')
-      result = job.workdir.stage(name, getattr(job, name))
+      made = _REPORTS if name == 'report' else ()
+      result = job.workdir.stage(name, getattr(job, name), made)
       if stopping.asked() and name != settings.stages[-1]:
         raise stopping.Preempted(f'stopped after the stage {name}')
     print(job.summary())

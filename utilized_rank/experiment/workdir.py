@@ -55,7 +55,7 @@ class Workdir:
     self.path = os.path.abspath(os.fspath(path))
     config = json.loads(json.dumps(config))
     if os.path.exists(self.file(_CONFIG)):
-      there = self.read(_CONFIG)
+      there = self._config()
       self._change(_differences(there, config), stages, first_reader, redo)
       if there != config:
         self.write(_CONFIG, config)
@@ -99,6 +99,15 @@ class Workdir:
         self.forget(stage)
         for folder in (self.file('stages', stage), self.file(stage)):
           shutil.rmtree(folder, ignore_errors=True)
+
+  def _config(self) -> Any:
+    try:
+      return files.parsed(self.file(_CONFIG))
+    except ValueError as error:
+      raise ValueError(
+        f'{self.file(_CONFIG)!r} is damaged ({error}): what the run was asked '
+        'for is not known any more; give a new --workdir'
+      ) from error
 
   def _holds_something(self) -> bool:
     """Whether there are files but those of a start that was cut short."""
@@ -146,20 +155,35 @@ class Workdir:
     """Whether a stage has left its result."""
     return os.path.exists(self.file(f'stages/{stage}.json'))
 
-  def stage(self, name: str, run: Callable[[], Any]) -> Any:
+  def stage(
+    self, name: str, run: Callable[[], Any], made: Sequence[str] = ()
+  ) -> Any:
     """The stage's result, run now or read from an earlier start.
 
     Args:
       name: the stage's name.
       run: does the work and returns its JSON result.
+      made: files that it makes for others to read; their digests are kept.
     """
     done = f'stages/{name}.json'
     if not self.finished(name):
       start = time.perf_counter()
       result = run()
       seconds = time.perf_counter() - start
-      self.write(done, files.sealed({'seconds': seconds, 'result': result}))
+      record = {'seconds': seconds, 'result': result}
+      if made:
+        record['made'] = {n: files.digest(self.file(n)) for n in made}
+      self.write(done, files.sealed(record))
     return self.read(done)['result']
+
+  def changed(self, stage: str, made: Sequence[str]) -> list[str]:
+    """Files of a finished stage that are gone, or not what it made."""
+    if not self.finished(stage):
+      return []
+    # Stages of before 0.2.0 kept no digests: what is there is taken as it is.
+    kept = self.read(f'stages/{stage}.json').get('made', {})
+    found = {name: files.digest(self.file(name)) for name in made}
+    return [n for n, d in found.items() if d is None or d != kept.get(n, d)]
 
   def seconds(self) -> dict[str, float]:
     """Duration of each finished stage, as of its last start."""

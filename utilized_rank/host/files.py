@@ -74,6 +74,15 @@ def parsed(path: str | os.PathLike[str]) -> Any:
     return unsealed(json.load(f))
 
 
+def digest(path: str | os.PathLike[str]) -> str | None:
+  """The SHA-256 of a file's bytes; None where there is none."""
+  try:
+    with open(path, 'rb') as file:
+      return hashlib.file_digest(file, _DIGEST).hexdigest()
+  except FileNotFoundError:
+    return None
+
+
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
   """A record of JSON with its digest.
 
