@@ -90,7 +90,8 @@ def write_each(
 ) -> None:
   """Runs a benchmark network by network, and writes what is known after each.
 
-  What the result file says of other networks stays.
+  What the result file says of other networks stays, with the day and the commit
+  that it is of.
 
   Args:
     args: of `parser`.
@@ -100,12 +101,22 @@ def write_each(
   """
   known: dict[str, Any] = {}
   if args.out.exists():
-    known = json.loads(args.out.read_text(encoding='utf-8'))['networks']
+    before = json.loads(args.out.read_text(encoding='utf-8'))
+    known = {
+      network: {'measured': _when(before), **result}
+      for network, result in before['networks'].items()
+    }
   with cache.compilations():
     for network in args.networks:
-      known[network] = run(network, args.data_root)
+      result = run(network, args.data_root)
+      now = _when(record.conditions(''))
+      known[network] = {'measured': now, **result}
       found = {'seeds': seeds, 'networks': known}
       record.write(args.out, name, found, ['--data_root=DIR'])
+
+
+def _when(conditions: dict[str, Any]) -> dict[str, Any]:
+  return {name: conditions.get(name) for name in ('date', 'commit')}
 
 
 def _since(start: float) -> float:
