@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank.models.convnext import VARIANTS
-from utilized_rank.models.convnext import ConvNeXt
-from utilized_rank.models.convnext import ResponseNorm
+from utilized_rank.models.hierarchies.convnext import VARIANTS
+from utilized_rank.models.hierarchies.convnext import ConvNeXt
+from utilized_rank.models.hierarchies.convnext import ResponseNorm
 from utilized_rank.models.importing import load_checkpoint
 from utilized_rank.tree import paths
 

@@ -9,7 +9,7 @@ from test_convnext import load
 from test_convnext import randomised
 
 import utilized_rank as ur
-from utilized_rank.models import swin
+from utilized_rank.models.hierarchies import swin
 from utilized_rank.tree import paths
 
 pytestmark = pytest.mark.slow

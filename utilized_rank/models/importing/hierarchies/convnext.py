@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from utilized_rank.host.extras import extra
-from utilized_rank.models.convnext import ConvNeXt
+from utilized_rank.models.hierarchies.convnext import ConvNeXt
 from utilized_rank.models.importing import by_shape
 from utilized_rank.models.importing.hierarchies import stages
 from utilized_rank.models.importing.layouts import Layout

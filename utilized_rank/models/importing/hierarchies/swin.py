@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from utilized_rank.host.extras import extra
+from utilized_rank.models.hierarchies.swin import Swin
 from utilized_rank.models.importing import by_shape
 from utilized_rank.models.importing.hierarchies import stages
 from utilized_rank.models.importing.layouts import Layout
@@ -20,7 +21,6 @@ from utilized_rank.models.importing.layouts import fused
 from utilized_rank.models.importing.layouts import hwio
 from utilized_rank.models.importing.layouts import norm
 from utilized_rank.models.importing.layouts import same
-from utilized_rank.models.swin import Swin
 
 with extra('models'):
   import flax.linen as nn

@@ -1,0 +1,1 @@
+"""Networks whose images get smaller from stage to stage: a file for each."""
