@@ -21,7 +21,7 @@ Two ends are equal if their reports agree in every number but times, and their
 arrays bit for bit. All runs share a cache of compiled programs, and XLA does
 not optimize: a start takes 16 CPU seconds, of which 3 are imports. `--workdir`
 keeps what was found: the same command goes on where it stopped, and more
-`--kills`, `--terms` or `--flips` add to it. Needs Linux. Takes 20 CPU minutes.
+`--kills`, `--terms` or `--flips` add to it. Needs Linux. Takes 40 CPU minutes.
 """
 
 from __future__ import annotations
