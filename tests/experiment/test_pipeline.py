@@ -67,9 +67,9 @@ def finished(config, tmp_path_factory):
     patch.setattr(splits, 'load', spy)
     run_stage = pipeline.Workdir.stage
 
-    def note(self, name, run):
+    def note(self, name, run, made=()):
       stage.append(name)
-      return run_stage(self, name, run)
+      return run_stage(self, name, run, made)
 
     patch.setattr(pipeline.Workdir, 'stage', note)
     folder = tmp_path_factory.mktemp('run') / 'digits'
