@@ -119,9 +119,9 @@ class Trial:
         faults += self._differences(workdir)
       elif not ended.delivered:
         faults.append('failed')
-        event['says'], event['over'] = ended.last_line, True
+        event['says'], event['over'] = self._said(ended), True
       elif number == signal.SIGTERM:
-        event['says'] = ended.last_line.partition(' To go on, ')[0]
+        event['says'] = self._said(ended).partition(' To go on, ')[0]
         if not _is_told(ended):
           faults.append('said nothing')
       if event['over']:
@@ -183,8 +183,11 @@ class Trial:
       )
     self.add('full disk', event)
 
+  def _said(self, ended: launches.Ended) -> str:
+    return ended.last_line.replace(str(self.folder), 'DIR')
+
   def _refusal(self, ended: launches.Ended, words: str) -> dict[str, Any]:
-    says = ended.last_line.replace(str(self.folder), 'DIR')
+    says = self._said(ended)
     one_line = ended.is_one_line and words in says
     return {'code': ended.code, 'one_line': one_line, 'says': says[:300]}
 
