@@ -316,18 +316,20 @@ def test_memory_does_not_grow_with_depth(tmp_path):
   peaks, sizes = {}, {}
   for depth in (4, 16):
     folder = tmp_path / str(depth)
-    llamas.write(folder, depth=depth, width=256, mlp_dim=512)
+    llamas.write(folder, depth=depth, width=256, mlp_dim=1024)
     sizes[depth] = os.path.getsize(folder / 'model.safetensors')
     done = subprocess.run(
       [sys.executable, '-c', MEMORY, support, folder, str(depth)],
       capture_output=True,
       text=True,
       timeout=600,
+      # Else the C library keeps what each thread gave back for that thread.
+      env={**os.environ, 'MALLOC_ARENA_MAX': '1'},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     peaks[depth] = int(done.stdout)
   more = sizes[16] - sizes[4]
-  assert more > 25e6
+  assert more > 45e6
   # What grows: traced equations, and what the C library keeps for later.
   assert peaks[16] - peaks[4] < more / 3, peaks
 
