@@ -1,15 +1,17 @@
-"""ConvNeXt: published sizes, checkpoints' facts, and what the library sees."""
+"""ConvNeXt: its options, checkpoints' facts, and what the library sees."""
 
+from image_models import State
+from image_models import check_is_halved
+from image_models import check_kernels_are_seen
+from image_models import images
+from image_models import load
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import utilized_rank as ur
-from utilized_rank.models.hierarchies.convnext import VARIANTS
 from utilized_rank.models.hierarchies.convnext import ConvNeXt
 from utilized_rank.models.hierarchies.convnext import ResponseNorm
-from utilized_rank.models.importing import load_checkpoint
 from utilized_rank.tree import paths
 
 pytestmark = pytest.mark.slow
@@ -20,34 +22,6 @@ V2 = {'response_norm': True, 'layer_scale': None}
 def tiny(**options):
   sizes = {'depths': (1, 2), 'widths': (4, 8), 'kernel_sizes': (5, 3)}
   return ConvNeXt(3, **{**sizes, **options})
-
-
-def images(count=8, side=16):
-  rng = np.random.default_rng(1)
-  return rng.normal(size=(count, side, side, 3)).astype(np.float32)
-
-
-def randomised(model, x):
-  rng = np.random.default_rng(0)
-  like = jax.eval_shape(model.init, jax.random.key(0), x)
-  return jax.tree.map(
-    lambda s: (
-      rng.normal(size=s.shape) / max(np.prod(s.shape[:-1]), 4) ** 0.5
-    ).astype(np.float32),
-    like,
-  )
-
-
-# As torchvision's and timm's model cards give them.
-@pytest.mark.parametrize(
-  ('name', 'parameters'),
-  [('T', 28_589_128), ('B', 88_591_464), ('V2-T', 28_635_496)],
-)
-def test_sizes_are_those_published(name, parameters):
-  model = ConvNeXt(1000, **VARIANTS[name])
-  x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-  params = jax.eval_shape(model.init, jax.random.key(0), x)
-  assert sum(x.size for x in jax.tree.leaves(params)) == parameters
 
 
 def test_the_response_norm_is_that_of_the_paper():
@@ -104,53 +78,24 @@ def test_refusals(options, message):
 
 @pytest.mark.parametrize('options', [{}, V2], ids=['v1', 'v2'])
 def test_the_library_sees_every_kernel(options):
-  model, x = tiny(**options), images()
-  variables = randomised(model, x)
-  sites = ur.find_sites(model.apply, variables, x)
-  leaves, _ = paths.flatten(variables)
-  kernels = {p for p in leaves if p.endswith('kernel')}
-  depthwise = {p for p in kernels if 'depthwise' in p}
-  assert set(sites) == kernels - depthwise
-  assert len(depthwise) == 3
+  depthwise = {
+    f'params/stage{at}/depthwise/kernel' for at in ('0_0', '1_0', '1_1')
+  }
+  unseen = check_kernels_are_seen(
+    tiny(**options), images(), frozenset(depthwise)
+  )
   for path in depthwise:
-    assert 'a depthwise convolution' in sites.unseen[path]
-  moments = ur.collect(model.apply, variables, [x], progress=False)
-  assert set(ur.measure(variables, moments)) == set(sites)
-  full = {p: min(site.matrix_shape) for p, site in sites.items()}
-  small = ur.factorize(variables, moments, full)
-  actual = jax.jit(ur.low_rank(model.apply))(small, x)
-  expected = jax.jit(model.apply)(variables, x)
-  # Two products in place of one, in single precision.
-  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    assert 'a depthwise convolution' in unseen[path]
 
 
 def test_compress_halves_it():
-  model, x = tiny(), images(64)
-  variables = randomised(model, x)
-  small, report = ur.compress(
-    model.apply,
-    variables,
-    [x],
-    params_fraction=0.5,
-    refine=2,
-    progress=False,
-  )
-  # Biases, norms and depthwise convolutions stay as they are.
-  assert ur.count_params(small) < 0.7 * ur.count_params(variables)
-  assert jax.jit(ur.low_rank(model.apply))(small, x).shape == (64, 3)
-  assert 'params/stage0_0/Dense_0/kernel' in report
+  check_is_halved(tiny(), 'params/stage0_0/Dense_0/kernel', refine=2)
 
 
 def timm_state(act=False, v2=False, norms_first=False):
   """A ConvNeXt of tiny width under timm's names."""
-  rng = np.random.default_rng(0)
-  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  state = {}
-
-  def layer(name, *shape):
-    state[f'{name}.weight'] = draw(*shape)
-    state[f'{name}.bias'] = draw(shape[0])
-
+  state = State()
+  layer = state.layer
   if act:
     layer('stem.0', 4, 3, 3, 3)
     layer('stem.2', 4, 4, 3, 3)
@@ -171,15 +116,10 @@ def timm_state(act=False, v2=False, norms_first=False):
     if v2:
       layer(f'{block}mlp.grn', 3 * width)
     else:
-      state[f'{block}gamma'] = draw(width)
+      state.draw(f'{block}gamma', width)
   layer('norm_pre' if norms_first else 'head.norm', 8)
   layer('head.fc', 5, 8)
   return state
-
-
-def load(folder, state, **options):
-  np.savez(folder / 'w.npz', **state)
-  return load_checkpoint(str(folder / 'w.npz'), **options)
 
 
 @pytest.mark.parametrize(

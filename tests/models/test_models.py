@@ -12,6 +12,8 @@ from utilized_rank.models import transformer_parts
 from utilized_rank.models import vgg
 from utilized_rank.models.batch_norm import fold_batch_norm
 from utilized_rank.models.gpt import GPT
+from utilized_rank.models.hierarchies import convnext
+from utilized_rank.models.hierarchies import swin
 from utilized_rank.models.kwt import KeywordTransformer
 
 pytestmark = pytest.mark.slow
@@ -48,6 +50,24 @@ def randomised(model, *shape, dtype=jnp.float32):
       143_678_248,
     ),
     (KeywordTransformer(12), (98, 40), 607_308),
+    (
+      convnext.ConvNeXt(1000, **convnext.VARIANTS['T']),
+      (64, 64, 3),
+      28_589_128,
+    ),
+    (
+      convnext.ConvNeXt(1000, **convnext.VARIANTS['B']),
+      (64, 64, 3),
+      88_591_464,
+    ),
+    (
+      convnext.ConvNeXt(1000, **convnext.VARIANTS['V2-T']),
+      (64, 64, 3),
+      28_635_496,
+    ),
+    (swin.Swin(1000, **swin.VARIANTS['T']), (224, 224, 3), 28_288_354),
+    (swin.Swin(1000, **swin.VARIANTS['S']), (224, 224, 3), 49_606_258),
+    (swin.Swin(1000, **swin.VARIANTS['B']), (224, 224, 3), 87_768_224),
   ],
   ids=lambda x: '',
 )

@@ -1,16 +1,17 @@
-"""Swin: published sizes, windows, checkpoints, and what the library sees."""
+"""Swin: windows, checkpoints, and what the library sees."""
 
+from image_models import State
+from image_models import check_is_halved
+from image_models import check_kernels_are_seen
+from image_models import images
+from image_models import load
+from image_models import randomised
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_convnext import images
-from test_convnext import load
-from test_convnext import randomised
 
-import utilized_rank as ur
 from utilized_rank.models.hierarchies import swin
-from utilized_rank.tree import paths
 
 pytestmark = pytest.mark.slow
 
@@ -18,18 +19,6 @@ pytestmark = pytest.mark.slow
 def tiny(**options):
   sizes = {'width': 4, 'depths': (2, 1), 'heads': (1, 2), 'windows': (2, 2)}
   return swin.Swin(3, **{**sizes, **options})
-
-
-# As torchvision's and Microsoft's model cards give them.
-@pytest.mark.parametrize(
-  ('name', 'parameters'),
-  [('T', 28_288_354), ('S', 49_606_258), ('B', 87_768_224)],
-)
-def test_sizes_are_those_published(name, parameters):
-  model = swin.Swin(1000, **swin.VARIANTS[name])
-  x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-  params = jax.eval_shape(model.init, jax.random.key(0), x)
-  assert sum(x.size for x in jax.tree.leaves(params)) == parameters
 
 
 def test_windows_are_squares_of_neighbours():
@@ -106,61 +95,34 @@ def test_refusals(options, side, message):
 
 
 def test_the_library_sees_every_kernel():
-  model, x = tiny(), images()
-  variables = randomised(model, x)
-  sites = ur.find_sites(model.apply, variables, x)
-  leaves, _ = paths.flatten(variables)
-  assert set(sites) == {p for p in leaves if p.endswith('kernel')}
-  moments = ur.collect(model.apply, variables, [x], progress=False)
-  assert set(ur.measure(variables, moments)) == set(sites)
-  full = {p: min(site.matrix_shape) for p, site in sites.items()}
-  small = ur.factorize(variables, moments, full)
-  actual = jax.jit(ur.low_rank(model.apply))(small, x)
-  expected = jax.jit(model.apply)(variables, x)
-  # Two products in place of one, in single precision.
-  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+  check_kernels_are_seen(tiny(), images())
 
 
 def test_compress_halves_it():
-  model, x = tiny(depths=(1, 1)), images(64)
-  variables = randomised(model, x)
-  small, report = ur.compress(
-    model.apply,
-    variables,
-    [x],
-    params_fraction=0.5,
+  check_is_halved(
+    tiny(depths=(1, 1)),
+    'params/stage0_0/mlp/Dense_0/kernel',
     # Fewer candidates than by default: each is compiled.
     heads=False,
     layers=False,
     anchored=False,
     refine=0,
-    progress=False,
   )
-  # Biases, norms and tables stay as they are.
-  assert ur.count_params(small) < 0.7 * ur.count_params(variables)
-  assert jax.jit(ur.low_rank(model.apply))(small, x).shape == (64, 3)
-  assert 'params/stage0_0/mlp/Dense_0/kernel' in report
 
 
 def timm_state(window=2):
   """A Swin of tiny width under timm's names."""
-  rng = np.random.default_rng(0)
-  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  state = {}
-
-  def layer(name, *shape):
-    state[f'{name}.weight'] = draw(*shape)
-    state[f'{name}.bias'] = draw(shape[0])
-
+  state = State()
+  layer = state.layer
   layer('patch_embed.proj', 4, 3, 4, 4)
   layer('patch_embed.norm', 4)
   layer('layers.1.downsample.norm', 16)
-  state['layers.1.downsample.reduction.weight'] = draw(8, 16)
+  state.draw('layers.1.downsample.reduction.weight', 8, 16)
   for i, width in enumerate((4, 8)):
     name = f'layers.{i}.blocks.0.'
     table = f'{name}attn.relative_position_bias_table'
-    state[table] = draw((2 * window - 1) ** 2, 2)
-    state[f'{name}attn.relative_position_index'] = draw(4, 4)
+    state.draw(table, (2 * window - 1) ** 2, 2)
+    state.draw(f'{name}attn.relative_position_index', 4, 4)
     layer(f'{name}attn.qkv', 3 * width, width)
     layer(f'{name}attn.proj', width, width)
     layer(f'{name}mlp.fc1', 3 * width, width)
