@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from utilized_rank.host.extras import extra
+from utilized_rank.models.hierarchies.resolutions import check_lengths
 from utilized_rank.models.transformer_parts import ACTIVATIONS
 from utilized_rank.models.transformer_parts import LayerScale
 
@@ -108,7 +109,13 @@ class ConvNeXt(nn.Module):
     mlp_dims = self.mlp_dims or [4 * width for width in self.widths]
     sizes = self.kernel_sizes
     sizes = [sizes] * len(self.widths) if isinstance(sizes, int) else sizes
-    self._check(len(mlp_dims), len(sizes))
+    self._check()
+    check_lengths(
+      depths=self.depths,
+      widths=self.widths,
+      mlp_dims=mlp_dims,
+      kernel_sizes=sizes,
+    )
     options = _BlockOptions(
       self.layer_scale,
       self.response_norm,
@@ -172,7 +179,7 @@ class ConvNeXt(nn.Module):
       _NORMS[self.norm], epsilon=epsilon, dtype=self.dtype
     )
 
-  def _check(self, mlp_dims: int, kernel_sizes: int) -> None:
+  def _check(self) -> None:
     for option, known in (
       ('stem', STEMS),
       ('norm', sorted(_NORMS)),
@@ -180,14 +187,6 @@ class ConvNeXt(nn.Module):
     ):
       if (value := getattr(self, option)) not in known:
         raise ValueError(f'{option}={value!r}; it is one of {known}.')
-    lengths = {
-      'depths': len(self.depths),
-      'widths': len(self.widths),
-      'mlp_dims': mlp_dims,
-      'kernel_sizes': kernel_sizes,
-    }
-    if len(set(lengths.values())) > 1:
-      raise ValueError(f'{lengths}; there is one of each for a resolution.')
 
 
 @dataclasses.dataclass(frozen=True)

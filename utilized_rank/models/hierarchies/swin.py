@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank.host.extras import extra
+from utilized_rank.models.hierarchies.resolutions import check_lengths
 from utilized_rank.models.transformer_parts import Attention
 from utilized_rank.models.transformer_parts import BlockOptions
 from utilized_rank.models.transformer_parts import MlpBlock
@@ -96,7 +97,17 @@ class Swin(nn.Module):
     del train  # nothing here is random
     widths = [self.width * 2**i for i in range(len(self.depths))]
     mlp_dims = self.mlp_dims or [4 * width for width in widths]
-    self._check(x.shape, len(mlp_dims))
+    check_lengths(
+      depths=self.depths,
+      heads=self.heads,
+      windows=self.windows,
+      mlp_dims=mlp_dims,
+    )
+    if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
+      raise ValueError(
+        f'images of {x.shape[1]} x {x.shape[2]} pixels do not divide into '
+        f'patches of {self.patch_size}; resize the images.'
+      )
     x = nn.Conv(
       self.width,
       (self.patch_size, self.patch_size),
@@ -133,21 +144,6 @@ class Swin(nn.Module):
 
   def _norm(self, name: str) -> nn.Module:
     return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=name)
-
-  def _check(self, shape: tuple[int, ...], mlp_dims: int) -> None:
-    lengths = {
-      'depths': len(self.depths),
-      'heads': len(self.heads),
-      'windows': len(self.windows),
-      'mlp_dims': mlp_dims,
-    }
-    if len(set(lengths.values())) > 1:
-      raise ValueError(f'{lengths}; there is one of each for a resolution.')
-    if shape[1] % self.patch_size or shape[2] % self.patch_size:
-      raise ValueError(
-        f'images of {shape[1]} x {shape[2]} pixels do not divide into patches '
-        f'of {self.patch_size}; resize the images.'
-      )
 
 
 class SwinBlock(nn.Module):

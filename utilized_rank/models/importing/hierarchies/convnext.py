@@ -90,6 +90,7 @@ def convnext(
   depthwise = stages.of_first_blocks(mapped, 'depthwise/kernel')
   hidden = stages.of_first_blocks(mapped, 'Dense_0/kernel')
   block = 'params/stage0_0/'
+  _, before_head = mapped.get('params/pre_logits/kernel', (0, None))
   model = by_shape.build(
     ConvNeXt,
     {
@@ -105,9 +106,7 @@ def convnext(
       'response_norm': f'{block}response_norm/scale' in mapped,
       'conv_bias': 'params/stem/bias' in mapped,
       'norm_after_pool': 'params/norm/scale' not in mapped,
-      'representation_size': mapped.get('params/pre_logits/kernel', (0, None))[
-        1
-      ],
+      'representation_size': before_head,
     },
     options,
   )
