@@ -77,8 +77,9 @@ def run(
   with occupied.occupied(workdir), stopping.on_signals():
     job = Job(settings, workdir, redo=redo)
     occupied.sign(workdir)
-    for file in job.workdir.changed('report', _REPORTS):
-      progress.say(f'{file} is gone or was changed: it is made again')
+    if changed := job.workdir.changed('report', _REPORTS):
+      for file in changed:
+        progress.say(f'{file} is gone or was changed: it is made again')
       job.workdir.forget('report')
     for name in settings.stages:
       done = job.workdir.finished(name)

@@ -14,6 +14,11 @@ from utilized_rank.host import files
 
 FRACTIONS = 'compress.fractions'
 _CONFIG = 'config.json'
+# What to do about a damaged file; without its config a folder holds no run.
+_REMEDY = 'remove it to make it again'
+_WITHOUT_CONFIG = (
+  'give a new --workdir: what the run was asked for is not known any more'
+)
 
 
 class Workdir:
@@ -55,7 +60,7 @@ class Workdir:
     self.path = os.path.abspath(os.fspath(path))
     config = json.loads(json.dumps(config))
     if os.path.exists(self.file(_CONFIG)):
-      there = self._config()
+      there = self.read(_CONFIG, _WITHOUT_CONFIG)
       self._change(_differences(there, config), stages, first_reader, redo)
       if there != config:
         self.write(_CONFIG, config)
@@ -100,15 +105,6 @@ class Workdir:
         for folder in (self.file('stages', stage), self.file(stage)):
           shutil.rmtree(folder, ignore_errors=True)
 
-  def _config(self) -> Any:
-    try:
-      return files.parsed(self.file(_CONFIG))
-    except ValueError as error:
-      raise ValueError(
-        f'{self.file(_CONFIG)!r} is damaged ({error}): what the run was asked '
-        'for is not known any more; give a new --workdir'
-      ) from error
-
   def _holds_something(self) -> bool:
     """Whether there are files but those of a start that was cut short."""
     own = {_CONFIG, 'process.json'}
@@ -130,8 +126,12 @@ class Workdir:
   def file(self, *names: str) -> str:
     return os.path.join(self.path, *names)
 
-  def read(self, name: str) -> Any:
+  def read(self, name: str, remedy: str = _REMEDY) -> Any:
     """Reads a JSON file.
+
+    Args:
+      name: of the file.
+      remedy: what to do where it is damaged.
 
     Raises:
       ValueError: it is damaged.
@@ -140,7 +140,7 @@ class Workdir:
       return files.parsed(self.file(name))
     except ValueError as error:
       raise ValueError(
-        f'{self.file(name)!r} is damaged ({error}); remove it to make it again'
+        f'{self.file(name)!r} is damaged ({error}); {remedy}'
       ) from error
 
   def write(self, name: str, value: Any) -> None:
