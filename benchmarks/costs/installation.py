@@ -146,10 +146,9 @@ def main():
         seconds[name].append(import_seconds(python, folder))
     least = {k: round(min(v), 3) for k, v in seconds.items()}
     print('seconds', least, flush=True)
+    core = requirements_of(_ROOT)
     platforms = {
-      f'{name}, Python {version}': resolved(
-        pythons['now'], requirements_of(_ROOT), version, tags
-      )
+      f'{name}, Python {version}': resolved(pythons['now'], core, version, tags)
       for name, tags in PLATFORMS.items()
       for version in PYTHONS
     }
