@@ -99,3 +99,15 @@ def test_trees_that_differ_are_named():
     ur.shardings(tree, {n: s for n, s in SPECS.items() if n != 'bias'})
   with pytest.raises(ValueError, match=r"'in' has the shape \(6, 8\) and"):
     ur.shardings(tree, {**SPECS, 'in': P(None, None, 'model')})
+  with pytest.raises(ValueError, match="specs has a str at 'in', where a Part"):
+    ur.shardings(tree, {**SPECS, 'in': 'model'})
+
+
+def test_what_is_no_array_has_no_axes():
+  more = {'act': jnp.tanh, 'name': 'gelu', 'none': None, 'rate': 0.5}
+  specs = {'act': None, 'name': P(), 'none': None, 'rate': None}
+  found = ur.shardings({**small(), **more}, {**SPECS, **specs})
+  assert found['act'] == found['name'] == found['rate'] == P()
+  assert found['none'] is None
+  with pytest.raises(ValueError, match=r"'name' has the shape \(\) and"):
+    ur.shardings({**small(), **more}, {**SPECS, **specs, 'name': P('model')})

@@ -90,9 +90,9 @@ def test_an_existing_tree_is_replaced_only_on_request(tmp_path):
   equal(ur.load(tmp_path / 't'), {'a': jnp.zeros(1)})
 
 
-@pytest.mark.parametrize('value', [jnp.tanh, 3j, jnp.zeros((0, 2)), object()])
+@pytest.mark.parametrize('value', [jnp.tanh, 3j, np.array(['a']), object()])
 def test_what_cannot_be_saved_is_named_and_nothing_is_written(tmp_path, value):
-  with pytest.raises(TypeError, match="at '/a/1'"):
+  with pytest.raises(TypeError, match="at 'a/1'"):
     ur.save(tmp_path / 't', {'a': [jnp.ones(1), value]})
   assert not os.listdir(tmp_path)
   for keys in [(1, '1'), ((1, 2),), (True, 'a', 2.5)]:

@@ -3,6 +3,7 @@
 import collections
 import json
 import sys
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank.storage import checkpoint
+from utilized_rank.storage import encoding
 
 
 class Named(dict):
@@ -93,7 +94,7 @@ def forgetful():
   ],
 )
 def test_what_could_not_be_made_again(made, said, tmp_path):
-  with pytest.raises(TypeError, match=f"at '/x' {said}|at '/x' .*{said}"):
+  with pytest.raises(TypeError, match=f"at 'x' {said}|at 'x' .*{said}"):
     ur.save(tmp_path / 'tree', {'x': made, 'v': np.ones(2)})
   assert not (tmp_path / 'tree').exists()
 
@@ -106,11 +107,11 @@ def test_a_class_that_is_not_there(tmp_path, monkeypatch):
 
 
 def test_files_of_before_have_plain_dictionaries():
-  arrays, structure = checkpoint._encode(Named(a=np.ones(2)), '')
+  arrays, structure = encoding.encode(Named(a=np.ones(2)), '')
   del structure['class']
-  assert type(
-    checkpoint._decode(arrays, json.loads(json.dumps(structure)))
-  ) is (dict)
+  assert type(encoding.decode(arrays, json.loads(json.dumps(structure)))) is (
+    dict
+  )
 
 
 @pytest.mark.parametrize(
@@ -138,3 +139,48 @@ def test_arrays_that_jax_has_are_jax_arrays(tmp_path):
     {'x': np.ones(2, np.float32), 'n': np.arange(3, dtype='i4')}, tmp_path
   )
   assert all(isinstance(v, jax.Array) for v in found.values())
+
+
+class Point(NamedTuple):
+  """Found by its name in its module."""
+
+  x: Any
+  y: Any
+
+
+def test_named_tuples_keep_their_class(tmp_path):
+  tree = {'p': Point(np.ones(2, np.float32), {'n': 3}), 'q': [Point(None, ())]}
+  loaded = again(tree, tmp_path)
+  assert type(loaded['p']) is Point and loaded['q'] == [Point(None, ())]
+  assert loaded['p'].y == {'n': 3}
+  np.testing.assert_array_equal(loaded['p'].x, np.ones(2))
+  found = again(Point(np.ones(2), 1), tmp_path / 'root')
+  assert type(found) is Point and found.y == 1
+
+
+def test_named_tuples_that_cannot_be_made_again_are_named(tmp_path):
+  local = collections.namedtuple('local', 'a')
+  with pytest.raises(TypeError, match="the local at 'x' cannot be made again"):
+    ur.save(tmp_path / 'tree', {'x': local(np.ones(2))})
+
+
+def test_random_keys_and_arrays_of_nothing_come_back(tmp_path):
+  tree = {
+    'key': jax.random.key(3),
+    'keys': [jax.random.split(jax.random.key(1, impl='rbg'), 3)],
+    'none': np.zeros((0, 3), jnp.bfloat16),
+    'nothing': jnp.zeros((2, 0), jnp.int8),
+    'wide': np.zeros((0,), np.float64),
+  }
+  loaded = again(tree, tmp_path)
+  for found, wanted in zip(
+    (loaded['key'], loaded['keys'][0]),
+    (tree['key'], tree['keys'][0]),
+    strict=True,
+  ):
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape
+    data = map(jax.random.key_data, (found, wanted))
+    np.testing.assert_array_equal(*data)
+  for name in ('none', 'nothing', 'wide'):
+    assert loaded[name].dtype == tree[name].dtype
+    assert loaded[name].shape == tree[name].shape

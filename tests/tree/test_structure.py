@@ -1,5 +1,7 @@
 """What is one object at two places of a tree, and what stays apart."""
 
+import collections
+
 import equinox as eqx
 from flax import nnx
 import jax
@@ -191,3 +193,17 @@ def test_a_tied_kernel_by_compress(name):
   )
   assert len(report) == 1
   assert ur.count_params(small) < 16 + 4
+
+
+@pytest.mark.parametrize(
+  'tree, where',
+  [
+    ({'a': 1, 2: 3}, ''),
+    ({'x': [0, ({None: 1, 'b': 2},)]}, 'x/1/0'),
+    ([{b'a': 1, 'a': 2}], '0'),
+    ({'y': collections.OrderedDict(z={(1,): 1, 1: 2})}, 'y/z'),
+  ],
+)
+def test_keys_that_cannot_be_sorted_are_named(tree, where):
+  with pytest.raises(ValueError, match=f"at '{where}' has keys that cannot"):
+    paths.flatten(tree)

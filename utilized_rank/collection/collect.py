@@ -140,12 +140,12 @@ def collect(
 
   Raises:
     ValueError: no batches; a batch that is empty or whose arrays disagree in
-      their leading axis; parameters that do not fit the function; a checkpoint
-      of another collection, or of other passes; a mask where a kernel's input
-      mixes examples, or where its rows could not be followed to tokens.
+      their leading axis; parameters that are shapes alone, or do not fit the
+      function; a checkpoint of another collection, or of other passes; a mask
+      where a kernel's input mixes examples, or where its rows could not be
+      followed to tokens.
     ValueError: `fisher_rows` or `coupled` without a loss; an unknown way to
-      accumulate;
-      two arguments that do not go together.
+      accumulate; two arguments that do not go together.
     ValueError: the batches are an iterator and have to be run through twice;
       the limit is too low for one kernel.
     FloatingPointError: an activation is NaN or infinite, or its squares are
@@ -171,7 +171,7 @@ def collect(
   sides = Sides(from_outputs, sketch)
   what = Measurement(fn, loss, fisher_rows, coupled, select, on_opaque, sides)
   accumulation.check(accumulate)
-  values, _ = tracing.split(params)
+  values = tracing.values(params)
   place = placement(values, mesh, batch_axes, pmap_axis)
   everywhere = place.everywhere
   stream = started(batches, everywhere)

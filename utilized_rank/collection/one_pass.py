@@ -22,6 +22,7 @@ from utilized_rank.moments.masks import Masked
 from utilized_rank.moments.moments import Moments
 from utilized_rank.moments.sites import Site
 from utilized_rank.tree import paths
+from utilized_rank.walk import compat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +210,6 @@ def _no_array(entry: Any) -> str:
     return f'a {kind} of {module}: make a numpy array of it'
   if not np.shape(entry):
     return f'an array without axes, {entry.dtype}'
-  if isinstance(entry, np.ndarray) and entry.dtype.kind in 'OSUMm':
+  if isinstance(entry, np.ndarray) and not compat.is_known(entry.dtype):
     return f'an array of {entry.dtype}, which JAX does not have'
   return ''

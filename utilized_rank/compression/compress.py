@@ -149,7 +149,7 @@ def compress(
   >>> small['w'].rank, report['w'].rank  # about their mean, rows differ in one
   (1, 2)
   """
-  _check(moments, select)
+  _check(params, moments, select)
   budget = Budget(params_fraction, flops_fraction, multiple_of, gauge)
   journal = Journal(progress)
   with journal.stage('compress'):
@@ -203,8 +203,11 @@ def compress(
   return best.tree, report
 
 
-def _check(moments: Moments | None, select: paths.Rules | None) -> None:
-  """Refuses several processes, and both moments and rules."""
+def _check(
+  params: Any, moments: Moments | None, select: paths.Rules | None
+) -> None:
+  """Refuses several processes, shapes alone, and both moments and rules."""
+  tracing.values(params)
   if jax.process_count() > 1:
     raise ValueError(
       f'compress tries ranks on what one process sees, and there are '

@@ -36,6 +36,9 @@ def unlabelled(
     None where outputs hold no floating array, where they have no reverse
     derivative, and without batches.
 
+  Raises:
+    ValueError: the function does not accept the parameters or the batches.
+
   >>> fn = lambda params, x: x @ params['w']
   >>> unlabelled(fn, {'w': jnp.eye(2)}, [jnp.ones((3, 2))]).energies
   (2.0,)
@@ -46,6 +49,7 @@ def unlabelled(
     masked = Masked(mask, 1)
     fn = masks.hidden(fn)
     batches = [masked(batch, i) for i, batch in enumerate(batches)]
+  tracing.trace(fn, params, batches[:1], {})  # says if it does not fit
   values, join = tracing.split(params)
   run = jax.jit(lambda values, batch: energies(fn(join(values), batch)))
   if not jax.eval_shape(run, values, batches[0]):

@@ -28,6 +28,7 @@ from utilized_rank.moments.moments import unknown_inputs
 from utilized_rank.tree import paths
 from utilized_rank.tree.layout import Layout
 from utilized_rank.walk import compat
+from utilized_rank.walk import tracing
 
 # Rows per input feature below which moments are mostly noise.
 ENOUGH_ROWS = 4
@@ -343,10 +344,11 @@ def _check(path: str, named: dict[str, Any], moments: Moments) -> None:
   leaf = named[path]
   if is_low_rank(leaf):
     raise ValueError(f'{path!r} is low-rank already; give the dense parameters')
+  tracing.check_value(path, leaf)
   shape = moments[path].layout.shape
-  if tuple(leaf.shape) != shape:
+  if np.shape(leaf) != shape:
     raise ValueError(
-      f'{path!r} has shape {tuple(leaf.shape)} but its moments were '
+      f'{path!r} has shape {np.shape(leaf)} but its moments were '
       f'collected for {shape}; collect them with these parameters'
     )
 

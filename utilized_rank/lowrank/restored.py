@@ -6,9 +6,8 @@ from collections.abc import Mapping
 import contextlib
 from typing import Any
 
-import jax
-
 from utilized_rank.lowrank.leaf import is_low_rank
+from utilized_rank.tree import paths
 from utilized_rank.walk import tracing
 
 _MOST_NAMES = 3
@@ -49,12 +48,8 @@ def explained(params: Any):
 def _dictionaries(params: Any) -> list[str]:
   """Paths of dictionaries that have the entries of a `LowRank`."""
   ends = lambda node: is_low_rank(node) or _is_pair(node)
-  leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=ends)
-  return [
-    jax.tree_util.keystr(path, simple=True, separator='/')
-    for path, leaf in leaves
-    if _is_pair(leaf)
-  ]
+  named, _ = paths.flatten(params, ends)
+  return [path for path, leaf in named.items() if _is_pair(leaf)]
 
 
 def _is_pair(node: Any) -> bool:

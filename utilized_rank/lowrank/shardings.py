@@ -55,7 +55,10 @@ def shardings(small: Any, specs: Any, mesh: Mesh | None = None) -> Any:
   named, treedef = paths.flatten(small, is_low_rank)
   given = _by_path(specs, _is_spec)
   # A leaf at two places has the path of the first, and specs at both.
-  places = set(named) | set(_by_path(small, is_low_rank))
+  every = _by_path(small, lambda v: v is None or is_low_rank(v))
+  places = set(named) | set(every)
+  # A parameter that is None is no leaf; a spec that is None is one.
+  given = {p: v for p, v in given.items() if every.get(p, p) is not None}
   if lacking := sorted(set(named) - set(given)) or sorted(set(given) - places):
     here = 'parameters' if lacking[0] in named else 'specs'
     raise ValueError(
@@ -77,9 +80,16 @@ def _of_leaf(path: str, leaf: Any, spec: Any, mesh: Mesh | None) -> Any:
   if isinstance(spec, NamedSharding):
     spec, mesh = spec.spec, spec.mesh
   spec = PartitionSpec() if spec is None else spec
-  if len(spec) > len(leaf.shape):
+  if not isinstance(spec, PartitionSpec):
     raise ValueError(
-      f'{path!r} has the shape {tuple(leaf.shape)} and {spec}, which is of '
+      f'specs has a {type(spec).__name__} at {path!r}, where a PartitionSpec, '
+      'a NamedSharding or None belongs'
+    )
+  # Functions and names among the leaves have none.
+  shape = getattr(leaf, 'shape', ())
+  if len(spec) > len(shape):
+    raise ValueError(
+      f'{path!r} has the shape {tuple(shape)} and {spec}, which is of '
       f'{len(spec)} axes'
     )
   finished = lambda s: s if mesh is None else NamedSharding(mesh, s)

@@ -34,6 +34,8 @@ def describe(eqn: Any, view: View, which: int) -> Product | str:
     view: the operand that is a parameter.
     which: its position among the operands.
   """
+  if 0 in eqn.invars[which].aval.shape:
+    return 'a product of nothing: it has an axis of size 0'
   of = convolution.convolution
   if eqn.primitive.name == 'dot_general':
     of = dot_general.dot

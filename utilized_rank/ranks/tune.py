@@ -153,10 +153,13 @@ def tune_ranks(
     by more than the standard error of the difference over the examples.
 
   Raises:
-    ValueError: as `budget_ranks`; no batches.
+    ValueError: as `budget_ranks`; no batches; the function does not accept
+      the parameters or a batch.
   """
   if not several(batches):
     raise ValueError('tune_ranks needs at least one batch to try ranks on')
+  tracing.values(params)
+  tracing.trace(fn, params, batches[:1], {})  # says if it does not fit
   allocate = functools.partial(
     budget_ranks,
     params,

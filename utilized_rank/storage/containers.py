@@ -1,4 +1,7 @@
-"""Dictionaries of other classes than `dict`, written down and made again."""
+"""Dictionaries of other classes than `dict`, and named tuples.
+
+Their class is written down by name, and they are made again where it is known.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from typing import Any
 _FACTORIES = {f.__name__: f for f in (dict, list, set, int, float, str, bool)}
 
 
-def record(made: dict[Any, Any], where: str) -> dict[str, Any]:
-  """A dictionary's class as JSON.
+def record(made: Any, where: str) -> dict[str, Any]:
+  """The class of a dictionary or named tuple as JSON.
 
   Raises:
     TypeError: it could not be made again.
@@ -33,26 +36,28 @@ def record(made: dict[Any, Any], where: str) -> dict[str, Any]:
         f'the defaultdict at {where!r} makes entries by {factory!r}, which '
         'cannot be saved: pass dict(...) of it'
       )
+  plain = dict if isinstance(made, dict) else tuple
   try:
-    again = of_record(found, dict(made))
+    again = of_record(found, plain(made))
   except Exception as error:
     raise TypeError(
       f'the {kind.__name__} at {where!r} cannot be made again from its '
-      f'entries ({error}): pass dict(...) of it'
+      f'entries ({error}): pass {plain.__name__}(...) of it'
     ) from error
-  if type(again) is not kind or list(again) != list(made):
+  same = type(again) is kind and len(again) == len(made)
+  if not same or any(x is not y for x, y in zip(again, made, strict=True)):
     raise TypeError(
       f'the {kind.__name__} at {where!r} is another one when it is made again '
-      'from its entries: pass dict(...) of it'
+      f'from its entries: pass {plain.__name__}(...) of it'
     )
   return found
 
 
-def of_record(found: dict[str, Any] | None, plain: dict[Any, Any]) -> Any:
-  """Entries in a dictionary of the class that `record` wrote down.
+def of_record(found: dict[str, Any] | None, plain: Any) -> Any:
+  """A dictionary or tuple, in the class that `record` wrote down.
 
   Raises:
-    ValueError: no module that was imported has such a class of dictionaries.
+    ValueError: no module that was imported has such a class.
   """
   if found is None:
     return plain
@@ -65,9 +70,9 @@ def of_record(found: dict[str, Any] | None, plain: dict[Any, Any]) -> Any:
   kind: Any = sys.modules.get(found['module'])
   for part in found['name'].split('.'):
     kind = getattr(kind, part, None)
-  if not (isinstance(kind, type) and issubclass(kind, dict)):
+  if not (isinstance(kind, type) and issubclass(kind, type(plain))):
     raise ValueError(
       f'the tree holds a {found["name"]} of {found["module"]}: import that '
       'first'
     )
-  return kind(plain)
+  return kind(*plain) if isinstance(plain, tuple) else kind(plain)

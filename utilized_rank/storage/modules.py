@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.tree import paths
+from utilized_rank.walk import compat
 
 
 def is_container(node: Any) -> bool:
@@ -72,4 +72,4 @@ def _is_kept(leaf: Any) -> bool:
     return True
   if not hasattr(leaf, 'shape'):
     return False
-  return not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return not compat.is_key(leaf.dtype)

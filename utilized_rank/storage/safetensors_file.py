@@ -16,6 +16,8 @@ from utilized_rank.lowrank.leaf import write_out
 from utilized_rank.lowrank.narrow_heads import NarrowHeads
 from utilized_rank.storage.recipe import Recipe
 from utilized_rank.tree import paths
+from utilized_rank.walk import compat
+from utilized_rank.walk import tracing
 
 _TENSORS = 'model.safetensors'
 _CONFIG = 'config.json'
@@ -105,9 +107,11 @@ def _about(leaf: Any) -> dict[str, Any]:
 
 
 def _contiguous(path: str, value: Any) -> np.ndarray:
-  if not hasattr(value, 'shape'):
+  tracing.check_value(path, value)
+  if not tracing.is_array(value) or compat.is_key(value.dtype):
     raise TypeError(
-      f'{path!r} is a {type(value).__name__}: safetensors holds arrays alone'
+      f'{path!r} is a {type(value).__name__}: safetensors holds arrays of '
+      'numbers alone'
     )
   # safetensors 0.8 writes a transposed array's memory as it lies.
   return np.ascontiguousarray(np.asarray(value)).reshape(np.shape(value))

@@ -26,6 +26,7 @@ from utilized_rank.training.optimizers import FactorOptimizer
 from utilized_rank.training.parts import take_apart
 from utilized_rank.tree import paths
 from utilized_rank.walk import compat
+from utilized_rank.walk import tracing
 
 with extra('train'):
   import optax
@@ -158,6 +159,7 @@ def finetune(
       f'finetune runs in a single process, on all of its devices; there are '
       f'{jax.process_count()}'
     )
+  tracing.values(small)
   _check_norms(norms, statistics)
   options = loop.Options(
     steps=steps,

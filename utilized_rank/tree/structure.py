@@ -89,10 +89,35 @@ def flatten(
   >>> again = structure.filled({'a': np.zeros((2, 2)), 'b/1': 'x'})
   >>> again['a'] is again['b'][0]
   True
+
+  Raises:
+    ValueError: a dictionary has keys that JAX cannot sort.
   """
-  walk = _Flattening(tree, is_leaf)
+  try:
+    walk = _Flattening(tree, is_leaf)
+  except ValueError as error:
+    raise _with_place(error, tree) from error
   root = walk.part(tree, ())
   return walk.leaves, Structure(root, tuple(walk.parts))
+
+
+def _with_place(error: ValueError, node: Any, path: str = '') -> ValueError:
+  """JAX says that keys cannot be sorted, not which: the error to raise."""
+  if isinstance(node, Mapping):
+    try:
+      below = {f'{path}/{key}': node[key] for key in sorted(node)}
+    except TypeError:
+      keys = ', '.join(map(repr, list(node)[:6]))
+      return ValueError(
+        f'the dictionary at {path[1:]!r} has keys that cannot be sorted '
+        f'({keys}): JAX takes those of one kind'
+      )
+  elif isinstance(node, (list, tuple)):
+    below = {f'{path}/{i}': child for i, child in enumerate(node)}
+  else:
+    return error
+  found = (_with_place(error, child, at) for at, child in below.items())
+  return next((e for e in found if e is not error), error)
 
 
 class _Flattening:

@@ -34,6 +34,7 @@ from jax.extend import source_info_util
 import jax.extend.core as jex_core
 from jax.interpreters import partial_eval
 import jax.numpy as jnp
+import numpy as np
 
 Literal = jex_core.Literal
 _P = ParamSpec('_P')
@@ -179,6 +180,18 @@ def is_integer(dtype: Any) -> bool:
 
 def is_complex(dtype: Any) -> bool:
   return jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def is_key(dtype: Any) -> bool:
+  """Random keys: numpy does not have them."""
+  return jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def is_known(dtype: Any) -> bool:
+  """Whether JAX has such arrays: not of objects, texts, times or records."""
+  if not isinstance(dtype, np.dtype):  # of random keys
+    return True
+  return dtype.kind not in 'OSUMm' and dtype.type is not np.void
 
 
 def moves_data(fn: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -53,11 +53,12 @@ _TRACES: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
 def is_array(leaf: Any) -> bool:
   """Arrays, tracers, numpy arrays and shapes; not Python scalars.
 
-  Python scalars stay what they are, so `train=False` can be branched on.
+  Python scalars stay what they are, so `train=False` can be branched on, and so
+  do numpy's arrays of what JAX does not have (texts, objects).
   """
-  return isinstance(
-    leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
-  )
+  if isinstance(leaf, (np.ndarray, np.generic)):
+    return compat.is_known(leaf.dtype)
+  return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
 
 
 def split(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
@@ -84,6 +85,31 @@ def split(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     return paths.unflatten(treedef, named | new)
 
   return [named[path] for path in moving], join
+
+
+def values(tree: Any) -> list[Any]:
+  """A tree's arrays, for what computes with them.
+
+  Raises:
+    ValueError: one is a shape alone.
+
+  >>> values({'w': jax.ShapeDtypeStruct((2,), np.float32)})
+  Traceback (most recent call last):
+  ...
+  ValueError: 'w' is a shape (2,) without values: find_sites and plan take ...
+  """
+  for path, leaf in paths.flatten(tree)[0].items():
+    check_value(path, leaf)
+  return split(tree)[0]
+
+
+def check_value(path: str, leaf: Any) -> None:
+  """Raises ValueError for a leaf that is a shape alone."""
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    raise ValueError(
+      f'{path!r} is a shape {leaf.shape} without values: find_sites and plan '
+      'take shapes, all else needs the arrays'
+    )
 
 
 def on_device(named: Mapping[str, Any]) -> dict[str, Any]:
