@@ -1,6 +1,7 @@
 """Streaming collection: exact sums, any split, many devices, interruption."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import references
 import utilized_rank as ur
 from utilized_rank.collection import running_sums
 from utilized_rank.collection.devices import Devices
+from utilized_rank.collection.devices import local_copy
 from utilized_rank.collection.pmapped import Pmapped
 from utilized_rank.moments.capture import count
 from utilized_rank.moments.counting import EVERY
@@ -210,6 +212,8 @@ def test_what_pmap_cannot_take_is_named(params, rows):
     collect(model, params, [rows], pmap_axis='i')
   with pytest.raises(ValueError, match=r'leading axes \[\(97,\)\]'):
     collect(model, copies, [rows], pmap_axis='i')
+  with pytest.raises(ValueError, match='axes of a mesh; pass mesh= as well'):
+    collect(model, copies, [rows], pmap_axis='i', batch_axes=('a',))
 
 
 def test_bfloat16_activations_are_summed_in_float32():
@@ -450,3 +454,10 @@ def test_states_of_iterators_that_cannot_be_saved_are_named(
   whole.set_state = lambda state: seen.append(state)
   collect(model, params, whole, checkpoint_dir=tmp_path / 's')
   assert seen == [b'\x00\xff']
+
+
+def test_parameters_of_several_processes_need_their_mesh():
+  array = mock.create_autospec(jax.Array, instance=True)
+  array.is_fully_addressable = array.is_fully_replicated = False
+  with pytest.raises(ValueError, match='spread over processes .* as mesh='):
+    local_copy(array)

@@ -4,6 +4,7 @@ import pathlib
 import re
 import sys
 
+from absl import app
 from absl import flags
 import jax
 import jax.numpy as jnp
@@ -214,3 +215,40 @@ def test_a_run_is_given_its_flags(monkeypatch, tmp_path):
   assert (config.seed, config.train.steps) == (3, 6)
   assert (workdir, redo) == (str(tmp_path), 'measure')
   assert pathlib.Path(sys.argv[1]).name == 'digits_vit.py:testing'
+
+
+def test_words_that_no_command_takes(tmp_path):
+  with pytest.raises(app.UsageError, match=r"unexpected arguments \['more'\]"):
+    run.main(['utilized-rank run', 'more'], flags.FlagValues())
+  for argv in (['measure'], ['measure', 'one', 'two']):
+    with pytest.raises(app.UsageError, match='one CHECKPOINT is wanted, got'):
+      subject.checkpoint_of(argv)
+
+
+def test_a_key_that_the_config_has_not(monkeypatch, tmp_path):
+  argv = [
+    'run',
+    '--config=digits_vit:testing',
+    f'--workdir={tmp_path}',
+    '--config.train.stepz=3',
+  ]
+  monkeypatch.setattr(sys, 'argv', argv)
+  refuse = AttributeError("'stepz'")
+  monkeypatch.setattr(app, 'parse_flags_with_usage', _raising(refuse))
+  with pytest.raises(SystemExit, match="no key 'stepz', given as .*stepz=3"):
+    run.parse(argv)
+
+
+def test_a_command_whose_packages_are_missing(monkeypatch):
+  error = ModuleNotFoundError("x is not installed: pip install '.[all]'")
+  monkeypatch.setattr(main.importlib, 'import_module', _raising(error))
+  monkeypatch.setattr(sys, 'argv', ['utilized-rank', 'measure'])
+  with pytest.raises(SystemExit, match='^error: x is not installed'):
+    main.main()
+
+
+def _raising(error):
+  def fail(*args, **kwargs):
+    raise error
+
+  return fail

@@ -261,6 +261,7 @@ def test_tfrecord_of_tensorflow(tmp_path):
     ({'name': 'cifar10'}, FileNotFoundError, 'cifar10 is not prepared in'),
     ({'name': 'imagenet2012'}, FileNotFoundError, 'is not prepared in'),
     ({'name': 'sk_digist'}, ValueError, "did you mean 'sk_digits'"),
+    ({'name': 'sk digits!'}, ValueError, "config.data.name='sk digits!': "),
     ({'nam': 'x'}, ValueError, "unknown key 'nam'.*mean 'name'"),
     ({'augment': 'twist'}, ValueError, 'None or one of affine'),
     ({'mean': (0.1, 0.2)}, ValueError, 'has 2 values.*1 channels'),
@@ -321,3 +322,10 @@ def test_decode_gives_the_channels_asked_for(mode, channels):
     assert np.abs(image[0, 0].astype(int) - (200, 30, 90)).max() <= 26
   with pytest.raises(ValueError, match='channels=2'):
     augment.decode(file.getvalue(), 2)
+
+
+@pytest.mark.parametrize('shape', [(8, 9, 1), (None, None, 3)])
+def test_images_that_are_no_squares_need_a_size(shape):
+  config = data.DataConfig(name='x', splits=SLICES)
+  with pytest.raises(ValueError, match='set config.data.image_size to bring'):
+    data._check_shape(config, shape)

@@ -14,6 +14,7 @@ import pytest
 import utilized_rank as ur
 from utilized_rank.data import splits
 from utilized_rank.experiment import pipeline
+from utilized_rank.experiment import recover
 from utilized_rank.experiment import settings
 
 pytestmark = pytest.mark.slow
@@ -245,6 +246,13 @@ def test_a_run_that_is_stopped_goes_on_at_the_next_step(
     pipeline.run(config, tmp_path / 'run')
 
 
+def test_a_run_is_stopped_between_two_stages(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(pipeline.Job, 'train', lambda self: {})
+  monkeypatch.setattr(pipeline.stopping, 'asked', lambda: True)
+  with pytest.raises(ur.Preempted, match='stopped after the stage train'):
+    pipeline.run(config, tmp_path / 'run')
+
+
 def test_a_run_goes_on_after_its_last_finished_stage(
   finished, config, tmp_path
 ):
@@ -295,13 +303,23 @@ def test_unknown_config_keys_are_named_and_nothing_is_written(
   assert not (tmp_path / 'run').exists()
 
 
+def test_more_devices_than_there_are_are_refused():
+  with pytest.raises(ValueError, match='finetune.devices=99; there are '):
+    recover._mesh(99)
+
+
 def test_missing_sections_and_bad_values_are_named(tmp_path):
   config = get_config().to_dict()
   del config['finetune']
   with pytest.raises(ValueError, match="lacks the key 'finetune'"):
     pipeline.run(config, tmp_path / 'run')
+  config = get_config().to_dict()
+  del config['seed']
+  with pytest.raises(ValueError, match="config lacks the key 'seed'"):
+    pipeline.run(config, tmp_path / 'run')
   for options, message in [
     ({'fractions': (0.5, 1.5)}, r'shares in \(0, 1\)'),
+    ({'memory_limit': -1}, 'memory_limit=-1: bytes, or 0'),
     ({'allocation': 'best'}, "allocation='best'"),
     (
       {'allocation': 'compress', 'method': 'output'},

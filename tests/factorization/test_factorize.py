@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
+from utilized_rank.factorization import kernels
+from utilized_rank.factorization import methods
 from utilized_rank.factorization.methods import METHODS
 
 pytestmark = pytest.mark.slow
@@ -230,3 +232,19 @@ def test_float64_kernels_stay_float64_where_a_context_allows_them():
     np.testing.assert_allclose(
       ur.low_rank(fn)(full, x), fn(params, x), rtol=1e-12, atol=1e-12
     )
+
+
+def test_what_only_the_other_side_knows_is_named():
+  """Kernels measured from their outputs have no S, and no gradients."""
+  params = {'w': jnp.eye(4)}
+  fn = lambda p, x: x @ p['w']
+  rules = [('w', True)]
+  moments = ur.capture(fn, from_outputs=rules)(params, jnp.ones((40, 4)))[1]
+  ((_, members),) = kernels.kernels(params, moments, centered=False)
+  (kernel,) = members
+  for ask in (lambda: kernel.in_basis, lambda: kernel.in_spectrum):
+    with pytest.raises(ValueError, match="'w' was measured from the output si"):
+      ask()
+  families = ur.decompose(params, moments, progress=False)
+  with pytest.raises(ValueError, match="moments of 'w' have no gradients"):
+    methods.damages('w', families['w'][0], 'loss')

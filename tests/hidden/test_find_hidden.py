@@ -190,6 +190,67 @@ def test_units_that_are_not_each_by_itself(reason):
     _ = found['up']
 
 
+def in_a_loop(step, *names):
+  """`step` for each entry of these leaves."""
+  return lambda p, x: lax.scan(
+    lambda h, w: (step(p, h, *w), None), x, [p[name] for name in names]
+  )[0]
+
+
+tanh = jnp.tanh
+MORE_REFUSED = {
+  'its units are a part of an axis': lambda p, x: jnp.einsum(
+    'btk,kcm->btcm', tanh(x @ p['up']), p['flat'].reshape(K, 2, M)
+  ),
+  'its units lie along 2 axes of it': (
+    lambda p, x: tanh(x @ p['heads'].reshape(D, K)) @ p['down']
+  ),
+  'it is in a loop in a loop': in_a_loop(
+    lambda p, h, up, down: in_a_loop(
+      lambda p, h, up, down: tanh(h @ up) @ down, 'up', 'down'
+    )({'up': up, 'down': down}, h),
+    'ups',
+    'downs',
+  ),
+  'several kernels of one leaf in one product': lambda p, x: jnp.einsum(
+    'gbtk,gkd->gbtd', tanh(jnp.einsum('btd,gdk->gbtk', x, p['stack'])), p['g']
+  ),
+  'read backwards, scaled, or in part': (
+    lambda p, x: tanh(x @ p['up'][::-1]) @ p['down']
+  ),
+  "its vector 'bias' is of other loops": in_a_loop(
+    lambda p, h, up, down: tanh(h @ up + p['bias']) @ down, 'stack', 'g'
+  ),
+  "'up' is in another loop than": in_a_loop(
+    lambda p, h, down: tanh(h @ p['up']) @ down, 'g'
+  ),
+  'is not used whole: meets mul': (
+    lambda p, x: tanh(x @ (2 * p['up'])) @ p['down']
+  ),
+  "'eight' is int8": lambda p, x: tanh(x @ p['eight']) @ p['down'],
+  "'one' is a vector as well": (
+    lambda p, x: tanh(x[..., :1] @ p['one'] + p['one']) @ p['down']
+  ),
+}
+
+
+@pytest.mark.parametrize('reason', MORE_REFUSED)
+def test_kernels_that_units_could_not_be_cut_from(reason):
+  params = P | shapes(
+    flat=(2 * K, M),
+    heads=(D, 2, K // 2),
+    ups=(2, 3, D, K),
+    downs=(2, 3, K, D),
+    stack=(2, D, K),
+    g=(2, K, D),
+    one=(1, K),
+  )
+  params['eight'] = jax.ShapeDtypeStruct((D, K), jnp.int8)
+  found = ur.find_hidden(MORE_REFUSED[reason], params, X)
+  assert not found
+  assert any(reason in why for why in found.unseen.values())
+
+
 def test_printed():
   text = str(ur.find_hidden(convolutions, CONV, IMAGE))
   assert 'makes units for two; with mean, ' in text

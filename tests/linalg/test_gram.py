@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
+from utilized_rank.linalg import eigh
 from utilized_rank.linalg import gram
 from utilized_rank.products import convolution
 
@@ -104,3 +105,11 @@ def test_large_patches_never_exist_at_once():
   patches = 4 * 128 * 128 * 9 * 64 * 4
   # A block of a ninth, and XLA's copies of its columns for every panel.
   assert memory.temp_size_in_bytes < patches / 2
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_moments_that_are_not_finite_have_no_spectrum(bad):
+  matrix = np.eye(3)
+  matrix[1, 1] = bad
+  with pytest.raises(FloatingPointError, match=r'a \(3, 3\) moment holds NaN'):
+    eigh.spectrum(matrix)

@@ -312,3 +312,14 @@ def test_a_program_runs_where_this_library_is_not(tmp_path):
     np.testing.assert_allclose(
       np.load(tmp_path / f'{n}.npy'), small(tree, x[:n]), atol=1e-6
     )
+
+
+def test_a_leaf_in_a_variable_is_told_where_to_go():
+  layout = ur.Layout.of((4, 3), inputs=(0,), outputs=(1,))
+  box = jax.tree.structure([0])
+  leaf = ur.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), None, layout, box=box)
+  exported = jax.export.export(jax.jit(lambda w: w))(leaf)
+  with pytest.raises(
+    ValueError, match='give the exported function nnx.to_pure'
+  ):
+    exported.serialize()

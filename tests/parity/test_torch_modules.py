@@ -3,6 +3,8 @@
 Needs the extra `torch`.
 """
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ pytest.importorskip('torch.nn')
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+from utilized_rank.torch import torchax_import  # noqa: E402
 from utilized_rank.torch.module import from_module  # noqa: E402
 from utilized_rank.torch.module import to_module  # noqa: E402
 
@@ -190,3 +193,26 @@ def test_refuses_what_is_no_fixed_function():
   _, params = from_module(module)
   with pytest.raises(KeyError, match=r"lacks \['bias'\]"):
     to_module(module, {'weight': params['weight']})
+
+
+def test_refuses_what_a_module_cannot_hold(monkeypatch):
+  class Silent(nn.Module):
+    def forward(self, x):
+      return {'shape': None}
+
+  fn, params = from_module(Silent().eval())
+  with pytest.raises(ValueError, match='the module returned no array'):
+    fn(params, jnp.ones((1, 4)))
+  module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+  _, params = from_module(module)
+  with pytest.raises(TypeError, match="'0.weight' is a dict: of the leaves in"):
+    to_module(module, {**params, '0.weight': {}})
+  packed = nn.MultiheadAttention(4, 2, bias=False, batch_first=True).eval()
+  _, params = from_module(packed)
+  layout = ur.Layout.of((12, 4), inputs=(1,), outputs=(0,))
+  pair = ur.LowRank(jnp.ones((4, 1)), jnp.ones((1, 12)), jnp.ones(12), layout)
+  with pytest.raises(ValueError, match='compress with compensate_mean=False'):
+    to_module(packed, {**params, 'in_proj_weight': pair})
+  monkeypatch.setitem(sys.modules, 'torchax', None)
+  with pytest.raises(ImportError, match='by torchax, which does not load'):
+    torchax_import.load.__wrapped__()

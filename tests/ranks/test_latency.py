@@ -106,6 +106,9 @@ def test_impossible_requests_are_named(problem, tmp_path):
     call(params_fraction=0.5, latency=TABLE)
   with pytest.raises(ValueError, match='give one of them'):
     call(params_fraction=0.5, latency_fraction=0.5, latency=TABLE)
+  for more in ({'gauge': 'identity'}, {'share': True}):
+    with pytest.raises(ValueError, match='were timed, without a gauge'):
+      call(latency_fraction=0.5, latency=TABLE, **more)
   less = ur.LatencyTable({'b': TABLE.products['b']}, TABLE.curves, {})
   with pytest.raises(ValueError, match="no latency was measured for 'a'"):
     call(latency_fraction=0.5, latency=less)

@@ -398,6 +398,7 @@ def test_progress_counts_blocks(capsys, monkeypatch):
     (dict(batches=[np.ones((0, 6))]), ValueError, 'batch 0 is empty'),
     (dict(ranks={}), ValueError, 'no kernel is named'),
     (dict(ranks={'z': 1}), ValueError, "no parameter 'z'"),
+    (dict(ranks={('a/w', 'c'): 1}), ValueError, 'give a rank for each path'),
     (dict(ranks={'a/b': 1}), ValueError, "'a/b' is selected but is no kernel"),
     (dict(ranks={'c': 9}), ValueError, "rank 9 for 'c'"),
     (dict(method='loss'), ValueError, 'have no gradients'),

@@ -169,7 +169,7 @@ def test_other_tools_can_read_the_arrays(tmp_path):
   )
 
 
-def test_one_file_holds_sums_of_any_dtype(tmp_path):
+def test_one_file_holds_sums_of_any_dtype(tmp_path, monkeypatch):
   """What a process of several saves by itself; damage is said."""
   fn = lambda p, x: x @ p['w']
   moments = ur.capture(fn)({'w': np.eye(3, dtype='f')}, np.ones((4, 3), 'f'))[1]
@@ -191,3 +191,8 @@ def test_one_file_holds_sums_of_any_dtype(tmp_path):
     path.write_bytes(bad)
     with pytest.raises(ValueError, match='damaged'):
       checkpoint.load_file(path)
+  monkeypatch.setattr(checkpoint, '_FORMAT', 2)
+  checkpoint.save_file(path, {}, {})
+  monkeypatch.undo()
+  with pytest.raises(ValueError, match='its format is 2, not 1'):
+    checkpoint.load_file(path)

@@ -154,3 +154,10 @@ def test_a_file_that_holds_no_recipe_is_named(problem, tmp_path):
     path.write_text(damaged)
     with pytest.raises(ValueError, match=r'r\.json.* holds no recipe'):
       ur.Recipe.load(path)
+
+
+def test_a_recipe_of_another_format_is_named(problem):
+  _, recipe = made(problem, 'plain')
+  for change in ({'format': 2}, {'kind': 'report'}):
+    with pytest.raises(ValueError, match='it holds .*, not '):
+      ur.Recipe.from_json({**recipe.json(), **change})

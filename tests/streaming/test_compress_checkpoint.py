@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import llamas
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file
 import utilized_rank as ur
 from utilized_rank.lowrank.leaf import is_low_rank
 from utilized_rank.models.importing import load_checkpoint
+from utilized_rank.streaming import sweep
 from utilized_rank.tree import paths
 
 pytestmark = [
@@ -350,6 +352,8 @@ def test_what_is_refused(tmp_path):
     run(uniform=True, limits=[('.*', (1, 4))])
   with pytest.raises(ValueError, match='did you mean'):
     run(params_fraction=None, ranks={'params/block_0/quer/kernel': 2})
+  with pytest.raises(ValueError, match='has no kernel to make a pair of'):
+    run(select=[('.*', False)])
   assert not (tmp_path / 'out.partial').exists()
   with pytest.raises(ValueError, match='at least one batch'):
     ur.compress_checkpoint(folder, out, [], params_fraction=0.5, **QUIET)
@@ -360,6 +364,17 @@ def test_what_is_refused(tmp_path):
   out.mkdir()
   with pytest.raises(FileExistsError, match='out'):
     run()
+
+
+def test_a_kernel_that_was_asked_for_and_is_no_layer_is_named():
+  site = types.SimpleNamespace(also=('gather',))
+  target = types.SimpleNamespace(layer=None, name='w.weight')
+  match = types.SimpleNamespace(targets={'w': target})
+  opened = types.SimpleNamespace(match=match, path='folder')
+  with pytest.raises(
+    ValueError, match='w cannot be a pair of layers: it is al'
+  ):
+    sweep._chosen({'w': site}, opened, by_default=False)
 
 
 def test_what_is_compressed_is_not_compressed_again(tmp_path):

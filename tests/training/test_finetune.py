@@ -429,6 +429,10 @@ def test_a_loss_that_is_not_finite_names_its_step(small, dense):
     ({'steps': 0}, 'steps=0; it must be at least 1'),
     ({'ema': 1.0}, 'ema=1.0'),
     ({'batch_axes': ('data',)}, 'pass mesh= as well'),
+    (
+      {'batch_axes': ('b',), 'mesh': jax.make_mesh((2,), ('a',))},
+      r"batch_axes has \['b'\]; the mesh has \['a'\]",
+    ),
     ({'loss': lambda z, b: labels(z, b).mean()}, r'loss gives \(\)'),
     ({'validation': iter(DATA)}, 'validation is an iterator'),
     ({'validation': []}, 'validation has no batches'),
@@ -437,6 +441,18 @@ def test_a_loss_that_is_not_finite_names_its_step(small, dense):
 def test_wrong_options(small, dense, how, message):
   with pytest.raises(ValueError, match=message):
     tuned(small, dense, **how)
+
+
+def test_a_validation_that_is_not_finite_names_its_step(small, dense):
+  never = lambda outputs, batch: labels(outputs, batch) * jnp.nan
+  with pytest.raises(train.DivergedError, match='after step 0 gives nan'):
+    tuned(small, dense, validation=DATA, metric=never, validate_every=2)
+
+
+def test_several_processes_are_refused(small, dense, monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 3)
+  with pytest.raises(ValueError, match='in a single process.*there are 3'):
+    tuned(small, dense)
 
 
 def test_batches_that_end(small, dense):

@@ -158,6 +158,14 @@ def test_damaged_checkpoint(params, tmp_path):
     train.fit(forward, params, batches, CONFIG, directory=tmp_path)
 
 
+def test_damaged_metadata(params, tmp_path):
+  train.fit(forward, params, batches, CONFIG, directory=tmp_path)
+  for path in tmp_path.rglob('*METADATA*'):
+    path.write_text('{')
+  with pytest.raises(ValueError, match='is damaged .*delete that step to go'):
+    train.fit(forward, params, batches, CONFIG, directory=tmp_path)
+
+
 def test_flipped_bit(params, tmp_path, monkeypatch):
   state = {'w': np.arange(64, dtype=np.float32)}
   with resume.Checkpoints(tmp_path, {}) as checkpoints:

@@ -59,10 +59,6 @@ def plain_product(product: Product | str) -> Product:
     raise Refusal('several kernels of one leaf in one product')
   if view.flipped or view.scale != 1 or view.part is not None:
     raise Refusal('a product of it read backwards, scaled, or in part')
-  gone = set(product.layout.groups)
-  for a, by in view.taken:
-    if a in gone and view.atoms[a] > 1 and not isinstance(by, Loop):
-      raise Refusal('a product of one of the kernels that its leaf holds')
   return product
 
 

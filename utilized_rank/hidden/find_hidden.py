@@ -91,6 +91,9 @@ def _finish(found: Found, params: dict[str, Any]) -> Hidden:
         unseen.setdefault(made.kernel.path, str(why))
       continue
     layers[layer.name] = layer
+  for path, others in found.other.items():
+    if sum(size > 1 for size in params[path].shape) > 1:
+      unseen.setdefault(path, f'is not used whole: {", ".join(others)}')
   mine = {k.path for layer in layers.values() for k in layer.firsts}
   return Hidden(layers, {p: why for p, why in unseen.items() if p not in mine})
 
@@ -140,11 +143,10 @@ def _layer(
       raise _NoLayer(f'its vector {path!r} is used elsewhere too')
     if vector.loops != second.loops:
       raise _NoLayer(f'its vector {path!r} is of other loops than its kernels')
-  leaves = [v.at for v in vectors]
-  if len({at.path for at in leaves}) != len(leaves):
-    raise _NoLayer('a vector of it is used in two ways')
   return HiddenLayer(
-    tuple(made.kernel for made in firsts), second.kernel, tuple(leaves)
+    tuple(made.kernel for made in firsts),
+    second.kernel,
+    tuple(v.at for v in vectors),
   )
 
 

@@ -256,6 +256,7 @@ class Flow(Analysis[Value]):
       product = plain_product(described)
     except Refusal as why:
       self.found.other.setdefault(path, {})[str(why)] = None
+      self.found.plain.setdefault(path, str(why))
       self.end([other], f'meets {path!r}: {why}')
       return PLAIN
     self.found.uses[path] = self.found.uses.get(path, 0) + 1

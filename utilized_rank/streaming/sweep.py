@@ -197,6 +197,6 @@ def _chosen(every: Sites, opened: Opened, by_default: bool) -> dict[str, Site]:
   if not found:
     raise ValueError(
       f'{opened.path} has no kernel to make a pair of: '
-      f'{dict(list(refused.items())[:4]) or every.unseen}'
+      f'{dict(list((refused or every.unseen).items())[:4])}'
     )
   return found
