@@ -39,5 +39,8 @@ if [ -z "${LATEST:-}" ]; then  # tools and stubs are those that were pinned
     NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --strict --quiet
   fi
 fi
+case " $* " in
+  *' --quick '*) [ -n "${XLA_FLAGS:-}" ] || . tests/xla_quickly.sh ;;
+esac
 # Compiling holds one core for long: files side by side take half of the time.
 exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
