@@ -54,9 +54,7 @@ class Parts:
   project_size: int = 1
 
 
-def scaled(
-  width: float, depth: float, *, lite: bool = False
-) -> dict[str, Any]:
+def scaled(width: float, depth: float, *, lite: bool = False) -> dict[str, Any]:
   """Options of an EfficientNet, scaled from B0.
 
   The Lite models have no squeeze-and-excitation, and neither stem nor head nor
