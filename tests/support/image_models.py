@@ -19,13 +19,16 @@ def images(count: int = 8, side: int = 16) -> np.ndarray:
 def randomised(model: Any, x: Any) -> Any:
   """Variables of which none is what it is initialised with."""
   rng = np.random.default_rng(0)
+
+  def drawn(path: Any, like: Any) -> np.ndarray:
+    values = rng.normal(size=like.shape)
+    if path[-1].key == 'var':
+      return (abs(values) + 0.5).astype(np.float32)
+    scale = max(np.prod(like.shape[:-1]), 4) ** -0.5
+    return (scale * values).astype(np.float32)
+
   like = jax.eval_shape(model.init, jax.random.key(0), x)
-  return jax.tree.map(
-    lambda s: (
-      rng.normal(size=s.shape) / max(np.prod(s.shape[:-1]), 4) ** 0.5
-    ).astype(np.float32),
-    like,
-  )
+  return jax.tree_util.tree_map_with_path(drawn, like)
 
 
 class State(dict[str, np.ndarray]):
