@@ -210,6 +210,7 @@ def furthest(a: dict, b: dict) -> float:
 def run(name: str, root: str) -> dict:
   here, torch = SUBJECTS[name]
   result: dict[str, Any] = {'here': measured(here(root))}
+  print(f'{name}: {result}', flush=True)
   missing = [
     m for m in ('torch', 'torchax') if importlib.util.find_spec(m) is None
   ]
