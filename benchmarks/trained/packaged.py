@@ -151,7 +151,8 @@ def _photographs() -> list[np.ndarray]:
       side = int(rng.integers(SIDE, min(photograph.size) + 1))
       x, y = (int(rng.integers(n - side + 1)) for n in photograph.size)
       crop = photograph.crop((x, y, x + side, y + side))
-      crops.append(np.asarray(crop.resize((SIDE, SIDE), Image.BICUBIC)))
+      crop = crop.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+      crops.append(np.asarray(crop))
   order = rng.permutation(len(crops))
   images = (np.stack(crops)[order].astype(np.float32) - _CENTRE) / _SPREAD
   return np.split(images, len(images) // CROP_BATCH)

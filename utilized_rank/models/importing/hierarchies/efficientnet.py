@@ -111,7 +111,7 @@ def efficientnet(
 
 
 def _parts(mapped: Shapes, block: str) -> Parts:
-  sizes = {}
+  sizes: dict[str, Any] = {}
   for name in ('expand', 'depthwise', 'project'):
     kernel = mapped.get(f'{block}conv_{name}/kernel', (None,))
     sizes[name] = kernel[-1]
