@@ -1,4 +1,4 @@
-"""EfficientNet and MobileNet of timm and efficientnet_lite_pytorch, and ours.
+"""EfficientNet and MobileNet of timm and of two packages, and ours.
 
 Random weights, odd sizes of images, float32. Prints each difference (`-s`).
 """
@@ -63,11 +63,18 @@ def test_the_name_says_what_the_shapes_do_not(name, options, tmp_path):
   check(f'timm {name} {options}', model, path)
 
 
-def test_the_package_of_the_lite_models(tmp_path):
-  package = pytest.importorskip('efficientnet_lite_pytorch')
-  model = package.EfficientNet.from_name(
-    'efficientnet-lite0', image_size=None, num_classes=5
-  )
+@pytest.mark.parametrize(
+  ('name', 'kind', 'activation'),
+  [
+    ('efficientnet_pytorch', 'efficientnet-b0', 'silu'),
+    ('efficientnet_lite_pytorch', 'efficientnet-lite0', 'relu6'),
+  ],
+)
+def test_packages_of_flat_files(name, kind, activation, tmp_path):
+  package = pytest.importorskip(name)
+  # Without a size of images, its padding is made for those that come.
+  sizes = {'image_size': None, 'num_classes': 5}
+  model = package.EfficientNet.from_name(kind, **sizes)
   model = originals.randomise(model)
   torch.save(model.state_dict(), tmp_path / 'w.pth')
-  check('Lite0', model, tmp_path / 'w.pth', activation='relu6')
+  check(kind, model, tmp_path / 'w.pth', activation=activation)
