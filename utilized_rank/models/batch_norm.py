@@ -31,6 +31,8 @@ def conv_norm(
   stride: int = 1,
   padding: str = 'symmetric',
   use_bias: bool = False,
+  groups: int = 1,
+  epsilon: float = EPSILON,
 ) -> Array:
   """`conv{suffix}` of a square kernel, and `bn{suffix}` if `batch_norm`.
 
@@ -45,6 +47,7 @@ def conv_norm(
     strides=(stride, stride),
     padding=(sides, sides) if padding == 'symmetric' else padding,
     use_bias=use_bias or not batch_norm,
+    feature_group_count=groups,
     kernel_init=nn.initializers.he_normal(),
     dtype=dtype,
     name=f'conv{suffix}',
@@ -54,7 +57,7 @@ def conv_norm(
   return nn.BatchNorm(
     use_running_average=not train,
     momentum=0.9,
-    epsilon=EPSILON,
+    epsilon=epsilon,
     dtype=dtype,
     name=f'bn{suffix}',
   )(x)
@@ -71,7 +74,8 @@ def fold_batch_norm(
 
   Args:
     variables: `{'params': ..., 'batch_stats': ...}` of a model whose norms
-      `bn*` follow the convolutions `conv*` beside them: `ResNet` and `VGG`.
+      `bn*` follow the convolutions `conv*` beside them: `ResNet`, `VGG` and
+      `EfficientNet`.
     epsilon: of the norms.
 
   Returns:

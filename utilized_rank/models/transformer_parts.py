@@ -27,6 +27,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
   'relu': nn.relu,
   'silu': nn.silu,
+  # Of networks for phones.
+  'relu6': nn.relu6,
+  'hard_swish': nn.hard_swish,
 }
 NORM_ORDERS = ('before', 'after', 'branch')
 _XAVIER = nn.initializers.xavier_uniform()

@@ -196,6 +196,11 @@ def transposed(x: np.ndarray) -> np.ndarray:
   return x.T
 
 
+def pointwise(x: np.ndarray) -> np.ndarray:
+  """A dense layer, or a 1x1 convolution that is one."""
+  return x.reshape(x.shape[:2]).T
+
+
 def hwio(x: np.ndarray) -> np.ndarray:
   """PyTorch's convolutions are (out, in, h, w)."""
   return x.transpose(2, 3, 1, 0)

@@ -24,6 +24,7 @@ from utilized_rank.models.importing.files import formats
 from utilized_rank.models.importing.files.factored import Factored
 from utilized_rank.models.importing.files.tensor import Tensor
 from utilized_rank.models.importing.hierarchies import convnext
+from utilized_rank.models.importing.hierarchies import efficientnet
 from utilized_rank.models.importing.hierarchies import swin
 from utilized_rank.tree import paths
 
@@ -36,6 +37,7 @@ LAYOUTS: tuple[layouts.Layout, ...] = (
   *language_layouts.LAYOUTS,
   *other_layouts.LAYOUTS,
   *convnext.LAYOUTS,
+  *efficientnet.LAYOUTS,
   *swin.LAYOUTS,
 )
 _SHOWN = 8

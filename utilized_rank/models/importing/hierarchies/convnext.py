@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from utilized_rank.host.extras import extra
 from utilized_rank.models.hierarchies.convnext import ConvNeXt
@@ -19,6 +18,7 @@ from utilized_rank.models.importing.layouts import Usual
 from utilized_rank.models.importing.layouts import dense
 from utilized_rank.models.importing.layouts import hwio
 from utilized_rank.models.importing.layouts import norm
+from utilized_rank.models.importing.layouts import pointwise
 from utilized_rank.models.importing.layouts import same
 
 with extra('models'):
@@ -27,11 +27,6 @@ with extra('models'):
 _BLOCK = 'stage#_#/'
 _ROOTS = ('convnext.', 'convnextv2.', '')
 _FIRST = 'encoder.stages.0.layers.0.dwconv.weight'
-
-
-def _pointwise(x: np.ndarray) -> np.ndarray:
-  """A dense layer, or a 1x1 convolution that is one."""
-  return x.reshape(x.shape[:2]).T
 
 
 def _timm(shapes: Shapes) -> Iterable[Rule]:
@@ -46,13 +41,13 @@ def _timm(shapes: Shapes) -> Iterable[Rule]:
   yield from dense(f'{block}conv_dw', f'{_BLOCK}depthwise', hwio)
   yield from norm(f'{block}norm', f'{_BLOCK}norm')
   for i in (0, 1):
-    yield from dense(f'{block}mlp.fc{i + 1}', f'{_BLOCK}Dense_{i}', _pointwise)
+    yield from dense(f'{block}mlp.fc{i + 1}', f'{_BLOCK}Dense_{i}', pointwise)
   yield from norm(f'{block}mlp.grn', f'{_BLOCK}response_norm')
   yield Rule(f'{block}gamma', f'{_BLOCK}layer_scale/gamma', same)
   yield from norm('norm_pre', 'norm')
   yield from norm('head.norm', 'fc_norm')
-  yield from dense('head.pre_logits.fc', 'pre_logits', _pointwise)
-  yield from dense('head.fc', 'head', _pointwise)
+  yield from dense('head.pre_logits.fc', 'pre_logits', pointwise)
+  yield from dense('head.fc', 'head', pointwise)
 
 
 def _hf(shapes: Shapes) -> Iterable[Rule]:
