@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-from utilized_rank.storage import checkpoint
+from utilized_rank.storage import encoding
 
 RNG = np.random.default_rng(0)
 
@@ -168,9 +168,9 @@ def test_moments_without_it_merge_with_those_that_have_it():
 
 def test_files_of_before_load(tmp_path):
   moments = collected()
-  arrays, structure = checkpoint._encode(moments, '')
+  arrays, structure = encoding.encode(moments, '')
   assert structure.pop('coverage')
-  assert checkpoint._decode(arrays, structure).coverage is None
+  assert encoding.decode(arrays, structure).coverage is None
   report = ur.measure(PARAMS, moments, progress=False)
   report.save(tmp_path / 'report.json')
   record = json.loads((tmp_path / 'report.json').read_text())
