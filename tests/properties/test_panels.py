@@ -18,7 +18,7 @@ from utilized_rank.linalg import gram
 from utilized_rank.moments.capture import count
 from utilized_rank.moments.counting import EVERY
 from utilized_rank.moments.moments import Sums
-from utilized_rank.storage import checkpoint
+from utilized_rank.storage import encoding
 
 pytestmark = pytest.mark.slow
 
@@ -203,8 +203,8 @@ def test_older_files_are_read(tmp_path, monkeypatch):
       arrays['grads'][str(i)] = moments[path].grad
     return arrays, structure
 
-  encode = checkpoint._encode
-  monkeypatch.setattr(checkpoint, '_encode', older)
+  encode = encoding.encode
+  monkeypatch.setattr(encoding, 'encode', older)
   ur.save(tmp_path / 'old', moments)
   monkeypatch.undo()
   monkeypatch.setattr(gram, '_LEAST_WIDTH', 9)
