@@ -1,5 +1,6 @@
-# Sourced by tests/run.sh: installs the extra `frameworks` beside what is there,
-# which it may not change. The tests of what does not go with it are skipped.
+# Sourced by tests/run.sh: installs the extras `frameworks`, `onnx` and `litert`
+# beside what is there, which it may not change. The tests of what does not go
+# with it are skipped.
 #
 #   install_frameworks FOLDER
 install_frameworks() {
@@ -8,7 +9,7 @@ install_frameworks() {
   mapfile -t names < <("$python" - <<'EOF'
 import importlib.metadata as m, re
 for line in m.requires('utilized_rank'):
-  if re.search(r'extra == .frameworks', line):
+  if re.search(r'extra == .(frameworks|onnx|litert)\b', line):
     print(line.split(';')[0].strip())
 EOF
   )
@@ -27,6 +28,12 @@ EOF
   add regex sentencepiece tokenizers &&
     add --no-deps keras-hub==0.32.0 kagglehub==1.0.2 kagglesdk==0.1.28 ||
     echo 'not tested, does not install here: keras-hub'
+  # Both ask for older releases of what is here (orbax-checkpoint,
+  # typing_extensions), which converting a function does not use.
+  add --no-deps jax2onnx==0.17.1 ||
+    echo 'not tested, does not install here: jax2onnx'
+  add --no-deps litert-converter==0.5.0 ||
+    echo 'not tested, does not install here: litert-converter'
   # Its blocks are Flax alone; what else it wants brings TensorFlow too, and in
   # the releases after this one the blocks want it.
   add --no-deps gemma==3.0.2 || echo 'not tested, does not install here: gemma'

@@ -101,13 +101,10 @@ def _pad(array: Any, axis: int, size: int) -> Any:
   """Zeros after the end of an axis, where it is shorter."""
   if array.shape[axis] == size:
     return array
-  if isinstance(array, np.ndarray):
-    more = [(0, 0)] * array.ndim
-    more[axis] = (0, size - array.shape[axis])
-    return np.pad(array, more)
-  config = [(0, 0, 0)] * array.ndim
-  config[axis] = (0, size - array.shape[axis], 0)
-  return jax.lax.pad(array, jnp.zeros((), array.dtype), config)
+  more = [(0, 0)] * array.ndim
+  more[axis] = (0, size - array.shape[axis])
+  # Not `jax.lax.pad`, of which jax2onnx 0.17.1 takes fixed shapes alone.
+  return (np if isinstance(array, np.ndarray) else jnp).pad(array, more)
 
 
 @jax.tree_util.register_pytree_node_class
