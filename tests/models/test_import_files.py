@@ -165,3 +165,14 @@ def test_a_truncated_zip(tmp_path):
   (tmp_path / 'a.npz').write_bytes(whole[:500])
   with pytest.raises(ValueError, match='has no end: it is truncated'):
     values(tmp_path / 'a.npz')
+
+
+def test_the_other_order_of_bytes(tmp_path):
+  content = legacy({'x': legacy_tensor('7', 6, (6,), (1,))}, {'7': X}, {'7': 6})
+  little, big = (
+    pickle.dumps({'little_endian': order}, 2) for order in (True, False)
+  )
+  path = tmp_path / 'a'
+  path.write_bytes(content.replace(little, big))
+  with pytest.raises(ValueError, match='is big-endian; only little-endian'):
+    values(path)

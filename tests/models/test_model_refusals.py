@@ -1,6 +1,7 @@
 """What models and loaders refuse, each in a call of its own."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from utilized_rank.models import transformer_parts
 from utilized_rank.models import vit
 from utilized_rank.models.importing import layouts
 from utilized_rank.models.importing import model_types
+from utilized_rank.models.importing import open_checkpoint
 from utilized_rank.models.importing import vision_types
 from utilized_rank.models.importing.config import Config
 from utilized_rank.models.importing.files import factored
@@ -146,3 +148,11 @@ def test_files_that_are_none(tmp_path):
   index.write_text(json.dumps({'weight_map': ['a', 'b']}))
   with pytest.raises(ValueError, match='index.json has no weight_map'):
     shards._indexed(str(index))
+
+
+def test_a_model_that_no_layout_is_of():
+  metadata = types.SimpleNamespace(
+    architecture=None, config={'model_type': 'llama5'}, source='config.json'
+  )
+  with pytest.raises(ValueError, match="has model_type 'llama5', which is not"):
+    open_checkpoint._candidates(metadata)

@@ -164,7 +164,7 @@ def test_leaves_that_are_no_arrays(name, moments):
 
 def test_they_are_saved(tmp_path, moments):
   small, _ = _trees(fn, PARAMS, moments)
-  with pytest.raises(TypeError, match="at '/act'.*leave functions and named"):
+  with pytest.raises(TypeError, match="at 'act'.*leave functions out"):
     ur.save(tmp_path / 'all', small)
   del small['act']
   ur.save(tmp_path / 'rest', small)

@@ -196,3 +196,12 @@ def test_one_file_holds_sums_of_any_dtype(tmp_path, monkeypatch):
   monkeypatch.undo()
   with pytest.raises(ValueError, match='its format is 2, not 1'):
     checkpoint.load_file(path)
+
+
+def test_a_checkpoint_with_an_array_too_many(saved, monkeypatch):
+  unsealed = checkpoint.files.unsealed
+  monkeypatch.setattr(
+    checkpoint.files, 'unsealed', lambda v: {**unsealed(v), 'checksums': {}}
+  )
+  with pytest.raises(ValueError, match='should hold 0 arrays and holds 1'):
+    ur.load(saved)
