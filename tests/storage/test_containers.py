@@ -18,6 +18,14 @@ class Named(dict):
   """A dictionary of a class of its own."""
 
 
+class Anew(dict):
+  """Makes its keys anew."""
+
+  def __init__(self, *entries, **named):
+    made = dict(*entries, **named).items()
+    super().__init__({f'{key} '.strip(): value for key, value in made})
+
+
 class Nest:
   """Where another class stands."""
 
@@ -40,6 +48,7 @@ def again(tree, tmp_path):
     collections.Counter({'a': 2}),
     Named(a=np.ones(2), b={'c': np.ones(1)}),
     Nest.Inner(z=np.ones(2), a=np.ones(2)),
+    Anew(some_key=np.ones(2)),
   ],
 )
 def test_dictionaries_keep_their_class(made, tmp_path):

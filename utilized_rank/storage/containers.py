@@ -44,8 +44,9 @@ def record(made: Any, where: str) -> dict[str, Any]:
       f'the {kind.__name__} at {where!r} cannot be made again from its '
       f'entries ({error}): pass {plain.__name__}(...) of it'
     ) from error
-  same = type(again) is kind and len(again) == len(made)
-  if not same or any(x is not y for x, y in zip(again, made, strict=True)):
+  # Keys, or entries, which may be arrays.
+  held = list if plain is dict else lambda entries: [*map(id, entries)]
+  if type(again) is not kind or held(again) != held(made):
     raise TypeError(
       f'the {kind.__name__} at {where!r} is another one when it is made again '
       f'from its entries: pass {plain.__name__}(...) of it'
