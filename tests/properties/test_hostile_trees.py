@@ -3,22 +3,17 @@
 The kernels of one small network stand in containers of any kind, beside leaves
 of any kind: what comes out is what comes out of the kernels alone, and the
 other leaves are what they were, or one error says which leaf is refused and
-why. Kernels of any number and type give float64's result, or an error that
-names one of them.
+why.
 
 25 trees by default; the long run: UTILIZED_RANK_EXAMPLES=10000.
 """
 
 import collections
 from collections.abc import Callable
-import os
 from typing import Any, NamedTuple
 
 import every_call
-from hypothesis import HealthCheck
-from hypothesis import Phase
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
@@ -27,7 +22,6 @@ import pytest
 
 import utilized_rank as ur
 
-EXAMPLES = int(os.environ.get('UTILIZED_RANK_EXAMPLES', '500')) // 20
 pytestmark = [
   pytest.mark.slow,
   # The other leaves may well be most.
@@ -50,14 +44,12 @@ class Container(NamedTuple):
   others: Callable[[Any], Any]
 
 
+def _at(made, one, other):
+  return Container(made, lambda t: t[one], lambda t: t[other])
+
+
 def _keys(one, other):
-  return Container(
-    lambda k, o: {one: k, other: o}, lambda t: t[one], lambda t: t[other]
-  )
-
-
-def _order(make, one, other):
-  return Container(make, lambda t: t[one], lambda t: t[other])
+  return _at(lambda k, o: {one: k, other: o}, one, other)
 
 
 CONTAINERS = {
@@ -71,16 +63,16 @@ CONTAINERS = {
   'None as key': Container(
     lambda k, o: {None: [k, o]}, lambda t: t[None][0], lambda t: t[None][1]
   ),
-  'list': _order(lambda k, o: [o, k], 1, 0),
-  'tuple': _order(lambda k, o: (k, o), 0, 1),
-  'named tuple': _order(Named, 0, 1),
+  'list': _at(lambda k, o: [o, k], 1, 0),
+  'tuple': _at(lambda k, o: (k, o), 0, 1),
+  'named tuple': _at(Named, 0, 1),
   'deep': Container(
     lambda k, o: [[o], [[[k]]]], lambda t: t[1][0][0][0], lambda t: t[0][0]
   ),
-  'ordered': _order(
+  'ordered': _at(
     lambda k, o: collections.OrderedDict(other=o, net=k), 'net', 'other'
   ),
-  'default': _order(
+  'default': _at(
     lambda k, o: collections.defaultdict(dict, {'o': o, 'net': k}), 'net', 'o'
   ),
 }
@@ -164,14 +156,7 @@ def _refused(container, others, call):
   return None
 
 
-@settings(
-  max_examples=EXAMPLES,
-  deadline=None,
-  derandomize=True,
-  # A smaller failure takes minutes to find, and its parts have names.
-  phases=[Phase.generate],
-  suppress_health_check=list(HealthCheck),
-)
+@every_call.examples
 @given(
   container=st.sampled_from(sorted(CONTAINERS)),
   others=st.lists(st.sampled_from(sorted(OTHERS)), max_size=4, unique=True),

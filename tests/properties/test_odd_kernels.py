@@ -4,21 +4,19 @@ What comes out is finite, of the kernel's type and no further from it than the
 truncated SVD is in float64, or one error names a kernel.
 """
 
-import os
 import re
 
 from every_call import BATCHES
 from every_call import CALLS
+from every_call import HALF
 from every_call import LOSS
 from every_call import QUIET
+from every_call import examples
 from every_call import float32
 from every_call import network
 from every_call import numbers
 from every_call import small_of
-from hypothesis import HealthCheck
-from hypothesis import Phase
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
@@ -26,8 +24,6 @@ import numpy as np
 import pytest
 
 import utilized_rank as ur
-
-EXAMPLES = int(os.environ.get('UTILIZED_RANK_EXAMPLES', '500')) // 20
 
 pytestmark = pytest.mark.slow
 
@@ -55,13 +51,7 @@ def _odd(name, how):
   return kernels | {name: jnp.asarray(array)}
 
 
-@settings(
-  max_examples=EXAMPLES,
-  deadline=None,
-  derandomize=True,
-  phases=[Phase.generate],
-  suppress_health_check=list(HealthCheck),
-)
+@examples
 @given(
   name=st.sampled_from(['up', 'down']),
   how=st.sampled_from([*NOT_FINITE, *SCALES, *TYPES]),
@@ -82,10 +72,9 @@ def test_odd_numbers_are_kept_or_named(name, how, call):
     for number in numbers(result):
       assert np.all(np.isfinite(np.asarray(number, np.float64)))
   if call in ('factorize', 'project', 'merge', 'save'):
-    kept = small_of(params, moments) if call == 'factorize' else result
     for path in ('up', 'down'):
       wanted = jax.dtypes.canonicalize_dtype(params[path].dtype)
-      assert kept[path].dtype == wanted
+      assert result[path].dtype == wanted
 
 
 @pytest.mark.parametrize('how', [*SCALES, *TYPES])
@@ -148,9 +137,19 @@ def test_kernels_that_are_not_there_are_named(moments, call, params):
   ['collect', 'measure', 'factorize', 'anchor', 'tune_ranks', 'finetune'],
 )
 def test_shapes_alone_are_named(moments, call):
-  params = jax.eval_shape(lambda: float32())
+  params = jax.eval_shape(float32)
   with pytest.raises(ValueError, match="'(bias|up|down)' is a shape"):
     CALLS[call](network, params, moments)
+
+
+@pytest.mark.parametrize('loss', [None, LOSS])
+def test_parameters_that_do_not_fit_are_said_to(moments, loss):
+  params = float32()
+  del params['bias']
+  with pytest.raises(ValueError, match='does not accept .* KeyError: .bias'):
+    CALLS['tune_ranks'](network, params, moments)
+  with pytest.raises(ValueError, match='does not accept .* KeyError: .bias'):
+    ur.compress(network, params, BATCHES, loss=loss, **HALF, **QUIET)
 
 
 def test_a_kernel_of_no_rows_or_columns_is_named_and_left():

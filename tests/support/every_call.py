@@ -1,8 +1,12 @@
 """Public calls that take a tree of parameters, on one small network."""
 
+import os
 import pathlib
 import tempfile
 
+from hypothesis import HealthCheck
+from hypothesis import Phase
+from hypothesis import settings
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,13 +25,24 @@ BATCHES = [_rng.normal(size=(64, 6)).astype(np.float32) for _ in range(2)]
 LOSS = ur.sampled_squared_error()
 
 
+# 25 by default.
+examples = settings(
+  max_examples=int(os.environ.get('UTILIZED_RANK_EXAMPLES', '500')) // 20,
+  deadline=None,
+  derandomize=True,
+  # A smaller failure takes minutes to find, and its parts have names.
+  phases=[Phase.generate],
+  suppress_health_check=list(HealthCheck),
+)
+
+
 def network(params, x):
   return jnp.tanh(x @ params['up'] + params['bias']) @ params['down']
 
 
-def float32(kernels=KERNELS):
+def float32():
   """The kernels as JAX's arrays."""
-  return {k: jnp.asarray(v, jnp.float32) for k, v in kernels.items()}
+  return {k: jnp.asarray(v, jnp.float32) for k, v in KERNELS.items()}
 
 
 def half_ranks(params, moments):

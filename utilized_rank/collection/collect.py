@@ -171,7 +171,8 @@ def collect(
   sides = Sides(from_outputs, sketch)
   what = Measurement(fn, loss, fisher_rows, coupled, select, on_opaque, sides)
   accumulation.check(accumulate)
-  values = tracing.values(params)
+  tracing.check_values(params)
+  values, _ = tracing.split(params)
   place = placement(values, mesh, batch_axes, pmap_axis)
   everywhere = place.everywhere
   stream = started(batches, everywhere)

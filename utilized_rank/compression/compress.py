@@ -207,7 +207,7 @@ def _check(
   params: Any, moments: Moments | None, select: paths.Rules | None
 ) -> None:
   """Refuses several processes, shapes alone, and both moments and rules."""
-  tracing.values(params)
+  tracing.check_values(params)
   if jax.process_count() > 1:
     raise ValueError(
       f'compress tries ranks on what one process sees, and there are '

@@ -49,10 +49,11 @@ def unlabelled(
     masked = Masked(mask, 1)
     fn = masks.hidden(fn)
     batches = [masked(batch, i) for i, batch in enumerate(batches)]
-  tracing.trace(fn, params, batches[:1], {})  # says if it does not fit
   values, join = tracing.split(params)
   run = jax.jit(lambda values, batch: energies(fn(join(values), batch)))
-  if not jax.eval_shape(run, values, batches[0]):
+  with tracing.explained(fn, params, batches[0]):
+    found = jax.eval_shape(run, values, batches[0])
+  if not found:
     return None
   loss = sampled_squared_error()
 

@@ -54,11 +54,10 @@ def shardings(small: Any, specs: Any, mesh: Mesh | None = None) -> Any:
   """
   named, treedef = paths.flatten(small, is_low_rank)
   given = _by_path(specs, _is_spec)
-  # A leaf at two places has the path of the first, and specs at both.
-  every = _by_path(small, lambda v: v is None or is_low_rank(v))
-  places = set(named) | set(every)
-  # A parameter that is None is no leaf; a spec that is None is one.
-  given = {p: v for p, v in given.items() if every.get(p, p) is not None}
+  # A leaf at two places has the path of the first, and specs at both; what is
+  # None is no leaf, and may have one.
+  places = set(_by_path(small, lambda v: v is None or is_low_rank(v)))
+  places |= set(named)
   if lacking := sorted(set(named) - set(given)) or sorted(set(given) - places):
     here = 'parameters' if lacking[0] in named else 'specs'
     raise ValueError(

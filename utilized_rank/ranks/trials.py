@@ -70,9 +70,10 @@ class Trials:
     self._programs = programs(fn, divergence)
     dense = params if reference is None else reference
     of, form = tracing.on_device(paths.flatten(dense)[0]), Form(dense)
-    self._data = [
-      (batch, self._programs.outputs(form, of, batch)) for batch in batches
-    ]
+    with tracing.explained(fn, dense, *batches[:1]):
+      self._data = [
+        (batch, self._programs.outputs(form, of, batch)) for batch in batches
+      ]
     self._sizes = [len(jax.tree.leaves(b)[0]) for b in batches]
     start = {**self._named, **self._leaves({}, None)}
     self._form = Form(paths.unflatten(treedef, start), is_low_rank)

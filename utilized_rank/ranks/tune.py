@@ -158,8 +158,6 @@ def tune_ranks(
   """
   if not several(batches):
     raise ValueError('tune_ranks needs at least one batch to try ranks on')
-  tracing.values(params)
-  tracing.trace(fn, params, batches[:1], {})  # says if it does not fit
   allocate = functools.partial(
     budget_ranks,
     params,

@@ -110,7 +110,7 @@ def anchor(
       'anchor fits kernels with factors of their own; ranks has kernels that '
       'share one: give a rank for each path'
     )
-  tracing.values(params)
+  tracing.check_values(params)
   first, stream = checked(batches)
   sites = _with_biases(find_kernels(fn, params, first, ranks), moments)
   check_ranks(ranks, sites)

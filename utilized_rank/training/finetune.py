@@ -159,7 +159,7 @@ def finetune(
       f'finetune runs in a single process, on all of its devices; there are '
       f'{jax.process_count()}'
     )
-  tracing.values(small)
+  tracing.check_values(small)
   _check_norms(norms, statistics)
   options = loop.Options(
     steps=steps,

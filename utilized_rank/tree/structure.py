@@ -96,28 +96,30 @@ def flatten(
   try:
     walk = _Flattening(tree, is_leaf)
   except ValueError as error:
-    raise _with_place(error, tree) from error
+    if why := _unsortable(tree):
+      raise ValueError(why) from error
+    raise
   root = walk.part(tree, ())
   return walk.leaves, Structure(root, tuple(walk.parts))
 
 
-def _with_place(error: ValueError, node: Any, path: str = '') -> ValueError:
-  """JAX says that keys cannot be sorted, not which: the error to raise."""
+def _unsortable(node: Any, path: str = '') -> str | None:
+  """Which dictionary's keys cannot be sorted: JAX says that one's cannot."""
   if isinstance(node, Mapping):
     try:
       below = {f'{path}/{key}': node[key] for key in sorted(node)}
     except TypeError:
       keys = ', '.join(map(repr, list(node)[:6]))
-      return ValueError(
+      return (
         f'the dictionary at {path[1:]!r} has keys that cannot be sorted '
         f'({keys}): JAX takes those of one kind'
       )
   elif isinstance(node, (list, tuple)):
     below = {f'{path}/{i}': child for i, child in enumerate(node)}
   else:
-    return error
-  found = (_with_place(error, child, at) for at, child in below.items())
-  return next((e for e in found if e is not error), error)
+    return None
+  found = (_unsortable(child, at) for at, child in below.items())
+  return next(filter(None, found), None)
 
 
 class _Flattening:

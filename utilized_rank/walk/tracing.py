@@ -87,20 +87,16 @@ def split(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
   return [named[path] for path in moving], join
 
 
-def values(tree: Any) -> list[Any]:
-  """A tree's arrays, for what computes with them.
+def check_values(tree: Any) -> None:
+  """Raises ValueError for a tree with a shape alone among its leaves.
 
-  Raises:
-    ValueError: one is a shape alone.
-
-  >>> values({'w': jax.ShapeDtypeStruct((2,), np.float32)})
+  >>> check_values({'w': jax.ShapeDtypeStruct((2,), np.float32)})
   Traceback (most recent call last):
   ...
   ValueError: 'w' is a shape (2,) without values: find_sites and plan take ...
   """
   for path, leaf in paths.flatten(tree)[0].items():
     check_value(path, leaf)
-  return split(tree)[0]
 
 
 def check_value(path: str, leaf: Any) -> None:
@@ -115,14 +111,41 @@ def check_value(path: str, leaf: Any) -> None:
 def on_device(named: Mapping[str, Any]) -> dict[str, Any]:
   """The arrays among leaves by path, on a device: moved once, if at all.
 
+  Raises:
+    ValueError: one is a shape alone.
+
   >>> list(on_device({'w': np.ones(2), 'act': 'gelu'}))
   ['w']
   """
+  for path, leaf in named.items():
+    check_value(path, leaf)
   return {
     path: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
     for path, leaf in named.items()
     if is_array(leaf)
   }
+
+
+@contextlib.contextmanager
+def explained(
+  fn: Callable[..., Any], params: Any, *args: Any
+) -> Iterator[None]:
+  """Says, of what fails inside, that the function does not fit its arguments.
+
+  Raises:
+    ValueError: as `trace`, which runs only then.
+
+  >>> with explained(lambda p, x: p['v'] @ x, {'w': jnp.eye(2)}, jnp.ones(2)):
+  ...   raise KeyError('v')
+  Traceback (most recent call last):
+  ...
+  ValueError: the function does not accept these parameters (1 arrays, the ...
+  """
+  try:
+    yield
+  except Exception:
+    trace(fn, params, args, {})
+    raise
 
 
 def failure(fn: Callable[..., Any], *args: Any) -> Exception | None:
