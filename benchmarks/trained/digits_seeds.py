@@ -22,7 +22,7 @@ from utilized_rank.experiment import pipeline
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/seeds', 'One run per seed.')
-_SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds.')
+_SEEDS = flags.DEFINE_list('seeds', list(map(str, range(10))), 'Seeds.')
 _OUT = flags.DEFINE_string(
   'out', str(record.RESULTS / 'digits_seeds.json'), 'Result.'
 )
@@ -66,7 +66,7 @@ def _config():
 
 
 def _rows(runs):
-  """Mean over seeds, and how far the seeds spread."""
+  """Mean over seeds, how far the seeds spread, and the paired difference."""
   dense = [run['dense']['test_accuracy'] for run in runs]
   rows = [{'params_fraction': 1.0, **_spread('test_accuracy', dense)}]
   for i, first in enumerate(runs[0]['compressed']):
@@ -76,6 +76,9 @@ def _rows(runs):
       row |= _spread(name, [part[name] for part in parts])
     points = [100 * (p['test_accuracy'] - d) for p, d in zip(parts, dense)]
     row |= _spread('points_vs_dense', points)
+    if len(points) > 1:
+      error = statistics.stdev(points) / len(points) ** 0.5
+      row['points_vs_dense_standard_error'] = round(error, 5)
     rows.append(row)
   return rows
 
