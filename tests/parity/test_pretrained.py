@@ -200,6 +200,14 @@ def test_a_body_without_a_head(tmp_path):
     assert_near(whole.model(tokens).last_hidden_state.numpy(), states)
 
 
+def test_a_head_that_is_a_pair(tmp_path):
+  saved('Llama', UNTIED, tmp_path / 'in')
+  select = [('.*head/kernel', True), ('.*', False)]
+  model = load_pretrained(cut(tmp_path / 'in', tmp_path / 'out', select=select))
+  assert type(model.lm_head) is Pair
+  assert_near(logits(model), ours(tmp_path / 'out'))
+
+
 def test_a_directory_without_pairs(tmp_path):
   dense = saved('Llama', UNTIED, tmp_path / 'in')
   model = load_pretrained(tmp_path / 'in')

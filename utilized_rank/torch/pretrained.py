@@ -12,6 +12,7 @@ from utilized_rank.host.extras import extra
 from utilized_rank.models.importing.files import formats
 from utilized_rank.models.importing.files.factored import Factored
 from utilized_rank.models.importing.files.tensor import Tensor
+from utilized_rank.models.importing.open_checkpoint import Opened
 from utilized_rank.models.importing.open_checkpoint import open_checkpoint
 
 _SHOWN = 6
@@ -152,10 +153,11 @@ def _layers(
       continue
     stem = below if below in stems else below.rpartition('.')[0]
     found.setdefault(stem, []).append((below[len(stem) + 1 :], path))
-  if any(len(parts) > 1 for parts in found.values()):
-    start = _starts(folder)
-    for several in found.values():
-      several.sort(key=lambda part: start[part[1]])
+  together = [parts for parts in found.values() if len(parts) > 1]
+  if together:
+    opened = open_checkpoint(folder)
+    for several in together:
+      several.sort(key=lambda part: _place(opened, factored, part[1]))
   return {
     stem: [
       _part(folder, stem, name, factored.leaves[path], tensors)
@@ -165,16 +167,14 @@ def _layers(
   }
 
 
-def _starts(folder: str) -> dict[str, int]:
-  """Of each leaf the first place that it has in its tensor."""
-  opened = open_checkpoint(folder)
-  assert opened.factored is not None
-  found = {}
-  for path in opened.factored.leaves:
-    target = opened.match.targets[path]
-    shape = opened.factored.replaced[target.name]
-    found[path] = int(target.of(np.arange(np.prod(shape)).reshape(shape)).min())
-  return found
+def _place(opened: Opened, factored: Factored, path: str) -> tuple[int, ...]:
+  """The first row and column that a leaf has in its tensor."""
+  target = opened.match.targets[path]
+  shape = factored.replaced[target.name]
+  indices = np.ix_(*map(np.arange, shape))  # nothing of the tensor's size
+  return tuple(
+    int(target.of(np.broadcast_to(index, shape)).min()) for index in indices
+  )
 
 
 def _part(
