@@ -20,6 +20,7 @@ import pathlib
 import resource
 import tempfile
 import time
+from typing import Any
 from unittest import mock
 
 import ml_dtypes
@@ -148,13 +149,16 @@ def shapes_of(size: str) -> dict[str, dict[str, tuple[int, ...]]]:
   return shards
 
 
-def write(folder: pathlib.Path, size: str, hollow: bool) -> int:
+def write(
+  folder: pathlib.Path, size: str, hollow: bool, dtype: Any = _BFLOAT16
+) -> int:
   """Writes the checkpoint, shard by shard; returns its bytes.
 
   Args:
     folder: to be made.
     size: a key of `SIZES`.
     hollow: write no weights: files of the right size that hold zeros.
+    dtype: of the weights.
   """
   width, depth, hidden, heads, kv_heads, vocabulary = SIZES[size]
   folder.mkdir()
@@ -173,22 +177,22 @@ def write(folder: pathlib.Path, size: str, hollow: bool) -> int:
     where |= dict.fromkeys(shapes, file)
     path = folder / file
     if hollow:
-      _write_hollow(path, shapes)
+      _write_hollow(path, shapes, dtype)
       continue
     tensors = {}
     for name, shape in shapes.items():
       draw = rng.standard_normal(shape, np.float32) * shape[-1] ** -0.5
       values = draw if len(shape) > 1 else np.ones(shape, np.float32)
-      tensors[name] = values.astype(_BFLOAT16)
+      tensors[name] = values.astype(dtype)
     safetensors_file.write(str(path), tensors, {'format': 'pt'})
   index = json.dumps({'metadata': {}, 'weight_map': where})
   (folder / 'model.safetensors.index.json').write_text(index)
   return sum(os.path.getsize(f) for f in folder.glob('*.safetensors'))
 
 
-def _write_hollow(path: pathlib.Path, shapes: dict) -> None:
-  head = safetensors_file.header({n: (_BFLOAT16, s) for n, s in shapes.items()})
-  size = sum(_BFLOAT16.itemsize * math.prod(s) for s in shapes.values())
+def _write_hollow(path: pathlib.Path, shapes: dict, dtype: Any) -> None:
+  head = safetensors_file.header({n: (dtype, s) for n, s in shapes.items()})
+  size = sum(np.dtype(dtype).itemsize * math.prod(s) for s in shapes.values())
   with open(path, 'wb') as file:
     file.write(head)
     file.truncate(len(head) + size)

@@ -63,7 +63,8 @@ def compress_checkpoint(
     out: the directory to make. It has the checkpoint's own names, with
       `NAME.0.weight` and `NAME.1.weight` for `NAME.weight`, in the
       checkpoint's own dtypes, and `config.json` as it was; `load_checkpoint`
-      reads it.
+      reads it, and `utilized_rank.torch.pretrained.load_pretrained` makes a
+      model of transformers of it.
     batches: what to calibrate on, each what the model takes (tokens (B, T)),
       without padding; read once at each start.
     params_fraction: share of the kernels' parameters to keep, in (0, 1]; or

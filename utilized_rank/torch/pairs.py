@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,43 @@ class Pair(nn.Sequential):
       return getattr(layer, name)
 
 
+class SideBySide(nn.Module):
+  """Layers that read the same, in place of one that makes all their outputs.
+
+  `weight` is that of the one layer of which it stands in place, made anew at
+  each call.
+  """
+
+  def __init__(self, layers: Mapping[str, nn.Module]):
+    super().__init__()
+    for name, layer in layers.items():
+      self.add_module(name, layer)
+
+  @property
+  def weight(self) -> torch.Tensor:
+    return torch.cat([layer.weight for layer in self.children()])
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([layer(x) for layer in self.children()], dim=-1)
+
+
+def empty(inputs: int, outputs: int, rank: int | None, bias: bool) -> nn.Module:
+  """Layers to fill: a pair, or one linear layer where the rank is None."""
+  if rank is None:
+    return nn.Linear(inputs, outputs, bias)
+  return Pair(nn.Linear(inputs, rank, False), nn.Linear(rank, outputs, bias))
+
+
+def sizes_of(layer: nn.Module) -> tuple[int, int] | None:
+  """(inputs, outputs) of a linear layer; None of another."""
+  if type(layer) is nn.Linear:
+    return layer.in_features, layer.out_features
+  if _is_conv1d_of_transformers(layer):
+    d, m = layer.weight.shape  # it holds (inputs, outputs)
+    return d, m
+  return None
+
+
 def pair_of(layer: nn.Module, leaf: LowRank, bias: Any) -> Pair | None:
   """The layer as two; None for one that is not known to be a product alone.
 
@@ -57,11 +95,9 @@ def pair_of(layer: nn.Module, leaf: LowRank, bias: Any) -> Pair | None:
     c = np.asarray(c, np.float32).reshape(-1)
     bias = c if bias is None else np.asarray(bias, np.float32) + c
   made: tuple[nn.Module, nn.Module] | None = None
-  if type(layer) is nn.Linear and groups == 1:
-    made = _linears(layer.in_features, layer.out_features, leaf, bias)
-  elif _is_conv1d_of_transformers(layer) and groups == 1:
-    d, m = layer.weight.shape  # it holds (inputs, outputs)
-    made = _linears(d, m, leaf, bias)
+  sizes = sizes_of(layer)
+  if sizes is not None and groups == 1:
+    made = _linears(*sizes, leaf, bias)
   elif type(layer) in _CONVOLUTIONS and groups == layer.groups:
     made = _convolutions(layer, leaf, bias)
   if made is None:
