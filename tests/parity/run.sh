@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with PyTorch and runs the tests of
-# `utilized_rank.torch` in it: modules and models of transformers, measured,
-# compressed and brought back. Arguments go to pytest in their place.
+# Makes a virtual environment with PyTorch and transformers and runs what needs
+# no more than them: modules measured, compressed and brought back, directories
+# of language models read and written. Arguments go to pytest in their place.
 #
 #   tests/parity/run.sh
 #
@@ -21,6 +21,6 @@ if ! timeout 600 "$venv/bin/python" -m pip install -q \
   exit
 fi
 if [ $# -eq 0 ]; then
-  set -- tests/parity/test_torch_modules.py tests/parity/test_torch_models.py
+  set -- tests/parity/test_{torch_modules,torch_models,pretrained,language}.py
 fi
 exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

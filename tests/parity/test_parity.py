@@ -13,6 +13,7 @@ torch = pytest.importorskip('torch')
 import originals  # noqa: E402 (torchvision is imported as it can be)
 
 pytest.importorskip('timm')
+pytest.importorskip('torchvision')
 pytest.importorskip('transformers')
 
 import timm  # noqa: E402
