@@ -91,17 +91,21 @@ class Part:
 def assemble(parts: Sequence[Part], layout: Layout, inner: int) -> Sums:
   """Adds the parts of one kernel's sums into (*groups, ...) arrays.
 
-  `inner` axes are between the groups and the features.
+  The groups are those of the coarsened layout: a stack that the function reads
+  as rows of stacks is one stack again. `inner` axes are between the groups and
+  the features.
   """
+  whole = layout.coarsen().group_shape
 
   def joined(tail, *arrays):
-    return _join(
+    found = _join(
       [
         (p.fixed, p.arrange(a, tail, layout))
         for p, a in zip(parts, arrays, strict=True)
       ],
       layout,
     )
+    return found.reshape(*whole, *found.shape[len(layout.groups) :])
 
   return Sums(
     *(

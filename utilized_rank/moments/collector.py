@@ -189,6 +189,7 @@ class Collector:
       signature = (
         tuple(part.signature(layout) for part in parts),
         layout.group_shape,
+        layout.coarsen().group_shape,
         layout.matrix_shape[0],
       )
       if signature not in known:

@@ -152,8 +152,11 @@ def _tapped(traced, layouts, taps, rows, coupled):
     view = View.of_leaf(path, leaf.shape, leaf.dtype, layout.atoms)
     grouped = Factored(Factors(taps[path], None, None, layout, layout.groups))
     values.append(Param(view, _Tapped(Dense(leaf), grouped)))
-  walk = Walk(_Tapper(rows, coupled), traced.rescaling)
+  tapper = _Tapper(rows, coupled)
+  walk = Walk(tapper, traced.rescaling)
   outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
+  if unmet := sorted(set(layouts) - tapper.met):
+    raise AssertionError(f'no product of {unmet} was met: their gradients')
   outs = [walk.materialise(v, 'output') for v in outs]
   return jax.tree.unflatten(
     traced.out_tree, rows.real(traced.jaxpr.outvars, outs)
@@ -219,6 +222,7 @@ class _Tapper:
   def __init__(self, rows: Rows, coupled: bool):
     self.rows = rows
     self.coupled = coupled
+    self.met: set[str] = set()
 
   def wants(self, view: View) -> bool:
     del view
@@ -261,6 +265,7 @@ class _Tapper:
       tap.a,
     )
     x = operands[1 - which] if self.coupled else None
+    self.met.add(param.view.path)
     return _tap(panels, out, dummy, (keep, tiles, x))
 
   def biased(self, output: Output, bias: Param) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 from typing import Any
 
@@ -50,41 +50,79 @@ class Factored:
       return self
     return jax.tree.map(lambda array: compat.bind(eqn, [array])[0], self)
 
-  def _group_axis(self, view: View, axis: int) -> int | None:
-    """Which axis of the factors a view's axis is, if it is a group's."""
-    factors = self.factors
-    pieces = pieces_of(factors.layout.atoms, view.atoms)
-    for i, group in enumerate(factors.present):
-      if view.axes[axis] == pieces[group]:
-        backwards = view.flipped.intersection(pieces[group])
-        return i if len(backwards) in (0, len(pieces[group])) else None
-    return None
+  def _cut(self, view: View, axes: Iterable[int]) -> Factored:
+    """With groups of their own where an axis of a view is a part of one.
 
-  def _in_view_order(self, view: View, axis: int, group: int) -> Any:
-    """The arrays, a group's axis in the order of the view's axis."""
-    if not view.flipped.intersection(view.axes[axis]):
-      return self.arrays
-    return jax.tree.map(lambda v: read_backwards(v, [group]), self.arrays)
+    A stack of layers may be read as rows of stacks, one loop in another.
+    """
+    f = self.factors
+    pieces = pieces_of(f.layout.atoms, view.atoms)
+    read = {p for axis in axes for p in view.axes[axis]}
+    parts = {
+      g for g in f.present if 0 < len(read & {*pieces[g]}) < len(pieces[g])
+    }
+    if not parts:
+      return self
+    atoms: list[int] = []
+    new: list[Atoms] = []
+    for a, size in enumerate(f.layout.atoms):
+      cut = [view.atoms[p] for p in pieces[a]] if a in parts else [size]
+      new.append(tuple(range(len(atoms), len(atoms) + len(cut))))
+      atoms += cut
+    layout = f.layout.refine(atoms)
+    present = tuple(p for g in f.present for p in new[g])
+    arrays = _regrouped(self.arrays, len(f.present), layout.sizes(present))
+    return Factored(dataclasses.replace(f, layout=layout))._with(
+      arrays, present
+    )
+
+  def _groups(self, view: View, axis: int) -> tuple[int, ...] | None:
+    """Which axes of the factors a view's axis is, if it is whole groups.
+
+    It is several where the function joins axes of a stack, outermost first.
+    """
+    factors, found, left = self.factors, [], view.axes[axis]
+    pieces = pieces_of(factors.layout.atoms, view.atoms)
+    while left:
+      for i, group in enumerate(factors.present):
+        whole = pieces[group]
+        backwards = view.flipped.intersection(whole)
+        if left[: len(whole)] == whole and len(backwards) in (0, len(whole)):
+          found.append(i)
+          left = left[len(whole) :]
+          break
+      else:
+        return None
+    return tuple(found) or None
+
+  def _in_view_order(self, view: View, groups: Sequence[int]) -> Any:
+    """The arrays, those groups' axes in the order of the view's axes."""
+    f = self.factors
+    pieces = pieces_of(f.layout.atoms, view.atoms)
+    backwards = [
+      i for i in groups if view.flipped.intersection(pieces[f.present[i]])
+    ]
+    return jax.tree.map(lambda v: read_backwards(v, backwards), self.arrays)
 
   def scaled(
     self, view: View, make: Callable[[Any], Any], factor: Any
   ) -> Factored | None:
     del make
-    f, sizes = self.factors, [1] * len(self.factors.present)
-    order = []
-    for axis, n in enumerate(jnp.shape(factor)):
-      if n == 1:
-        continue
-      group = self._group_axis(view, axis)
-      if group is None:
+    along = [axis for axis, n in enumerate(jnp.shape(factor)) if n != 1]
+    pair = self._cut(view, along)
+    f, sizes = pair.factors, [1] * len(pair.factors.present)
+    order: list[int] = []
+    for axis in along:
+      groups = pair._groups(view, axis)
+      if groups is None:
         return None
       if view.flipped.intersection(view.axes[axis]):
         factor = read_backwards(factor, [axis])
-      order.append(group)
-      sizes[group] = n
-    lead = jnp.squeeze(
-      factor, [i for i, n in enumerate(factor.shape) if n == 1]
-    )
+      order += groups
+    whole = f.layout.sizes(f.present)
+    for group in order:
+      sizes[group] = whole[group]
+    lead = factor.reshape([sizes[group] for group in order])
     lead = lead.transpose([order.index(g) for g in sorted(order)])
 
     def times(array):
@@ -99,22 +137,16 @@ class Factored:
       a, own = f.a, f.scaled
     return Factored(Factors(a, b, c, f.layout, f.present, f.order, own))
 
-  def _without(self, axis: int, pick: Callable[[Any], Any]) -> Factored:
-    present = self.factors.present
-    left: Atoms = present[:axis] + present[axis + 1 :]
-    return self._with(jax.tree.map(pick, self.arrays), left)
-
   def index(self, cut: View, axis: int, at: Any) -> Factored | None:
-    group = self._group_axis(cut, axis)
-    if group is None:
+    pair = self._cut(cut, [axis])
+    groups = pair._groups(cut, axis)
+    if groups is None:
       return None
-    if cut.flipped.intersection(cut.axes[axis]):
-      at = cut.sizes[axis] - 1 - at
-    return self._without(
-      group,
-      lambda array: jax.lax.dynamic_index_in_dim(
-        array, at, group, keepdims=False
-      ),
+    arrays, read = pair._unstacked(cut, groups)
+    return read(
+      jax.tree.map(
+        lambda v: jax.lax.dynamic_index_in_dim(v, at, keepdims=False), arrays
+      )
     )
 
   def squeeze(self, axis: int) -> Factored:
@@ -122,34 +154,42 @@ class Factored:
     return self
 
   def unstack(self, view: View):
-    group = self._group_axis(view, 0)
-    if group is None:
-      return None
+    pair = self._cut(view, [0])
+    groups = pair._groups(view, 0)
+    return None if groups is None else pair._unstacked(view, groups)
+
+  def _unstacked(self, view: View, groups: tuple[int, ...]):
+    """The arrays along one leading axis in place of some groups', and what
+    reads one step of it."""
+    first = range(len(groups))
     arrays = jax.tree.map(
-      lambda array: jnp.moveaxis(array, group, 0),
-      self._in_view_order(view, 0, group),
+      lambda v: jnp.moveaxis(v, groups, first).reshape(
+        -1, *(n for i, n in enumerate(v.shape) if i not in groups)
+      ),
+      self._in_view_order(view, groups),
     )
     present = self.factors.present
-    left = present[:group] + present[group + 1 :]
+    left = tuple(g for i, g in enumerate(present) if i not in groups)
     return arrays, lambda x: self._with(x, left)
 
   def shard(self, cut: View, spec: Any, parts: dict[int, Any]):
     del spec
-    present = self.factors.present
-    where = {self._group_axis(cut, axis): n for axis, n in parts.items()}
-    if None in where:
-      return None
+    spread = self._cut(cut, parts)
+    present = spread.factors.present
+    where: dict[int, Any] = {}
+    for axis, names in parts.items():
+      groups = spread._groups(cut, axis)
+      if groups is None or len(groups) > 1:
+        return None
+      where[groups[0]] = names
     specs = PartitionSpec(*(where.get(i) for i in range(len(present))))
     left = tuple(g for i, g in enumerate(present) if i not in where)
-    spread: Any = self
-    for axis in parts:
-      group = spread._group_axis(cut, axis)
-      spread = self._with(spread._in_view_order(cut, axis, group), present)
+    spread = spread._with(spread._in_view_order(cut, list(where)), present)
 
     def read(local):
       # Each device holds one of as many groups as there are devices.
       local = jax.tree.map(lambda v: jnp.squeeze(v, tuple(where)), local)
-      return self._with(local, left)
+      return spread._with(local, left)
 
     return spread.arrays, jax.tree.map(lambda _: specs, self.arrays), read
 
@@ -162,6 +202,11 @@ class Factored:
     array = matrices.reshape(sizes(order))
     array = array.transpose([order.index(a) for a in left])
     return lay_out(array, f.layout.atoms, left, view)
+
+
+def _regrouped(arrays: Any, count: int, sizes: Sequence[int]) -> Any:
+  """With axes of other sizes in place of the first `count`."""
+  return jax.tree.map(lambda v: v.reshape(*sizes, *v.shape[count:]), arrays)
 
 
 def lay_out(
