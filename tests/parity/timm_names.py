@@ -30,6 +30,7 @@ from timm.models import eva  # noqa: E402
 from timm.models import mobilenetv3  # noqa: E402
 from timm.models import resnet  # noqa: E402
 from timm.models import swin_transformer as swin  # noqa: E402
+from timm.models import swin_transformer_v2 as swin_v2  # noqa: E402
 from timm.models import vision_transformer as vit  # noqa: E402
 import torch  # noqa: E402
 
@@ -261,6 +262,17 @@ def of_swin(model):
   }
 
 
+def of_swin_v2(model):
+  first = [stage.blocks[0] for stage in model.layers]
+  return {
+    **of_swin(model),
+    'windows': tuple(block.window_size[0] for block in first),
+    'trained_windows': tuple(
+      block.attn.pretrained_window_size[0] for block in first
+    ),
+  }
+
+
 BLOCKS = {
   mobile.DepthwiseSeparableConv: ('conv_dw', 'conv_pw'),
   mobile.InvertedResidual: ('conv_pw', 'conv_dw', 'conv_pwl'),
@@ -397,6 +409,7 @@ KINDS = {
   convnext.ConvNeXt: of_convnext,
   resnet.ResNet: of_resnet,
   swin.SwinTransformer: of_swin,
+  swin_v2.SwinTransformerV2: of_swin_v2,
 }
 
 
