@@ -51,7 +51,7 @@ def changes(model, variables, x, row, column):
   return {tuple(map(int, at)) for at in np.argwhere(moved)}
 
 
-def block(shifted, window=2):
+def block(shifted, window=2, covering=False):
   options = swin.BlockOptions(
     heads=1,
     mlp_dim=6,
@@ -59,7 +59,7 @@ def block(shifted, window=2):
     relative_tokens=False,
     grid=(window, window),
   )
-  return swin.SwinBlock(options, shifted)
+  return swin.SwinBlock(options, shifted, covering=covering)
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,15 @@ def block(shifted, window=2):
     (True, 2, {(0, 0), (0, 1), (1, 0), (1, 1)}),
   ],
 )
-def test_where_attention_reaches(shifted, side, expected):
+def test_where_attention_reaches(shifted, side, expected, covering=False):
   x = np.random.default_rng(0).normal(size=(1, side, side, 4))
   x = x.astype(np.float32)
-  model = block(shifted)
+  model = block(shifted, covering=covering)
   assert changes(model, randomised(model, x), x, 0, 0) == expected
+
+
+def test_where_it_reaches_in_a_covering_window_that_is_shifted():
+  test_where_attention_reaches(True, 2, {(0, 0)}, covering=True)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +91,7 @@ def test_where_attention_reaches(shifted, side, expected):
     ({'windows': (2, 4)}, (16, 16), '4 x 4 patches in an image of 2 x 2'),
     ({}, (8, 16), '2 x 2 patches in an image of 2 x 4'),
     ({'heads': (1,)}, (16, 16), "'heads': 1.*one of each for a resolution"),
+    ({'shifted': (True,)}, (16, 16), "'shifted': 1.*of each for a resolution"),
     ({'version': 3}, (16, 16), 'version=3; it is 1 or 2'),
     (
       {'version': 2, 'trained_windows': (2,)},
@@ -319,4 +324,5 @@ def test_the_name_or_the_config_says_the_windows(tmp_path):
   assert imported.layout == 'Swin V2 of Hugging Face'
   # Six patches, then three: no window is larger than the image.
   assert (model.windows, model.trained_windows) == ((6, 3), (4, 2))
+  assert model.shifted == (False, False)
   assert model.masked == -200.0 and imported.input.shape == (1, 24, 24, 3)

@@ -367,8 +367,9 @@ text, there is a batch without padding and one with.
 |---|---|---|
 {rows}
 
-Of the same weights without their config {bare} load; all others are
-refused."""
+A `vit_mae` is compared without masking: what is loaded is its encoder, which
+sees all patches. Of the same weights without their config {bare} load; all
+others are refused."""
 
 
 def table(folder):

@@ -138,6 +138,20 @@ def test_the_name_says_what_the_shapes_do_not(name, options, tmp_path):
     assert imported.input.shape[1:] == images.shape[1:]
 
 
+@pytest.mark.parametrize(('stages', 'side'), [(2, 16), (3, 64)])
+def test_images_of_another_size_are_shifted_where_the_config_says(
+  stages, side, tmp_path
+):
+  """Made for 8, 4 and 2 patches, of which windows of 2 cover the last."""
+  sizes = {'image_size': 32, 'window_size': 2, 'embed_dim': 16}
+  sizes |= {'depths': [2] * stages, 'num_heads': [2, 4, 8][:stages]}
+  model = original('Swinv2', 'Model', sizes, tmp_path)
+  images = images_of(side=side)
+  batch = (torch_of(images),)
+  label = f'Swin V2 given {side} pixels'
+  check(label, model, tmp_path, pooled, batch, images)
+
+
 def test_merging_at_the_end_of_a_stage_is_that_at_the_beginning(tmp_path):
   """As Microsoft's files have it, and timm's before 0.9."""
   model = originals.randomise(

@@ -85,14 +85,16 @@ class Swin(nn.Module):
     masked: of version 2, what is added to scores of patches from opposite sides
       of a shifted image: -100 in Microsoft's code, -200 in Hugging Face's,
       which adds it twice.
+    shifted: whether there are shifted windows at each resolution, whatever the
+      size of the image, or None for where they do not cover it.
     dtype: type of the computation.
 
   Raises (when called):
     ValueError: H or W is no multiple of `patch_size`; at a resolution windows
       do not divide the image, or cover one of its sides alone, where code bases
-      do different things; `depths`, `heads`, `windows`, `mlp_dims` and
-      `trained_windows` are not as long as each other; `activation` or `version`
-      is unknown.
+      do different things; `depths`, `heads`, `windows`, `mlp_dims`,
+      `trained_windows` and `shifted` are not as long as each other;
+      `activation` or `version` is unknown.
   """
 
   num_classes: int
@@ -109,6 +111,7 @@ class Swin(nn.Module):
   trained_windows: Sequence[int] | None = None
   position_dim: int = 512
   masked: float = -100.0
+  shifted: Sequence[bool] | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -125,6 +128,7 @@ class Swin(nn.Module):
       windows=self.windows,
       mlp_dims=mlp_dims,
       trained_windows=trained,
+      shifted=self.shifted or self.depths,
     )
     if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
       raise ValueError(
@@ -160,8 +164,15 @@ class Swin(nn.Module):
       cosine = None
       if self.version == 2:
         cosine = CosineOptions(trained[i], self.position_dim, self.masked)
+      shifted = self.shifted is None or self.shifted[i]
       for j in range(depth):
-        x = SwinBlock(options, j % 2 == 1, cosine, name=f'stage{i}_{j}')(x)
+        x = SwinBlock(
+          options,
+          shifted and j % 2 == 1,
+          cosine,
+          covering=self.shifted is not None,
+          name=f'stage{i}_{j}',
+        )(x)
     x = self._norm('norm')(x).mean(axis=(1, 2))
     if self.num_classes:
       x = nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x)
@@ -183,11 +194,13 @@ class SwinBlock(nn.Module):
     options: `grid` is the window.
     shifted: the windows are, unless one of them covers the image.
     cosine: what the second version's attention has, or None.
+    covering: one that covers the image is shifted, too.
   """
 
   options: BlockOptions
   shifted: bool
   cosine: CosineOptions | None = None
+  covering: bool = False
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -226,7 +239,8 @@ class SwinBlock(nn.Module):
         f'{columns}: they must divide it, and cover both sides or none. Code '
         'bases differ elsewhere; give images of another size.'
       )
-    return window // 2 if self.shifted and not any(covered) else 0
+    shifted = self.shifted and (self.covering or not any(covered))
+    return window // 2 if shifted else 0
 
 
 def _to_windows(x: Array, window: int) -> Array:

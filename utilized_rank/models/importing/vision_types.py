@@ -159,13 +159,16 @@ def _swin(c: Config) -> Facts:
 def _swinv2(c: Config) -> Facts:
   # No shape says windows; the image's side at a resolution is the most.
   depths = c('depths', (2, 2, 6, 2))
-  rows = _side(c) // _side(c, 'patch_size', 4)
+  grid = _side(c) // _side(c, 'patch_size', 4)
+  rows = [grid // 2**i for i in range(len(depths))]
   window = c('window_size', 7)
   # As the default is of four, only the first of more are read.
   trained = c('pretrained_window_sizes', (0, 0, 0, 0))
   return {
     **_swin(c),
-    'windows': tuple(min(rows // 2**i, window) for i in range(len(depths))),
+    'windows': tuple(min(n, window) for n in rows),
+    # The config says so, and not the image that is given.
+    'shifted': tuple(n > window for n in rows),
     'trained_windows': tuple(trained)[: len(depths)],
   }
 
