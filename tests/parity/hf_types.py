@@ -357,19 +357,20 @@ def becomes(case, path, bare):
   return found
 
 
-HEAD = """What becomes of {count} model types of transformers {version}, tiny,
-with random weights, as `save_pretrained` writes them: {equal} load and their
-outputs are equal, {refused} are refused, and none is loaded as another model.
-The number is the largest difference over the largest output in float32; of
-text, there is a batch without padding and one with.
+HEAD = """\
+What becomes of {count} model types of transformers {version}, tiny, with random
+weights, as `save_pretrained` writes them: {equal} load and their outputs are
+equal, {refused} are refused, and none is loaded as another model. The number is
+the largest difference over the largest output in float32; of text, there is a
+batch without padding and one with.
 
 | `model_type` | model | found |
 |---|---|---|
 {rows}
 
 A `vit_mae` is compared without masking: what is loaded is its encoder, which
-sees all patches. Of the same weights without their config {bare} load; all
-others are refused."""
+sees all patches. Of these weights without their config {bare} load; the others
+are refused."""
 
 
 def table(folder):
@@ -391,7 +392,7 @@ def table(folder):
     equal=equal,
     refused=len(CASES) - equal,
     rows='\n'.join(rows),
-    bare=bare,
+    bare=bare or 'none',
   )
 
 
