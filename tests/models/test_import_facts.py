@@ -95,6 +95,10 @@ def test_the_config_beside_the_file_says_the_rest(tmp_path):
     ({'rope_scaling': {'type': 'linear'}}, 'with {}; they have factor'),
     ({'quantization_config': {'bits': 4}}, 'quantization_config'),
     ({'model_type': 'olmo', 'clip_qkv': 8.0}, 'clip_qkv 8.0; the model here'),
+    (
+      {'model_type': 'gemma3_text', 'attn_logit_softcapping': 50.0},
+      'attn_logit_softcapping 50.0; the model here has None',
+    ),
     ({'model_type': 'olmo2'}, 'is nearest to the layout of OLMo 2'),
   ],
 )

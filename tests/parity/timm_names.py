@@ -6,7 +6,8 @@ Needs the `parity` extra. Every architecture is built without memory for its
 weights; those whose parts our models have go to
 `utilized_rank/models/importing/timm_names.txt` with the options that no shape
 tells. All of them, the others with the reason why they are refused, and what is
-read of Hugging Face, go to `docs/checkpoints.md`.
+read of Hugging Face, go to `docs/checkpoints.md`, in which `hf_types.py` writes
+a part of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import warnings
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+import hf_types  # noqa: E402
 import originals  # noqa: E402, F401 (torchvision is imported as it can be)
 import timm  # noqa: E402
 from timm import layers  # noqa: E402
@@ -30,6 +32,7 @@ from timm.models import eva  # noqa: E402
 from timm.models import mobilenetv3  # noqa: E402
 from timm.models import resnet  # noqa: E402
 from timm.models import swin_transformer as swin  # noqa: E402
+from timm.models import swin_transformer_v2 as swin_v2  # noqa: E402
 from timm.models import vision_transformer as vit  # noqa: E402
 import torch  # noqa: E402
 
@@ -261,6 +264,17 @@ def of_swin(model):
   }
 
 
+def of_swin_v2(model):
+  first = [stage.blocks[0] for stage in model.layers]
+  return {
+    **of_swin(model),
+    'windows': tuple(block.window_size[0] for block in first),
+    'trained_windows': tuple(
+      block.attn.pretrained_window_size[0] for block in first
+    ),
+  }
+
+
 BLOCKS = {
   mobile.DepthwiseSeparableConv: ('conv_dw', 'conv_pw'),
   mobile.InvertedResidual: ('conv_pw', 'conv_dw', 'conv_pwl'),
@@ -397,6 +411,7 @@ KINDS = {
   convnext.ConvNeXt: of_convnext,
   resnet.ResNet: of_resnet,
   swin.SwinTransformer: of_swin,
+  swin_v2.SwinTransformerV2: of_swin_v2,
 }
 
 
@@ -421,10 +436,10 @@ Written by `python tests/parity/timm_names.py` with timm {timm}. What is not
 here is refused with a reason: no model is read as a near relative.
 
 `tests/parity` compares outputs with the original code on random weights at
-small sizes in float32: every `model_type` of the first table but `vit_mae` and
-the models of images and text whose vision tower is taken, and one name of timm
-for each kind of block, norm, pooling and positions in the second. The bar is
-1e-4 of the largest output; the largest difference that was found is 4.1e-6.
+small sizes in float32: every `model_type` of the first table, and one name of
+timm for each kind of block, norm, pooling and positions in the last but one.
+The bar is 1e-4 of the largest output; the largest difference that was found is
+4.1e-6.
 What a name says of other sizes of the same kind is not compared one by one, and
 a tensor that does not fit is an error.
 
@@ -437,6 +452,8 @@ positions other than `default`, `linear`, `llama3` and `yarn`.
 | layout | `model_type` |
 |---|---|
 {hugging_face}
+
+{types}
 
 ## timm, by the architecture's name
 
@@ -482,13 +499,15 @@ def main():
   package = pathlib.Path(utilized_rank.__file__).parent
   lines = [f'{key}\n' + '\n'.join(names) for key, names in groups.items()]
   (package / TABLE).write_text('\n'.join(lines) + '\n')
+  path = package.parent / 'docs' / 'checkpoints.md'
   text = HEAD.format(
     timm=timm.__version__,
     hugging_face=hugging_face(),
+    types=hf_types.kept(path.read_text()),
     named=rows({f'`{key[1:-1]}`': names for key, names in groups.items()}),
     refused=rows(refused),
   )
-  (package.parent / 'docs' / 'checkpoints.md').write_text(text)
+  path.write_text(text)
 
 
 if __name__ == '__main__':

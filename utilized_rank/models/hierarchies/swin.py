@@ -2,7 +2,9 @@
 
 Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted
 Windows", https://arxiv.org/abs/2103.14030. Attention is within windows; in
-every second block the windows are shifted by half of their side.
+every second block the windows are shifted by half of their side. And the second
+version of the same authors, https://arxiv.org/abs/2111.09883: cosine attention,
+positions by a small network, norms behind what they were before.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from utilized_rank.host.extras import extra
+from utilized_rank.models.hierarchies.cosine_attention import CosineAttention
+from utilized_rank.models.hierarchies.cosine_attention import CosineOptions
 from utilized_rank.models.hierarchies.resolutions import check_lengths
 from utilized_rank.models.transformer_parts import Attention
 from utilized_rank.models.transformer_parts import BlockOptions
@@ -71,13 +75,26 @@ class Swin(nn.Module):
     qkv_bias: queries, keys and values have biases.
     activation: a key of `transformer_parts.ACTIVATIONS`.
     epsilon: of the norms.
+    version: 2 for cosine attention with positions of a small network, keys
+      without biases, and norms on what the branches add and behind the mergings
+      of patches.
+    trained_windows: of version 2, side of the windows at each resolution in
+      pretraining, by which offsets are divided; 0 for that of the windows
+      themselves, None for all 0.
+    position_dim: of version 2, hidden width of the networks on offsets.
+    masked: of version 2, what is added to scores of patches from opposite sides
+      of a shifted image: -100 in Microsoft's code, -200 in Hugging Face's,
+      which adds it twice.
+    shifted: whether there are shifted windows at each resolution, whatever the
+      size of the image, or None for where they do not cover it.
     dtype: type of the computation.
 
   Raises (when called):
     ValueError: H or W is no multiple of `patch_size`; at a resolution windows
       do not divide the image, or cover one of its sides alone, where code bases
-      do different things; `depths`, `heads`, `windows` and `mlp_dims` are not
-      as long as each other; `activation` is unknown.
+      do different things; `depths`, `heads`, `windows`, `mlp_dims`,
+      `trained_windows` and `shifted` are not as long as each other;
+      `activation` or `version` is unknown.
   """
 
   num_classes: int
@@ -90,18 +107,28 @@ class Swin(nn.Module):
   qkv_bias: bool = True
   activation: str = 'gelu'
   epsilon: float = 1e-5
+  version: int = 1
+  trained_windows: Sequence[int] | None = None
+  position_dim: int = 512
+  masked: float = -100.0
+  shifted: Sequence[bool] | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool = False) -> Array:
     del train  # nothing here is random
+    if self.version not in (1, 2):
+      raise ValueError(f'version={self.version!r}; it is 1 or 2.')
     widths = [self.width * 2**i for i in range(len(self.depths))]
     mlp_dims = self.mlp_dims or [4 * width for width in widths]
+    trained = self.trained_windows or [0 for _ in self.depths]
     check_lengths(
       depths=self.depths,
       heads=self.heads,
       windows=self.windows,
       mlp_dims=mlp_dims,
+      trained_windows=trained,
+      shifted=self.shifted or self.depths,
     )
     if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
       raise ValueError(
@@ -119,28 +146,42 @@ class Swin(nn.Module):
     x = self._norm('embedding_norm')(x)
     for i, depth in enumerate(self.depths):
       if i:
-        x = self._norm(f'merge{i}_norm')(_fours(x))
-        x = nn.Dense(
-          widths[i], use_bias=False, dtype=self.dtype, name=f'merge{i}'
-        )(x)
+        x = self._merge(_fours(x), widths[i], f'merge{i}')
       window = self.windows[i]
       options = BlockOptions(
         heads=self.heads[i],
         mlp_dim=mlp_dims[i],
         activation=self.activation,
         qkv_bias=self.qkv_bias,
-        relative_positions=True,
+        key_bias=None if self.version == 1 else False,
+        norm_order='before' if self.version == 1 else 'branch',
+        relative_positions=self.version == 1,
         relative_tokens=False,
         grid=(window, window),
         epsilon=self.epsilon,
         dtype=self.dtype,
       )
+      cosine = None
+      if self.version == 2:
+        cosine = CosineOptions(trained[i], self.position_dim, self.masked)
+      shifted = self.shifted is None or self.shifted[i]
       for j in range(depth):
-        x = SwinBlock(options, j % 2 == 1, name=f'stage{i}_{j}')(x)
+        x = SwinBlock(
+          options,
+          shifted and j % 2 == 1,
+          cosine,
+          covering=self.shifted is not None,
+          name=f'stage{i}_{j}',
+        )(x)
     x = self._norm('norm')(x).mean(axis=(1, 2))
     if self.num_classes:
       x = nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x)
     return x.astype(jnp.float32)
+
+  def _merge(self, x: Array, width: int, name: str) -> Array:
+    norm = self._norm(f'{name}_norm')
+    dense = nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)
+    return dense(norm(x)) if self.version == 1 else norm(dense(x))
 
   def _norm(self, name: str) -> nn.Module:
     return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=name)
@@ -152,10 +193,14 @@ class SwinBlock(nn.Module):
   Attributes:
     options: `grid` is the window.
     shifted: the windows are, unless one of them covers the image.
+    cosine: what the second version's attention has, or None.
+    covering: one that covers the image is shifted, too.
   """
 
   options: BlockOptions
   shifted: bool
+  cosine: CosineOptions | None = None
+  covering: bool = False
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -163,19 +208,26 @@ class SwinBlock(nn.Module):
     assert o.grid is not None
     window, (rows, columns) = o.grid[0], x.shape[1:3]
     shift = self._shift(rows, columns, window)
-    y = jnp.roll(make_norm(o, 'norm1')(x), (-shift, -shift), (1, 2))
+    norm1, norm2 = make_norm(o, 'norm1'), make_norm(o, 'norm2')
+    before = o.norm_order == 'before'
+    y = jnp.roll(norm1(x) if before else x, (-shift, -shift), (1, 2))
     seen = None
     if shift:
       seen = jnp.asarray(_seen(rows, columns, window, shift))
       # The windows of an image are next to each other.
       seen = jnp.tile(seen, (x.shape[0], 1, 1, 1))
-    y = Attention(o, deterministic=True, name='attention')(
-      _to_windows(y, window), seen
+    attention: nn.Module
+    if self.cosine is None:
+      attention = Attention(o, deterministic=True, name='attention')
+    else:
+      attention = CosineAttention(o, self.cosine, name='attention')
+    y = attention(_to_windows(y, window), seen)
+    y = jnp.roll(
+      _from_windows(y, window, rows, columns), (shift, shift), (1, 2)
     )
-    y = _from_windows(y, window, rows, columns)
-    x = x + jnp.roll(y, (shift, shift), (1, 2))
-    y = make_norm(o, 'norm2')(x)
-    return x + MlpBlock(o, deterministic=True, name='mlp')(y)
+    x = x + (y if before else norm1(y))
+    y = MlpBlock(o, deterministic=True, name='mlp')(norm2(x) if before else x)
+    return x + (y if before else norm2(y))
 
   def _shift(self, rows: int, columns: int, window: int) -> int:
     # timm pads behind the shift, and shifts along the longer side alone;
@@ -187,7 +239,8 @@ class SwinBlock(nn.Module):
         f'{columns}: they must divide it, and cover both sides or none. Code '
         'bases differ elsewhere; give images of another size.'
       )
-    return window // 2 if self.shifted and not any(covered) else 0
+    shifted = self.shifted and (self.covering or not any(covered))
+    return window // 2 if shifted else 0
 
 
 def _to_windows(x: Array, window: int) -> Array:

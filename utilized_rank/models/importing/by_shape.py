@@ -364,9 +364,11 @@ def places(shapes: Shapes, sequential: str, ndim: int) -> list[int]:
 
 def width_without_heads(mapped: Shapes) -> int | None:
   """Width of the queries where no shape tells how many heads they have."""
+  told = set(mapped)
   for path, shape in mapped.items():
     if path.endswith('/query/kernel') and len(shape) == 2:
-      if path.replace('query/kernel', 'relative/table') in mapped:
+      attention = path.removesuffix('query/kernel')
+      if {f'{attention}{x}' for x in ('relative/table', 'logit_scale')} & told:
         return None  # it has a number for each head
       norm = mapped.get(path.replace('query/kernel', 'query_norm/scale'))
       # A norm per head is as wide as a head.

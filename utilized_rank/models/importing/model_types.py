@@ -167,6 +167,8 @@ def _gemma2(c: Config) -> Facts:
 
 
 def _gemma3(c: Config) -> Facts:
+  # transformers keeps it and does not use it: another code may.
+  c.only('attn_logit_softcapping', None)
   pattern = c('sliding_window_pattern', 6)
   c.skip('_sliding_window_pattern')
   slides = lambda c, i, depth: (i + 1) % pattern != 0
@@ -188,7 +190,6 @@ def _gemma3(c: Config) -> Facts:
     activation='hidden_activation',
     norm_order='both',
     attention_scale=c('query_pre_attn_scalar', 256) ** -0.5,
-    attention_cap=c('attn_logit_softcapping', None),
     logits_cap=c('final_logit_softcapping', None),
     windows=_by_layer(slides),
     rope=False,

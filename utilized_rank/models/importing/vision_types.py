@@ -81,11 +81,11 @@ def _dinov3(c: Config) -> Facts:
   }
 
 
-def _side(c: Config) -> int:
-  size = c('image_size', 224)
+def _side(c: Config, key: str = 'image_size', default: int = 224) -> int:
+  size = c(key, default)
   if not isinstance(size, int):
     if len(set(size)) > 1:
-      raise ValueError(f'{c.source} has image_size {size}, which is no square.')
+      raise ValueError(f'{c.source} has {key} {size}, which is no square.')
     size = size[0]
   return size
 
@@ -156,6 +156,23 @@ def _swin(c: Config) -> Facts:
   }
 
 
+def _swinv2(c: Config) -> Facts:
+  # No shape says windows; the image's side at a resolution is the most.
+  depths = c('depths', (2, 2, 6, 2))
+  grid = _side(c) // _side(c, 'patch_size', 4)
+  rows = [grid // 2**i for i in range(len(depths))]
+  window = c('window_size', 7)
+  # As the default is of four, only the first of more are read.
+  trained = c('pretrained_window_sizes', (0, 0, 0, 0))
+  return {
+    **_swin(c),
+    'windows': tuple(min(n, window) for n in rows),
+    # The config says so, and not the image that is given.
+    'shifted': tuple(n > window for n in rows),
+    'trained_windows': tuple(trained)[: len(depths)],
+  }
+
+
 FACTS: dict[str, Callable[[Config], Facts]] = {
   'aimv2_vision_model': _aimv2,
   'beit': _beit,
@@ -173,6 +190,7 @@ FACTS: dict[str, Callable[[Config], Facts]] = {
   'siglip2_vision_model': _siglip,
   'siglip_vision_model': _siglip,
   'swin': _swin,
+  'swinv2': _swinv2,
   'vit': _vit,
   'vit_mae': _vit_mae,
   'vit_msn': lambda c: _vit(c, epsilon=1e-6),

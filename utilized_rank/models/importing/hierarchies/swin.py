@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from utilized_rank.host.extras import extra
 from utilized_rank.models.hierarchies.swin import Swin
@@ -29,8 +30,10 @@ _BLOCK = 'stage#_#/'
 _ATTENTION = f'{_BLOCK}attention/'
 _QKV = [f'{_ATTENTION}{name}' for name in ('query', 'key', 'value')]
 _TABLE = f'{_ATTENTION}relative/table'
-_ROOTS = ('swin.', '')
+_SCALE = f'{_ATTENTION}logit_scale'
+_ROOTS = ('swin.', 'swinv2.', '')
 _FIRST = 'encoder.layers.0.blocks.0.layernorm_before.weight'
+_FIRST_SCALE = 'encoder.layers.0.blocks.0.attention.self.logit_scale'
 
 
 def _merging(shapes: Shapes, layers: str) -> Iterable[Rule]:
@@ -57,6 +60,23 @@ def _timm(shapes: Shapes) -> Iterable[Rule]:
   yield from norm('norm', 'norm')
   for head in ('head.fc', 'head'):  # new files, old files
     yield from dense(head, 'head')
+
+
+def _timm_2(shapes: Shapes) -> Iterable[Rule]:
+  yield from _timm(shapes)
+  attention = 'layers.#.blocks.#.attn.'
+  yield from _cosine(attention, 'cpb_mlp')
+  for name in ('query', 'value'):
+    bias = f'{_ATTENTION}{name}/bias'
+    yield Rule(f'{attention}{name[0]}_bias', bias, same)
+
+
+def _cosine(attention: str, network: str) -> Iterable[Rule]:
+  """What cosine attention has beside kernels."""
+  yield Rule(f'{attention}logit_scale', _SCALE, np.ravel)
+  for i, name in ((0, 'hidden'), (2, 'out')):
+    path = f'{_ATTENTION}positions/{name}'
+    yield from dense(f'{attention}{network}.{i}', path)
 
 
 def _hf(shapes: Shapes) -> Iterable[Rule]:
@@ -89,6 +109,13 @@ def _hf(shapes: Shapes) -> Iterable[Rule]:
   yield from dense('classifier', 'head')
 
 
+def _hf_2(shapes: Shapes) -> Iterable[Rule]:
+  yield from _hf(shapes)
+  root = next(r for r in _ROOTS if f'{r}{_FIRST_SCALE}' in shapes)
+  attention = f'{root}encoder.layers.#.blocks.#.attention.self.'
+  yield from _cosine(attention, 'continuous_position_bias_mlp')
+
+
 def swin(
   layout: Layout, mapped: Shapes, source: Shapes, options: Mapping[str, Any]
 ) -> tuple[nn.Module, jax.ShapeDtypeStruct]:
@@ -98,16 +125,26 @@ def swin(
   side = options.pop('input_size', None)
   patch, _, channels, width = mapped['params/embedding/kernel']
   depths = stages.depths(mapped)
-  tables = stages.of_first_blocks(mapped, 'attention/relative/table')
   hidden = stages.of_first_blocks(mapped, 'mlp/Dense_0/kernel')
-  windows = tuple(_window(table[0]) for table in tables)
+  if 'params/stage0_0/attention/logit_scale' in mapped:
+    scales = stages.of_first_blocks(mapped, 'attention/logit_scale')
+    heads = tuple(scale[0] for scale in scales)
+    first = mapped['params/stage0_0/attention/positions/hidden/kernel']
+    told = {'version': 2, 'position_dim': first[1]}
+    windows = tuple(options.pop('windows'))
+  else:
+    tables = stages.of_first_blocks(mapped, 'attention/relative/table')
+    heads = tuple(table[1] for table in tables)
+    told = {}
+    windows = tuple(_window(table[0]) for table in tables)
   model = by_shape.build(
     Swin,
     {
+      **told,
       'num_classes': mapped.get('params/head/kernel', (0, 0))[1],
       'width': width,
       'depths': depths,
-      'heads': tuple(table[1] for table in tables),
+      'heads': heads,
       'windows': windows,
       'patch_size': patch,
       'mlp_dims': tuple(shape[1] for shape in hidden),
@@ -134,8 +171,19 @@ def _window(rows: int) -> int:
   return window
 
 
-_BUFFERS = (r'.*\.relative_position_index', r'.*\.attn_mask')
+_BUFFERS = (
+  r'.*\.relative_position_index',
+  r'.*\.relative_coords_table',
+  r'.*\.attn_mask',
+)
+_MASK = (r'(.*\.)?mask_token', r'decoder\..*')
 _ASSUMED = {'activation': Usual('gelu'), 'epsilon': Usual(1e-5)}
+# The networks of positions have no shape that says windows.
+_ASSUMED_2 = {
+  **_ASSUMED,
+  'windows': Usual((8, 8, 8, 8), 'what its name says, and at most the image'),
+  'trained_windows': Usual(None, '(12, 12, 12, 6) behind 192to'),
+}
 
 LAYOUTS = (
   Layout(
@@ -152,8 +200,27 @@ LAYOUTS = (
     tuple(f'{root}{_FIRST}' for root in _ROOTS),
     _hf,
     swin,
-    ignored=(*_BUFFERS, r'(.*\.)?mask_token', r'decoder\..*'),
+    ignored=(*_BUFFERS, *_MASK),
     assumed=_ASSUMED,
     model_types=('swin',),
+  ),
+  Layout(
+    'Swin V2 of timm or Microsoft',
+    ('layers.0.blocks.0.attn.logit_scale',),
+    _timm_2,
+    swin,
+    ignored=_BUFFERS,
+    assumed=_ASSUMED_2,
+    architectures=True,
+  ),
+  Layout(
+    'Swin V2 of Hugging Face',
+    tuple(f'{root}{_FIRST_SCALE}' for root in _ROOTS),
+    _hf_2,
+    swin,
+    ignored=(*_BUFFERS, *_MASK),
+    settings={'masked': -200.0},
+    assumed=_ASSUMED_2,
+    model_types=('swinv2',),
   ),
 )
