@@ -155,8 +155,9 @@ def _tapped(traced, layouts, taps, rows, coupled):
   tapper = _Tapper(rows, coupled)
   walk = Walk(tapper, traced.rescaling)
   outs = walk.run(traced.jaxpr, traced.consts, [*values, *traced.args])
-  if unmet := sorted(set(layouts) - tapper.met):
-    raise AssertionError(f'no product of {unmet} was met: their gradients')
+  # Of what no tap was put to, the gradients would be zeros without a word.
+  unmet = sorted(set(layouts) - tapper.met)
+  assert not unmet, f'no product of {unmet} was met where gradients are taken'
   outs = [walk.materialise(v, 'output') for v in outs]
   return jax.tree.unflatten(
     traced.out_tree, rows.real(traced.jaxpr.outvars, outs)
