@@ -121,7 +121,7 @@ def log_offsets(window: int, trained: int) -> np.ndarray:
 
   The largest of `trained` is log(9) / log(8), as the published code has it.
 
-  >>> log_offsets(2, 2)[:, 1].round(3).tolist()[:3]
+  >>> [round(v, 3) for v in log_offsets(2, 2)[:3, 1].tolist()]
   [-1.057, 0.0, 1.057]
   """
   steps = np.arange(1.0 - window, window) * 8 / max(trained - 1, 1)
