@@ -301,10 +301,8 @@ def in_memory(folder: pathlib.Path) -> dict[str, dict[str, float]]:
     path: leaf.rank
     for path, leaf in _pairs(load_checkpoint(str(folder / 'ours'))[1]).items()
   }
-  quiet: dict[str, Any] = {
-    'compensate_mean': False,
-    'progress': False,
-  }  # streamed by default
+  # Streamed factors have no constants.
+  quiet: dict[str, Any] = {'compensate_mean': False, 'progress': False}
   alone = ur.factorize(params, moments, ranks, **quiet)
   found = {'factorize': _differ(model, folder / 'ours', alone, batches[0])}
   out = folder / 'anchored'

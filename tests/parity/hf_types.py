@@ -22,6 +22,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import originals  # noqa: E402 (torchvision is imported as it can be)
+from originals import FLAT  # noqa: E402
+from originals import GPT2  # noqa: E402
+from originals import GROUPED  # noqa: E402
+from originals import PATCHES  # noqa: E402
+from originals import STAGES  # noqa: E402
+from originals import TEXT  # noqa: E402
+from originals import WINDOWS  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
@@ -32,46 +39,8 @@ BAR = 1e-4
 BEGIN = '<!-- What `python tests/parity/hf_types.py` writes begins here. -->'
 END = '<!-- What `python tests/parity/hf_types.py` writes ends here. -->'
 
-TEXT = {
-  'vocab_size': 50,
-  'hidden_size': 32,
-  'intermediate_size': 48,
-  'num_hidden_layers': 2,
-  'num_attention_heads': 4,
-  'max_position_embeddings': 64,
-  'pad_token_id': None,
-  'bos_token_id': None,
-  'eos_token_id': None,
-}
-GROUPED = {**TEXT, 'num_key_value_heads': 2}
-GPT = {
-  'vocab_size': 50,
-  'n_positions': 64,
-  'n_embd': 32,
-  'n_layer': 2,
-  'n_head': 4,
-  'bos_token_id': None,
-  'eos_token_id': None,
-}
 EXPERTS = {'moe_intermediate_size': 16, 'num_experts': 4}
 LOCAL = {'num_local_experts': 4, 'num_experts_per_tok': 2}
-PATCHES = {
-  'hidden_size': 32,
-  'num_hidden_layers': 2,
-  'num_attention_heads': 2,
-  'intermediate_size': 48,
-  'image_size': 32,
-  'patch_size': 16,
-}
-FLAT = {k: v for k, v in PATCHES.items() if k != 'image_size'}
-STAGES = {'depths': [1, 2], 'hidden_sizes': [8, 16], 'num_stages': 2}
-WINDOWS = {
-  'depths': [2, 2],
-  'num_heads': [2, 4],
-  'embed_dim': 16,
-  'window_size': 4,
-  'image_size': 32,
-}
 DISTIL = {'n_layers': 2, 'n_heads': 4, 'dim': 32, 'hidden_dim': 48}
 DISTIL |= {'vocab_size': 50, 'max_position_embeddings': 64}
 TOWERS = {
@@ -123,8 +92,8 @@ CAUSAL = {
   'hunyuan_v1_dense': {**GROUPED, 'head_dim': 8},
   'stablelm': GROUPED,
   'starcoder2': GROUPED,
-  'gpt2': GPT,
-  'gpt_bigcode': GPT,
+  'gpt2': GPT2,
+  'gpt_bigcode': GPT2,
   'gpt_neox': TEXT,
   'gpt_neo': {
     'vocab_size': 50,
@@ -134,9 +103,9 @@ CAUSAL = {
     'attention_types': [[['global', 'local'], 1]],
     'max_position_embeddings': 64,
   },
-  'gptj': {**GPT, 'rotary_dim': 4},
-  'codegen': {**GPT, 'rotary_dim': 4, 'n_ctx': 64},
-  'openai-gpt': GPT,
+  'gptj': {**GPT2, 'rotary_dim': 4},
+  'codegen': {**GPT2, 'rotary_dim': 4, 'n_ctx': 64},
+  'openai-gpt': GPT2,
   'opt': {**TEXT, 'ffn_dim': 48, 'word_embed_proj_dim': 32},
   'bloom': {'vocab_size': 50, 'hidden_size': 32, 'n_layer': 2, 'n_head': 4},
   'falcon': TEXT,

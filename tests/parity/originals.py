@@ -26,6 +26,47 @@ except RuntimeError:
 
 from utilized_rank.models.importing import load_checkpoint  # noqa: E402
 
+# Sizes of models of transformers, as their configs call them.
+TEXT = {
+  'vocab_size': 50,
+  'hidden_size': 32,
+  'intermediate_size': 48,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'max_position_embeddings': 64,
+  'pad_token_id': None,
+  'bos_token_id': None,
+  'eos_token_id': None,
+}
+GROUPED = {**TEXT, 'num_key_value_heads': 2}
+GPT2 = {
+  'vocab_size': 50,
+  'n_positions': 64,
+  'n_embd': 32,
+  'n_layer': 2,
+  'n_head': 4,
+  'bos_token_id': None,
+  'eos_token_id': None,
+}
+PATCHES = {
+  'hidden_size': 32,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 2,
+  'intermediate_size': 48,
+  'image_size': 32,
+  'patch_size': 16,
+}
+# Without a size of images: it takes any.
+FLAT = {k: v for k, v in PATCHES.items() if k != 'image_size'}
+STAGES = {'depths': [1, 2], 'hidden_sizes': [8, 16], 'num_stages': 2}
+WINDOWS = {
+  'depths': [2, 2],
+  'num_heads': [2, 4],
+  'embed_dim': 16,
+  'window_size': 4,
+  'image_size': 32,
+}
+
 
 def randomise(model, seed=0):
   """Random everywhere, of the sizes that trained networks have."""

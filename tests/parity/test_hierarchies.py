@@ -27,19 +27,8 @@ from utilized_rank.models.importing import load_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
-STAGES = {
-  'depths': [1, 2],
-  'hidden_sizes': [8, 16],
-  'num_stages': 2,
-  'image_size': 32,
-}
-WINDOWS = {
-  'depths': [2, 2],
-  'num_heads': [2, 4],
-  'embed_dim': 16,
-  'window_size': 4,
-  'image_size': 32,
-}
+STAGES = {**originals.STAGES, 'image_size': 32}
+WINDOWS = originals.WINDOWS
 CASES = [
   ('ConvNext', 'Model', pooled, STAGES),
   ('ConvNext', 'ForImageClassification', logits, STAGES),

@@ -22,26 +22,8 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 # Issue 22's bar, of the largest output.
 BAR = 1e-4
-NO_TOKENS = {'pad_token_id': None, 'bos_token_id': None, 'eos_token_id': None}
-SMALL = {
-  'vocab_size': 50,
-  'hidden_size': 32,
-  'intermediate_size': 48,
-  'num_hidden_layers': 4,
-  'num_attention_heads': 4,
-  'num_key_value_heads': 2,
-  'max_position_embeddings': 64,
-  **NO_TOKENS,
-}
-GPT2 = {
-  'vocab_size': 50,
-  'n_positions': 64,
-  'n_embd': 32,
-  'n_layer': 2,
-  'n_head': 4,
-  'bos_token_id': None,
-  'eos_token_id': None,
-}
+SMALL = {**originals.GROUPED, 'num_hidden_layers': 4}
+GPT2 = originals.GPT2
 BERT = {
   'vocab_size': 50,
   'hidden_size': 32,

@@ -34,27 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
 
 QUIET = {'progress': False}
 TOKENS = np.random.default_rng(0).integers(0, 50, (2, 4, 12))
-SMALL = {
-  'vocab_size': 50,
-  'hidden_size': 32,
-  'intermediate_size': 48,
-  'num_hidden_layers': 2,
-  'num_attention_heads': 4,
-  'num_key_value_heads': 2,
-  'max_position_embeddings': 64,
-  'pad_token_id': None,
-  'bos_token_id': None,
-  'eos_token_id': None,
-}
-GPT2 = {
-  'vocab_size': 50,
-  'n_positions': 64,
-  'n_embd': 32,
-  'n_layer': 2,
-  'n_head': 4,
-  'bos_token_id': None,
-  'eos_token_id': None,
-}
+SMALL = originals.GROUPED
 UNTIED = {**SMALL, 'tie_word_embeddings': False}
 TIED = {**SMALL, 'tie_word_embeddings': True}
 CASES = {
@@ -64,7 +44,7 @@ CASES = {
   'Qwen3': {**TIED, 'head_dim': 16},
   'Gemma': {**SMALL, 'head_dim': 16},
   'Phi3': UNTIED,  # q, k and v are one layer, gate and up too
-  'GPT2': GPT2,  # all have biases; layers are (inputs, outputs)
+  'GPT2': originals.GPT2,  # all have biases; layers are (inputs, outputs)
 }
 
 

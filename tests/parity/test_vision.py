@@ -22,15 +22,8 @@ from utilized_rank.models.importing import load_checkpoint  # noqa: E402
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 BAR = 1e-4
-SMALL = {
-  'hidden_size': 32,
-  'num_hidden_layers': 2,
-  'num_attention_heads': 2,
-  'intermediate_size': 48,
-  'image_size': 32,
-  'patch_size': 16,
-}
-FLAT = {k: v for k, v in SMALL.items() if k != 'image_size'}
+SMALL = originals.PATCHES
+FLAT = originals.FLAT
 
 
 def whole(found):

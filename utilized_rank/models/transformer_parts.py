@@ -234,12 +234,7 @@ class Attention(nn.Module):
   def __call__(self, x: Array, seen: Array | None = None) -> Array:
     o = self.options
     width = x.shape[-1]
-    project = functools.partial(
-      nn.DenseGeneral,
-      features=(o.heads, width // o.heads),
-      kernel_init=_XAVIER,
-      dtype=o.dtype,
-    )
+    project = functools.partial(into_heads, o, width)
     key_bias = o.qkv_bias if o.key_bias is None else o.key_bias
     q = project(use_bias=o.qkv_bias, name='query')(x)
     k = project(use_bias=key_bias, name='key')(x)
@@ -271,14 +266,29 @@ class Attention(nn.Module):
       y = attend(q, k, v, causal=o.causal, bias=bias, seen=seen)
     if o.attention_norm:
       y = make_norm(o, 'norm')(y.reshape(*y.shape[:-2], width)).reshape(y.shape)
-    return nn.DenseGeneral(
-      width,
-      axis=(-2, -1),
-      use_bias=o.out_bias,
-      kernel_init=_XAVIER,
-      dtype=o.dtype,
-      name='out',
-    )(y)
+    return out_of_heads(o, width)(y)
+
+
+def into_heads(options: BlockOptions, width: int, **named: Any) -> nn.Module:
+  """Queries, keys or values `(..., heads, width / heads)`, by `name`."""
+  return nn.DenseGeneral(
+    (options.heads, width // options.heads),
+    kernel_init=_XAVIER,
+    dtype=options.dtype,
+    **named,
+  )
+
+
+def out_of_heads(options: BlockOptions, width: int) -> nn.Module:
+  """What attention ends with: `(..., heads, width / heads)` to `width`."""
+  return nn.DenseGeneral(
+    width,
+    axis=(-2, -1),
+    use_bias=options.out_bias,
+    kernel_init=_XAVIER,
+    dtype=options.dtype,
+    name='out',
+  )
 
 
 def _turned(x: Array, rotation: GridRotation, grid: tuple[int, int]) -> Array:

@@ -186,10 +186,11 @@ class Collector:
       if layout is None or path in self.holes:
         continue
       parts = [Part.of(e, u, layout) for e, u in pairs]
+      whole = layout.coarsen()
       signature = (
         tuple(part.signature(layout) for part in parts),
         layout.group_shape,
-        layout.coarsen().group_shape,
+        whole.group_shape,
         layout.matrix_shape[0],
       )
       if signature not in known:
@@ -199,7 +200,7 @@ class Collector:
       side, columns = self.sides.of(path, layout.matrix_shape[0])
       sites[path] = Site(
         path,
-        layout.coarsen(),
+        whole,
         known[signature],
         biases[path].view.path if path in biases else None,
         pairs[0][1].product.kind,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 import dataclasses
 from typing import Any
 
@@ -140,14 +140,17 @@ class Factored:
   def index(self, cut: View, axis: int, at: Any) -> Factored | None:
     pair = self._cut(cut, [axis])
     groups = pair._groups(cut, axis)
-    if groups is None:
+    if groups is None or len(groups) > 1:
       return None
-    arrays, read = pair._unstacked(cut, groups)
-    return read(
-      jax.tree.map(
-        lambda v: jax.lax.dynamic_index_in_dim(v, at, keepdims=False), arrays
-      )
+    # At its place: loops read one step of a stack that is not moved for it.
+    (group,) = groups
+    if cut.flipped.intersection(cut.axes[axis]):
+      at = cut.sizes[axis] - 1 - at
+    arrays = jax.tree.map(
+      lambda v: jax.lax.dynamic_index_in_dim(v, at, group, keepdims=False),
+      pair.arrays,
     )
+    return pair._with(arrays, pair._left(groups))
 
   def squeeze(self, axis: int) -> Factored:
     del axis
@@ -168,9 +171,13 @@ class Factored:
       ),
       self._in_view_order(view, groups),
     )
-    present = self.factors.present
-    left = tuple(g for i, g in enumerate(present) if i not in groups)
+    left = self._left(groups)
     return arrays, lambda x: self._with(x, left)
+
+  def _left(self, gone: Collection[int]) -> Atoms:
+    """The groups that are still axes when those axes are gone."""
+    present = self.factors.present
+    return tuple(g for i, g in enumerate(present) if i not in gone)
 
   def shard(self, cut: View, spec: Any, parts: dict[int, Any]):
     del spec
@@ -183,7 +190,7 @@ class Factored:
         return None
       where[groups[0]] = names
     specs = PartitionSpec(*(where.get(i) for i in range(len(present))))
-    left = tuple(g for i, g in enumerate(present) if i not in where)
+    left = spread._left(where)
     spread = spread._with(spread._in_view_order(cut, list(where)), present)
 
     def read(local):

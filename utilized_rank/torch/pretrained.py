@@ -203,20 +203,22 @@ def _with_pairs(kind: Any, layers: Mapping[str, list[Part]]) -> Any:
 
   def init(self, *args: Any, **options: Any) -> None:
     kind.__init__(self, *args, **options)
+    modules = dict(self.named_modules())
     for stem, parts in layers.items():
-      _exchange(self, stem, parts)
+      _exchange(self, modules, stem, parts)
 
   # transformers finds the code, and what it is called, by these names.
   about = {'__init__': init, '__module__': kind.__module__}
   return type(kind.__name__, (kind,), about)
 
 
-def _exchange(model: Any, stem: str, parts: list[Part]) -> None:
+def _exchange(
+  model: Any, modules: Mapping[str, Any], stem: str, parts: list[Part]
+) -> None:
   """Puts what the directory has in place of a linear layer."""
   from utilized_rank.torch import pairs
 
   base = f'{model.base_model_prefix}.'
-  modules = dict(model.named_modules())
   # transformers, too, adds what a file of the model's body has not in front.
   names = [stem, base + stem, stem.removeprefix(base)]
   name = next((name for name in names if name in modules), None)

@@ -19,13 +19,14 @@ import numpy as np
 from utilized_rank.host.extras import extra
 from utilized_rank.models.transformer_parts import BlockOptions
 from utilized_rank.models.transformer_parts import attend
+from utilized_rank.models.transformer_parts import into_heads
+from utilized_rank.models.transformer_parts import out_of_heads
 
 with extra('models'):
   import flax.linen as nn
 
 Array = jax.Array
 
-_XAVIER = nn.initializers.xavier_uniform()
 # What learnt scales are clamped at, and the most that positions add.
 _MOST_SCALE = math.log(100.0)
 _MOST_BIAS = 16.0
@@ -61,12 +62,7 @@ class CosineAttention(nn.Module):
   def __call__(self, x: Array, seen: Array | None = None) -> Array:
     o = self.options
     width = x.shape[-1]
-    project = functools.partial(
-      nn.DenseGeneral,
-      features=(o.heads, width // o.heads),
-      kernel_init=_XAVIER,
-      dtype=o.dtype,
-    )
+    project = functools.partial(into_heads, o, width)
     q = _unit(project(use_bias=o.qkv_bias, name='query')(x))
     k = _unit(project(use_bias=bool(o.key_bias), name='key')(x))
     v = project(use_bias=o.qkv_bias, name='value')(x)
@@ -81,9 +77,7 @@ class CosineAttention(nn.Module):
     if seen is not None:
       bias = bias + jnp.where(seen, 0.0, self.cosine.masked)
     y = attend(q * scale.astype(q.dtype), k, v, scale=1.0, bias=bias)
-    return nn.DenseGeneral(
-      width, axis=(-2, -1), kernel_init=_XAVIER, dtype=o.dtype, name='out'
-    )(y)
+    return out_of_heads(o, width)(y)
 
 
 class ContinuousPositions(nn.Module):
