@@ -6,10 +6,12 @@
 DIR holds `networks/` and `data/` (see `benchmarks/networks`). Each network is
 cut to each share of its kernels' parameters by `ur.compress` and fine-tuned by
 each recipe on training examples; the best parameters on validation examples
-are kept. The dense network is fine-tuned as long, and stands beside. Every run
-is a row on disk as soon as it is done, and is not run again. For the last line
-of a network the recipe that is best on validation is taken, and only it and
-the dense network see the test examples. Writes `recovery.json` and `.png`.
+are kept. The dense network is fine-tuned as long, and stands beside. Two
+recipes train the network before it is cut as well, within the same number of
+updates (`benchmarks/shared/preparing.py`). Every run is a row on disk as soon
+as it is done, and is not run again. For the last line of a network the recipe
+that is best on validation is taken, and only it and the dense network see the
+test examples. Writes `recovery.json` and `.png`.
 Takes two minutes for a run of digits_vit on two CPU cores, hours for one of a
 ResNet or a ViT.
 """
@@ -28,6 +30,7 @@ import numpy as np
 
 from benchmarks import networks
 from benchmarks.shared import cache
+from benchmarks.shared import preparing
 from benchmarks.shared import record
 from benchmarks.shared import tasks
 from benchmarks.trained import recovery_plots
@@ -49,16 +52,32 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
   'muon': ({}, {'kind': 'muon'}),
   'balanced_muon': ({'balance': True}, {'kind': 'muon'}),
   'ema': ({'ema': 0.99}, {}),
+  **dict.fromkeys(preparing.PREPARATIONS, ({}, {})),
 }
 
 
-def compressed(task: tasks.Task, fraction: float, folder: pathlib.Path) -> Any:
-  """The tree of a share, made once for all recipes."""
-  path = folder / 'compressed'
+def compressed(
+  task: tasks.Task, fraction: float, recipe: str, seed: int,
+  folder: pathlib.Path, steps: int,
+) -> Any:  # fmt: skip
+  """The tree of a share, made once for recipes that cut the same network."""
+  path = cut_of(recipe, folder)
   if not path.exists():
+    params = task.params
+    if recipe in preparing.PREPARATIONS:
+      preparation = preparing.PREPARATIONS[recipe]
+      of_round, _ = preparation.updates(steps)
+
+      def tune(tree: Any, part: str) -> Any:
+        how = 'plain' if _is_cut(tree) else DENSE
+        return tuned(
+          task, tree, how, seed, folder / f'{recipe}_{part}', of_round
+        )
+
+      params = preparation.prepare(task, fraction, tune)
     small, _ = ur.compress(
       task.fn,
-      task.params,
+      params,
       task.calibration(),
       params_fraction=fraction,
       loss=ur.sampled_cross_entropy(),
@@ -66,6 +85,24 @@ def compressed(task: tasks.Task, fraction: float, folder: pathlib.Path) -> Any:
     )
     ur.save(path, small)
   return ur.load(path)
+
+
+def cut_of(recipe: str, folder: pathlib.Path) -> pathlib.Path:
+  """Where the tree is that a recipe begins with after the cut."""
+  is_apart = recipe in preparing.PREPARATIONS
+  return folder / (f'{recipe}_compressed' if is_apart else 'compressed')
+
+
+def left_of(recipe: str, steps: int) -> int:
+  """Updates after the cut."""
+  if recipe in preparing.PREPARATIONS:
+    return preparing.PREPARATIONS[recipe].updates(steps)[1]
+  return steps
+
+
+def _is_cut(tree: Any) -> bool:
+  is_pair = lambda v: isinstance(v, ur.LowRank)
+  return any(map(is_pair, jax.tree.leaves(tree, is_leaf=is_pair)))
 
 
 def tuned(
@@ -127,8 +164,11 @@ def row_of(
   path = folder / f'{recipe}.json'
   if path.exists():
     return json.loads(path.read_text('utf-8'))
-  small = task.params if recipe == DENSE else compressed(task, fraction, folder)
-  after = tuned(task, small, recipe, seed, folder / recipe, steps)
+  small = task.params
+  if recipe != DENSE:
+    small = compressed(task, fraction, recipe, seed, folder, steps)
+  left = left_of(recipe, steps)
+  after = tuned(task, small, recipe, seed, folder / recipe, left)
   ur.save(folder / f'{recipe}_tuned', after, overwrite=True)
   row = {
     'network': task.name,
@@ -151,7 +191,7 @@ def test_row(
 ) -> dict[str, Any]:  # fmt: skip
   """The chosen recipe on the test, before and after."""
   tuned_ = ur.load(folder / f'{recipe}_tuned')
-  small = task.params if recipe == DENSE else ur.load(folder / 'compressed')
+  small = task.params if recipe == DENSE else ur.load(cut_of(recipe, folder))
   return {
     'network': task.name,
     'fraction': fraction,

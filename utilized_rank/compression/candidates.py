@@ -135,7 +135,10 @@ def promising(
 
 
 def nearest(
-  best: Tried, others: Iterable[Tried | None], journal: Journal | None = None
+  best: Tried,
+  others: Iterable[Tried | None],
+  journal: Journal | None = None,
+  judged: str = '',
 ) -> Tried:
   """The one whose outputs are nearest to the dense ones.
 
@@ -148,6 +151,7 @@ def nearest(
       looked at one by one, so that two at a time are in memory if they are
       made so.
     journal: where the comparisons are written down; None for nowhere.
+    judged: on which examples, as for `Journal.compared`.
 
   >>> one, two = (
   ...     Tried(tree=None, ranks={'w': r}, method='loss', divergences=d)
@@ -160,7 +164,9 @@ def nearest(
       continue
     closer = comes_closer(best.divergences, other.divergences)
     if journal is not None:
-      journal.compared(other.name, best.divergences, other.divergences, closer)
+      journal.compared(
+        other.name, best.divergences, other.divergences, closer, judged
+      )
     if closer:
       best = other
   return best

@@ -14,8 +14,10 @@ from utilized_rank.collection.one_pass import check_batch
 from utilized_rank.collection.one_pass import several
 from utilized_rank.compression import describe
 from utilized_rank.compression import holdout
+from utilized_rank.compression.candidates import Beginning
 from utilized_rank.compression.candidates import Candidate
 from utilized_rank.compression.candidates import Compressed
+from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.candidates import nearest
 from utilized_rank.compression.candidates import promising
 from utilized_rank.compression.factor_pairs import pairs
@@ -26,6 +28,7 @@ from utilized_rank.compression.problem import TRIAL_EXAMPLES
 from utilized_rank.compression.problem import Budget
 from utilized_rank.compression.problem import Problem
 from utilized_rank.compression.refined import refined
+from utilized_rank.compression.refined import rehearsed
 from utilized_rank.compression.unlabelled import unlabelled
 from utilized_rank.host.progress import say
 from utilized_rank.losses.divergence import Divergence
@@ -39,6 +42,9 @@ from utilized_rank.report.report import Report
 from utilized_rank.tree import paths
 from utilized_rank.walk import compat
 from utilized_rank.walk import tracing
+
+FINETUNE = 'finetune'
+_REHEARSED = 'examples held out, after training'
 
 
 @compat.moves_data
@@ -62,6 +68,7 @@ def compress(
   heads: bool = True,
   layers: bool = True,
   refine: int = 300,
+  then: str | None = None,
   few: bool | None = None,
   trial_examples: int = TRIAL_EXAMPLES,
   energy: float = 0.99,
@@ -123,6 +130,11 @@ def compress(
     refine: updates of the chosen tree towards the dense outputs (`distill`; 0
       for none), on all batches where they are a list, else on those kept; a
       fifth of the examples judges whether outputs are closer then.
+    then: 'finetune' where the tree will be trained further: the nearest tree
+      is not always the one that training brings furthest. Every kind is then
+      trained as `refine` says, pairs of one prediction among them, and that
+      which is nearest afterwards is taken; it costs that training once for
+      every kind. Default: what is nearest before is trained.
     few: whether examples are few, which decides how ranks are tried (above),
       where you know what rows do not show: crops of a dozen photographs,
       sentences of one text. Default: as rows say.
@@ -137,9 +149,9 @@ def compress(
     says what was chosen, why, and what that took.
 
   Raises:
-    ValueError: no batches; both moments and rules; several processes, which
-      would each decide on the examples that they see; else as `collect`,
-      `tune_ranks` and `factorize`.
+    ValueError: no batches; both moments and rules; another `then`, or one
+      without updates; several processes, which would each decide on the
+      examples that they see; else as `collect`, `tune_ranks` and `factorize`.
 
   >>> fn = lambda params, x: x @ params['w']
   >>> params = {'w': jnp.eye(8)}
@@ -150,6 +162,7 @@ def compress(
   (1, 2)
   """
   _check(params, moments, select)
+  _check_then(then, refine)
   budget = Budget(params_fraction, flops_fraction, multiple_of, gauge)
   journal = Journal(progress)
   with journal.stage('compress'):
@@ -189,13 +202,16 @@ def compress(
     with journal.stage('measure'):
       report = measure(params, moments, energy=energy, progress=progress)
     # Tried in this order; what comes later must come closer.
+    is_tuned = then == FINETUNE
     kinds: dict[Candidate, bool] = {
-      pairs: True,
+      functools.partial(pairs, unsearched=is_tuned): True,
       narrower_heads: heads,
       functools.partial(narrower_layers, heads=heads): layers,
     }
-    best = _choose(problem, [kind for kind, wanted in kinds.items() if wanted])
-    best = refined(problem, best, refine)
+    wanted = [kind for kind, is_wanted in kinds.items() if is_wanted]
+    best = _choose(problem, wanted, refine if is_tuned else 0)
+    if not is_tuned:
+      best = refined(problem, best, refine)
   report.recipe = best.recipe(moments, params)
   report.choice = describe.choice(problem, best)
   if progress:
@@ -218,6 +234,19 @@ def _check(
     raise ValueError(
       'select= chooses the kernels to collect, and moments= has kernels '
       'already: give one of them'
+    )
+
+
+def _check_then(then: str | None, refine: int) -> None:
+  if then not in (None, FINETUNE):
+    raise ValueError(
+      f'then={then!r}; {FINETUNE!r} chooses what is nearest after training, '
+      'None what is nearest before'
+    )
+  if then and not refine:
+    raise ValueError(
+      f'then={then!r} compares trees after `refine` updates, and refine=0: '
+      'give a number of them (300 by default)'
     )
 
 
@@ -257,16 +286,38 @@ def _first(
   return kept, itertools.chain(kept, rest)
 
 
-def _choose(problem: Problem, kinds: Sequence[Candidate]) -> Compressed:
-  """Pairs of factors, unless another kind is nearer; with care of few data."""
+def _choose(
+  problem: Problem, kinds: Sequence[Candidate], rehearsal: int
+) -> Compressed:
+  """Pairs of factors, unless another kind is nearer; with care of few data.
+
+  Args:
+    problem: the problem.
+    kinds: the first one's first is what there always is.
+    rehearsal: updates of each before they are compared.
+  """
   if problem.is_scarce:
     with problem.journal.stage('hold-out'):
       unsearched = holdout.nearest_unsearched(problem)
     if unsearched is not None:
-      return unsearched
+      return refined(problem, unsearched, rehearsal)
   begins = [one for kind in kinds for one in kind(problem)]
   if len(begins) > 1:
     with problem.journal.stage('glance'):
       begins = promising(begins, problem.journal)
+  if rehearsal:
+    return _nearest_trained(problem, begins, rehearsal)
   first, *others = begins
   return nearest(first.search(), (o.search() for o in others), problem.journal)
+
+
+def _nearest_trained(
+  problem: Problem, begins: Sequence[Beginning], steps: int
+) -> Tried:
+  """What training brings nearest to the dense outputs, trained."""
+  train = lambda one: rehearsed(problem, one.search(), steps)
+  first, *others = begins
+  best = train(first)
+  problem.journal.compared(best.name, None, best.divergences, True, _REHEARSED)
+  best = nearest(best, map(train, others), problem.journal, _REHEARSED)
+  return best.judged(problem.divergences(best.tree, problem.batches))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
+import functools
 from typing import Any
 
 from utilized_rank.collection.one_pass import check_batch
@@ -49,15 +50,22 @@ def factor_pairs(problem: Problem) -> Tried:
   return nearest(found, [anchored], journal)
 
 
-def pairs(problem: Problem) -> list[Beginning]:
-  """Pairs at all kernels: a kind of candidate."""
-  return [
-    Beginning(
-      TUNED,
-      lambda: problem.glance(closed_form(problem).tree),
-      lambda: factor_pairs(problem),
-    )
-  ]
+def pairs(problem: Problem, unsearched: bool = False) -> list[Beginning]:
+  """Pairs at all kernels: a kind of candidate.
+
+  Args:
+    problem: the problem.
+    unsearched: those of one prediction as well, of which nothing is tried.
+  """
+  predicted = functools.cache(lambda: closed_form(problem))
+  glance = lambda: problem.glance(predicted().tree)
+
+  def as_predicted() -> Tried:
+    found = predicted()
+    return found.judged(problem.divergences(found.tree, problem.batches))
+
+  found = [Beginning(TUNED, glance, lambda: factor_pairs(problem))]
+  return found + [Beginning(CLOSED_FORM, glance, as_predicted)] * unsearched
 
 
 def closed_form(problem: Problem) -> Compressed:

@@ -1,4 +1,4 @@
-"""The chosen tree, trained on the dense outputs."""
+"""A tree, trained on the dense outputs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from utilized_rank.compression.candidates import Tried
 from utilized_rank.compression.problem import Problem
 from utilized_rank.refit.distill import NoDerivative
 from utilized_rank.refit.distill import distill
+from utilized_rank.refit.distill import hold_out
+
+STAGE = 'refine'
 
 
-def refined(problem: Problem, best: Compressed, steps: int) -> Compressed:
+def refined(
+  problem: Problem, best: Compressed, steps: int, stage: str = STAGE
+) -> Compressed:
   """The same ranks, trained; as it is where that brings nothing nearer.
 
   That the function has no derivative is said where ranks are tuned.
@@ -20,10 +25,11 @@ def refined(problem: Problem, best: Compressed, steps: int) -> Compressed:
     problem: its `training` examples train and judge.
     best: what was chosen.
     steps: number of updates; 0 for none.
+    stage: what this is called.
   """
   if not steps:
     return best
-  with problem.journal.stage('refine') as at:
+  with problem.journal.stage(stage) as at:
     if isinstance(best, Tried):
       at.before = float(best.divergences.mean())
     try:
@@ -45,3 +51,16 @@ def refined(problem: Problem, best: Compressed, steps: int) -> Compressed:
     found = problem.divergences(tree, problem.batches)
     at.after = float(found.mean())
   return dataclasses.replace(best, tree=tree).judged(found)
+
+
+def rehearsed(problem: Problem, found: Compressed, steps: int) -> Tried:
+  """The same ranks, trained, judged on examples that trained nothing.
+
+  Args:
+    problem: as for `refined`.
+    found: what one kind of compression came to.
+    steps: number of updates.
+  """
+  after = refined(problem, found, steps, f'{STAGE} {found.name}')
+  _, held = hold_out(problem.training)
+  return after.judged(problem.divergences(after.tree, held))
