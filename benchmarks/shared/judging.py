@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -146,7 +147,7 @@ def folds(network: common.Network) -> list[Fold]:
   return [Fold(network, *fold) for fold in network.folds]
 
 
-def share_kept(tree, kernels: ur.Moments) -> float:
+def share_kept(tree, kernels: Mapping[str, Any]) -> float:
   """Numbers in the kernels' place, as a share of the kernels'."""
   named, _ = paths.flatten(tree, lambda v: isinstance(v, ur.LowRank))
   left = sum(ur.count_params(named[p]) for p in kernels)
