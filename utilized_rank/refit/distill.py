@@ -21,7 +21,8 @@ from utilized_rank.lowrank.low_rank import low_rank
 from utilized_rank.moments.gradients import first_line
 from utilized_rank.ranks import trials
 from utilized_rank.refit import descent
-from utilized_rank.refit import mixup as mixing
+from utilized_rank.refit.mixup import Mix
+from utilized_rank.refit.mixup import mixing
 from utilized_rank.refit.trained import Trained
 from utilized_rank.tree import paths
 from utilized_rank.walk import compat
@@ -83,9 +84,10 @@ def distill(
       default three are tried for a tenth of the updates each, and the one that
       comes nearest on the examples held out is taken.
     batch_size: examples of an update; fewer where a batch has fewer.
-    mixup: ask the dense function about mixtures of examples, and teach those,
-      where examples can be mixed (see `mixup.can_mix`): few of them fill more
-      of the space then (Beyer et al., arXiv 2106.05237).
+    mixup: ask the dense function about mixtures of examples, and teach those:
+      few of them fill more of the space then (Beyer et al., arXiv 2106.05237).
+      Numbers and images are averaged, of tokens one example's first positions
+      go on as another's (see `refit/mixup.py`); other inputs stay.
     progress: show a progress bar.
 
   Returns:
@@ -139,8 +141,8 @@ def distill(
   batch, outputs = judged[0]
   if before.mean() <= float(programs.rounding(outputs, batch)):
     return small
-  is_mixed = mixup and all(map(mixing.can_mix, training))
-  pieces_of = functools.partial(_pieces, training, dense, batch_size, is_mixed)
+  mix = mixing(training) if mixup else None
+  pieces_of = functools.partial(_pieces, training, dense, batch_size, mix)
   piece = next(pieces_of())
   if why := tracing.failure(update, state, 1.0, 1.0, rest, *piece):
     raise NoDerivative(
@@ -278,7 +280,7 @@ class _Dense:
 
 
 def _pieces(
-  batches: Sequence[Any], dense: _Dense, size: int, is_mixed: bool
+  batches: Sequence[Any], dense: _Dense, size: int, mix: Mix | None
 ) -> Iterator[tuple[Any, Any]]:
   """(examples, dense outputs) without end, in another order every time.
 
@@ -290,13 +292,13 @@ def _pieces(
     for i in random.permutation(len(batches)):
       batch = _on_host(batches[i])
       count = check_batch(batch, i)
-      outputs = None if is_mixed else dense.remembered(int(i), batch)
+      outputs = dense.remembered(int(i), batch) if mix is None else None
       order, some = random.permutation(count), min(size, count)
       for start in range(0, count - some + 1, some):
         rows = order[start : start + some]
         piece = _rows(batch, rows, count)
-        if is_mixed:
-          piece = mixing.mixed(piece, random)
-          yield piece, dense.outputs(piece)
-        else:
+        if mix is None:
           yield piece, _rows(outputs, rows, count)
+        else:
+          piece = mix(piece, random)
+          yield piece, dense.outputs(piece)
