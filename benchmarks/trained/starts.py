@@ -91,7 +91,7 @@ STARTS: dict[str, Start] = {
 
 
 def judged(task: tasks.Task, tree: Any, name: str) -> dict[str, float]:
-  """What validation says of a tree: KL divergence, nats, percent of mistakes."""
+  """What validation says of a tree: KL divergence, nats, mistakes (%)."""
   of = {
     f'{name}_divergence': KL,
     f'{name}_nats': lambda dense, outputs, batch: tasks.labels(outputs, batch),
