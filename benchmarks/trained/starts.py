@@ -23,6 +23,7 @@ import tempfile
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 from benchmarks import networks
 from benchmarks.shared import judging
@@ -132,11 +133,10 @@ def row(task: tasks.Task, name: str, tree: Any, steps: int) -> dict[str, Any]:
 def told(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
   """Of each sign: its rank correlation with the end, and what it would cost."""
   end = np.array([r[AFTER] for r in rows])
-  place = lambda values: np.argsort(np.argsort(values))
   found = {}
   for sign in BEFORE:
     values = np.array([r[sign] for r in rows])
-    alike = np.corrcoef(place(values), place(end))[0, 1]
+    alike = scipy.stats.spearmanr(values, end).statistic
     found[sign] = {
       'rank_correlation': round(float(alike), 3),
       'over_best': round(float(end[values.argmin()] - end.min()), 5),

@@ -109,8 +109,24 @@ def test_how_examples_are_mixed(batches, way):
   assert way is mixed or can_splice(batches[-1]) == (way is spliced)
 
 
+def assert_mixtures_help(fn, params, few, others, fraction, steps):
+  """On examples that were not there, what is trained on mixtures is nearer."""
+  moments = ur.collect(fn, params, [few], progress=False)
+  ranks = ur.uniform_ranks(params, moments, params_fraction=fraction)
+  small = ur.factorize(params, moments, ranks, progress=False)
+
+  def far(mixup):
+    tree = ur.distill(
+      fn, params, small, [few], steps=steps, learning_rate=0.02, mixup=mixup,
+      progress=False,
+    )  # fmt: skip
+    error = ur.low_rank(fn)(tree, others) - fn(params, others)
+    return float(jnp.sum(error**2))
+
+  assert far(True) < far(False)
+
+
 def test_few_sequences_go_further():
-  """On sequences that were not there, drawn alike."""
   random = np.random.default_rng(0)
   draw = lambda *shape: random.normal(size=shape).astype(np.float32)
   params = {'table': draw(32, 24), 'w': draw(24, 48) / 5, 'v': draw(48, 6) / 7}
@@ -121,38 +137,13 @@ def test_few_sequences_go_further():
     return jnp.tanh(h @ p['w']) @ p['v']
 
   few, others = (random.integers(0, 32, (n, 8)) for n in (40, 512))
-  moments = ur.collect(fn, params, [few], progress=False)
-  ranks = ur.uniform_ranks(params, moments, params_fraction=0.4)
-  small = ur.factorize(params, moments, ranks, progress=False)
-
-  def far(mixup):
-    tree = ur.distill(
-      fn, params, small, [few], steps=300, learning_rate=0.02, mixup=mixup,
-      progress=False,
-    )  # fmt: skip
-    error = ur.low_rank(fn)(tree, others) - fn(params, others)
-    return float(jnp.sum(error**2))
-
-  assert far(True) < far(False)
+  assert_mixtures_help(fn, params, few, others, 0.4, 300)
 
 
 def test_few_examples_go_further():
-  """On examples that were not there: 48 of them train 24 features."""
+  """48 of them train 24 features."""
   random = np.random.default_rng(0)
   draw = lambda *shape: random.normal(size=shape).astype(np.float32)
   params = {'w': draw(24, 48) / 5, 'v': draw(48, 6) / 7}
   fn = lambda p, x: jnp.tanh(x @ p['w']) @ p['v']
-  few, others = draw(60, 24), draw(512, 24)
-  moments = ur.collect(fn, params, [few], progress=False)
-  ranks = ur.uniform_ranks(params, moments, params_fraction=0.5)
-  small = ur.factorize(params, moments, ranks, progress=False)
-
-  def far(mixup):
-    tree = ur.distill(
-      fn, params, small, [few], steps=400, learning_rate=0.02, mixup=mixup,
-      progress=False,
-    )  # fmt: skip
-    error = ur.low_rank(fn)(tree, others) - fn(params, others)
-    return float(jnp.sum(error**2))
-
-  assert far(True) < far(False)
+  assert_mixtures_help(fn, params, draw(60, 24), draw(512, 24), 0.5, 400)

@@ -209,9 +209,7 @@ def compress(
       functools.partial(narrower_layers, heads=heads): layers,
     }
     wanted = [kind for kind, is_wanted in kinds.items() if is_wanted]
-    best = _choose(problem, wanted, refine if is_tuned else 0)
-    if not is_tuned:
-      best = refined(problem, best, refine)
+    best = _choose(problem, wanted, refine, is_tuned)
   report.recipe = best.recipe(moments, params)
   report.choice = describe.choice(problem, best)
   if progress:
@@ -287,28 +285,31 @@ def _first(
 
 
 def _choose(
-  problem: Problem, kinds: Sequence[Candidate], rehearsal: int
+  problem: Problem, kinds: Sequence[Candidate], refine: int, is_tuned: bool
 ) -> Compressed:
   """Pairs of factors, unless another kind is nearer; with care of few data.
 
   Args:
     problem: the problem.
     kinds: the first one's first is what there always is.
-    rehearsal: updates of each before they are compared.
+    refine: updates of what is chosen.
+    is_tuned: whether all are compared after these.
   """
   if problem.is_scarce:
     with problem.journal.stage('hold-out'):
       unsearched = holdout.nearest_unsearched(problem)
     if unsearched is not None:
-      return refined(problem, unsearched, rehearsal)
+      return refined(problem, unsearched, refine)
   begins = [one for kind in kinds for one in kind(problem)]
   if len(begins) > 1:
     with problem.journal.stage('glance'):
       begins = promising(begins, problem.journal)
-  if rehearsal:
-    return _nearest_trained(problem, begins, rehearsal)
+  if is_tuned:
+    return _nearest_trained(problem, begins, refine)
   first, *others = begins
-  return nearest(first.search(), (o.search() for o in others), problem.journal)
+  searched = (one.search() for one in others)
+  best = nearest(first.search(), searched, problem.journal)
+  return refined(problem, best, refine)
 
 
 def _nearest_trained(

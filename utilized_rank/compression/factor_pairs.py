@@ -57,15 +57,17 @@ def pairs(problem: Problem, unsearched: bool = False) -> list[Beginning]:
     problem: the problem.
     unsearched: those of one prediction as well, of which nothing is tried.
   """
-  predicted = functools.cache(lambda: closed_form(problem))
-  glance = lambda: problem.glance(predicted().tree)
+  # Of the tree alone the number is kept: it is as large as what is searched.
+  glance = functools.cache(lambda: problem.glance(closed_form(problem).tree))
 
   def as_predicted() -> Tried:
-    found = predicted()
+    found = closed_form(problem)
     return found.judged(problem.divergences(found.tree, problem.batches))
 
   found = [Beginning(TUNED, glance, lambda: factor_pairs(problem))]
-  return found + [Beginning(CLOSED_FORM, glance, as_predicted)] * unsearched
+  if unsearched:
+    found.append(Beginning(CLOSED_FORM, glance, as_predicted))
+  return found
 
 
 def closed_form(problem: Problem) -> Compressed:

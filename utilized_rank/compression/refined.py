@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from utilized_rank.compression.candidates import Compressed
 from utilized_rank.compression.candidates import Tried
@@ -14,38 +15,20 @@ from utilized_rank.refit.distill import hold_out
 STAGE = 'refine'
 
 
-def refined(
-  problem: Problem, best: Compressed, steps: int, stage: str = STAGE
-) -> Compressed:
+def refined(problem: Problem, best: Compressed, steps: int) -> Compressed:
   """The same ranks, trained; as it is where that brings nothing nearer.
-
-  That the function has no derivative is said where ranks are tuned.
 
   Args:
     problem: its `training` examples train and judge.
     best: what was chosen.
     steps: number of updates; 0 for none.
-    stage: what this is called.
   """
   if not steps:
     return best
-  with problem.journal.stage(stage) as at:
+  with problem.journal.stage(STAGE) as at:
     if isinstance(best, Tried):
       at.before = float(best.divergences.mean())
-    try:
-      tree = distill(
-        problem.fn,
-        problem.params,
-        best.tree,
-        problem.training,
-        divergence=problem.divergence,
-        steps=steps,
-        # Mixtures of examples would be padded where one of them is.
-        mixup=problem.mask is None,
-        progress=problem.progress,
-      )
-    except NoDerivative:
-      return best
+    tree = _trained(problem, best.tree, steps)
     if tree is best.tree:
       return best
     found = problem.divergences(tree, problem.batches)
@@ -61,6 +44,30 @@ def rehearsed(problem: Problem, found: Compressed, steps: int) -> Tried:
     found: what one kind of compression came to.
     steps: number of updates.
   """
-  after = refined(problem, found, steps, f'{STAGE} {found.name}')
   _, held = hold_out(problem.training)
-  return after.judged(problem.divergences(after.tree, held))
+  with problem.journal.stage(f'{STAGE} {found.name}') as at:
+    tree = _trained(problem, found.tree, steps)
+    judged = problem.divergences(tree, held)
+    at.after = float(judged.mean())
+  return dataclasses.replace(found, tree=tree).judged(judged)
+
+
+def _trained(problem: Problem, tree: Any, steps: int) -> Any:
+  """`distill`; the tree itself where nothing is nearer or has no derivative.
+
+  That the function has no derivative is said where ranks are tuned.
+  """
+  try:
+    return distill(
+      problem.fn,
+      problem.params,
+      tree,
+      problem.training,
+      divergence=problem.divergence,
+      steps=steps,
+      # Mixtures of examples would be padded where one of them is.
+      mixup=problem.mask is None,
+      progress=problem.progress,
+    )
+  except NoDerivative:
+    return tree
